@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._moments import Moments
     from .calibration import Profile, calibrate
     from .clipping import ClipTable
     from .errors import LaAciqError
     from .evaluation import evaluate
-    from ._moments import Moments
     from .nn import QuantConfig, language, languages, quantize_model
     from .ops import dequantize, linear, moments, quantize, quantize_dynamic, rotate, use_backend
 

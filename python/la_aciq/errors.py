@@ -4,6 +4,6 @@
 class LaAciqError(ValueError):
     """A request that cannot be carried out as given.
 
-    The message is one sentence that names the argument or file, its value, and what was expected. The command line prints
-    it without a traceback and exits with status 2.
+    The message is one sentence that names the argument or file, its value, and what was expected. The command line
+    prints it without a traceback and exits with status 2.
     """

@@ -1,8 +1,9 @@
 """The randomized block Hadamard rotation's two parameters: its signs and its block size.
 
-The rotation of a row x of K elements is y = H_b (s * x) / sqrt(b) in every block of b elements, H_b the Sylvester-ordered
-Hadamard matrix and s a vector of random signs (`la_aciq.rotate`). It is orthogonal, so rotating a layer's input and, offline,
-the rows of its weight leaves the layer's output as it was; it spreads outliers over a block (QuaRot, Ashkboos et al. 2024).
+The rotation of a row x of K elements is y = H_b (s * x) / sqrt(b) in every block of b elements, H_b the
+Sylvester-ordered Hadamard matrix and s a vector of random signs (`la_aciq.rotate`). It is orthogonal, so rotating a
+layer's input and, offline, the rows of its weight leaves the layer's output as it was; it spreads outliers over a block
+(QuaRot, Ashkboos et al. 2024).
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 
 def block_size(k: int) -> int:
-    """The largest power of two that divides k: the block of the rotation of rows of k elements (576 -> 64, 100 -> 4)."""
+    """The largest power of two that divides k: the block that rows of k elements are rotated in (576 -> 64)."""
     return k & -k
 
 

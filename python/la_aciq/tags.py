@@ -1,7 +1,7 @@
 """Language tags: BCP-47 in, the row of a table out.
 
-Matching is `langcodes`' (CLDR distances): `pt-BR` is served by `pt`, `zh-Hans-CN` by `zh`; a language that no row is close
-to is served by `und`, BCP-47's "undetermined", the pooled row every table has.
+Matching is `langcodes`' (CLDR distances): `pt-BR` is served by `pt`, `zh-Hans-CN` by `zh`; a language that no row is
+close to is served by `und`, BCP-47's "undetermined", the pooled row every table has.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,9 @@ def canonical(tag: str) -> str:
     if not isinstance(tag, str):
         raise TypeError(f"language tag must be a string such as 'sw', got {type(tag).__name__}")
     if not 0 < len(tag) <= _MAX_LENGTH:
-        raise LaAciqError(f"language tag {tag[:20]!r} has {len(tag)} characters; expected a BCP-47 tag such as 'sw' or 'pt-BR'")
+        raise LaAciqError(
+            f"language tag {tag[:20]!r} has {len(tag)} characters; expected a BCP-47 tag such as 'sw' or 'pt-BR'"
+        )
     if tag.lower() == UND:
         return UND
     try:
