@@ -1,0 +1,1 @@
+"""Triton kernels of LA-ACIQ, one file per operation; installed as `la_aciq.kernels`."""

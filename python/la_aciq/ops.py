@@ -1,0 +1,542 @@
+"""The operations: input checks, choice of backend, and the shapes torch.compile needs.
+
+csrc/ops.cpp declares `torch.ops.la_aciq.*`; the compiled core attaches kernels per device; reference.py defines the results.
+The functions here are what `la_aciq.quantize` and its siblings are. They work inside torch.compile(fullgraph=True).
+
+Shapes: x is [..., K]; each index of the leading dimensions is a row. `language` holds int32 row numbers of the table of clips,
+matched with the leading dimensions of x from the left (a [batch] tensor for x [batch, tokens, K]; a dimension may be 1);
+None reads row 0. A table is float32 [languages, groups] with groups = ceil(K / group_size) and group_size None for one
+group per row; [languages] or a Python float stands for the same clip in every group.
+"""
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+from ._moments import HISTOGRAM_BINS, STATE_SIZE, Moments, NanPolicy, check_nan_policy
+
+Codebook = Literal["midrise", "midtread"]
+Statistic = Literal["rms", "absmax"]
+ActivationClip = Literal["static", "rms", "absmax"]
+Backend = Literal["reference", "cpu", "cuda", "triton"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load_core() -> str | None:
+    """Registers the compiled operations; the reason if that is not possible."""
+    try:
+        from . import _C
+    except ImportError as error:
+        return f"the compiled core la_aciq._C cannot be loaded ({error})"
+    built = _C.build_info()["torch"].split(".")[:2]
+    if built != torch.__version__.split(".")[:2]:
+        return f"the compiled core was built against PyTorch {'.'.join(built)}, and this is {torch.__version__}"
+    return None
+
+
+_WHY_NO_CORE = _load_core()
+if _WHY_NO_CORE is not None:
+    warnings.warn(
+        f"la_aciq runs its slow reference implementation: {_WHY_NO_CORE}. "
+        "Install with a C++ compiler, PyTorch and `pip install --no-build-isolation` to build the core.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class _Choice(threading.local):
+    """The backend this thread is held to (thread-local and not a context variable: torch.compile traces the former)."""
+
+    backend: str | None = os.environ.get("LA_ACIQ_BACKEND") or None
+
+
+_choice = _Choice()
+
+
+def why_unavailable(backend: str) -> str | None:
+    """Why a backend cannot run here, or None if it can. Raises ValueError for a name that is not a backend."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return _WHY_NO_CORE
+    return f"this version of la_aciq has no {'CUDA' if backend == 'cuda' else 'Triton'} kernels"
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Runs the operations called inside by this thread on one backend: "reference", "cpu", "cuda" or "triton".
+
+    The environment variable LA_ACIQ_BACKEND sets the same for a whole process. Raises RuntimeError if the backend cannot run
+    here, ValueError if there is none of that name.
+    """
+    reason = why_unavailable(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    before = _choice.backend
+    _choice.backend = backend
+    try:
+        yield
+    finally:
+        _choice.backend = before
+
+
+def _use_core(x: Tensor) -> bool:
+    """Whether the compiled operation runs on x; otherwise the reference does."""
+    forced = _choice.backend
+    if forced is None:
+        return _WHY_NO_CORE is None and x.device.type == "cpu"
+    reason = why_unavailable(forced)
+    if reason is None and forced == "cpu" and x.device.type != "cpu":
+        reason = f"x is on {x.device}"
+    if reason is not None:
+        raise RuntimeError(f"backend {forced!r} is not available: {reason}")
+    return forced == "cpu"
+
+
+# --- Operations -----------------------------------------------------------------------------------------------------
+
+
+def moments(
+    x: Any,
+    language: Tensor | None = None,
+    languages: int | None = None,
+    *,
+    histogram: bool = False,
+    nan_policy: NanPolicy = "propagate",
+) -> Moments:
+    """Moments of a tensor or NumPy array in one pass over memory, in float64.
+
+    x: tensor or array of float32, float64, bfloat16 or float16 [..., K]; integer and boolean data are read as float64.
+    language, languages: int32 row numbers as for `quantize`, and how many rows the result has; the result then is an array of
+        samples of shape [languages], else a single sample.
+    histogram: also count |x| in log-linear bins (see la_aciq.Moments.histogram).
+    nan_policy: "propagate", "omit" or "raise", as in SciPy.
+
+    Reading the result waits for the device x is on; inside a compiled graph use `moments_state`.
+    """
+    check_nan_policy(nan_policy)
+    tensor = x if isinstance(x, Tensor) else _tensor_from_array(x)
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        tensor = tensor.to(torch.float64)
+    state, counts = moments_state(tensor, language, languages, histogram=histogram)
+    if language is None and languages is None:
+        state, counts = state[0], counts[0]
+    return Moments.from_state(state.cpu().numpy(), counts.cpu().numpy() if histogram else None, nan_policy=nan_policy)
+
+
+def moments_state(
+    x: Tensor, language: Tensor | None = None, languages: int | None = None, *, histogram: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The tensors `moments` is made of: float64 [languages, 8] and int64 [languages, 258, 2] ([languages, 0, 2] without
+    histogram), left on the device of x. `Moments.from_state` reads them."""
+    if x.dtype not in (*_DTYPES, torch.float64):
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {_name(x.dtype)}")
+    if languages is None:
+        if language is not None:
+            raise ValueError("languages: expected the number of rows that language refers to, got None")
+        languages = 1
+    if languages < 1:
+        raise ValueError(f"languages: expected at least 1, got {languages}")
+    language = _checked_language(language, languages, x.shape[:-1], x.device)
+    if _use_core(x):
+        state: tuple[Tensor, Tensor] = torch.ops.la_aciq.moments(x, language, languages, histogram)
+        return state
+    return reference.moments(x, language, languages, histogram)
+
+
+def quantize(
+    x: Tensor,
+    alpha: Tensor | float,
+    language: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    codebook: Codebook = "midrise",
+    signs: Tensor | None = None,
+    block_size: int | None = None,
+    tail_sums: bool = False,
+) -> Any:
+    """INT4 codes of x under static clips: one streaming pass, no reduction.
+
+    x: float32, bfloat16 or float16 [..., K].
+    alpha: clips, a table as described on top of this module.
+    language: int32 rows of the table.
+    group_size: elements along K that share a clip, even; None for all of them.
+    codebook: "midrise" (values (q - 7.5) Delta, ends exactly +-alpha) or "midtread" ((q - 8) Delta, zero exact), Delta = 2 alpha / 15.
+    signs, block_size: quantize rotate(x, signs, block_size) instead of x.
+    tail_sums: also return float64 [languages, groups, 4]: finite elements, those with |x| > alpha, the sum of |x| over
+        those, non-finite elements.
+
+    Returns uint8 [..., ceil(K / 2)], two codes per byte, the even index in the low nibble; with tail_sums a pair. NaN takes the
+    code nearest zero, +-Inf the end codes.
+    Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    size, block = _checked_x(x, group_size, signs, block_size)
+    _check_choice("codebook", codebook, Codebook)
+    alpha = _checked_table("alpha", alpha, x, size)
+    language = _checked_language(language, alpha.shape[0], x.shape[:-1], x.device)
+    function = torch.ops.la_aciq.quantize if _use_core(x) else reference.quantize
+    codes, tail = function(x, alpha, language, size, codebook, signs, block, tail_sums)
+    return (codes, tail) if tail_sums else codes
+
+
+def quantize_dynamic(
+    x: Tensor,
+    shape: Tensor | float,
+    language: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    statistic: Statistic = "rms",
+    codebook: Codebook = "midrise",
+    signs: Tensor | None = None,
+    block_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """INT4 codes of x under clips measured on x itself: alpha = shape * rms (or absmax) of the finite elements of each group.
+
+    shape: factors, a table as described on top of this module. The other arguments are those of `quantize`.
+    Returns codes uint8 [..., ceil(K / 2)] and the clips, float32 [..., groups], which `dequantize` takes as scales. A group of
+    zeros has clip 0 and dequantizes to zeros.
+    """
+    size, block = _checked_x(x, group_size, signs, block_size)
+    _check_choice("statistic", statistic, Statistic)
+    _check_choice("codebook", codebook, Codebook)
+    shape = _checked_table("shape", shape, x, size)
+    language = _checked_language(language, shape.shape[0], x.shape[:-1], x.device)
+    function = torch.ops.la_aciq.quantize_dynamic if _use_core(x) else reference.quantize_dynamic
+    codes, scales = function(x, shape, language, size, statistic, codebook, signs, block)
+    return codes, scales
+
+
+def dequantize(
+    codes: Tensor,
+    alpha: Tensor | float | None = None,
+    language: Tensor | None = None,
+    *,
+    k: int,
+    scales: Tensor | None = None,
+    group_size: int | None = None,
+    codebook: Codebook = "midrise",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Values [..., k] of codes uint8 [..., ceil(k / 2)] in float32, bfloat16 or float16.
+
+    Exactly one of alpha (with language, as given to `quantize`) and scales (as returned by `quantize_dynamic`).
+    """
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes: expected uint8, got {_name(codes.dtype)}")
+    if k < 1 or codes.dim() == 0 or codes.shape[-1] != (k + 1) // 2:
+        raise ValueError(f"codes: expected shape [..., {(k + 1) // 2}] for k={k}, got {list(codes.shape)}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {_name(dtype)}")
+    _check_choice("codebook", codebook, Codebook)
+    size = _checked_group_size("group_size", group_size)
+    lead = codes.shape[:-1]
+    if (alpha is None) == (scales is None):
+        raise ValueError("alpha, scales: expected exactly one of them")
+    if scales is not None:
+        if language is not None:
+            raise ValueError("language: has no meaning with scales, which hold the clip of every row")
+        expected = (*lead, reference.group_count(k, size))
+        if scales.dtype != torch.float32:
+            raise TypeError(f"scales: expected float32, got {_name(scales.dtype)}")
+        if scales.shape != expected:
+            raise ValueError(f"scales: expected shape {list(expected)}, got {list(scales.shape)}")
+        _check_device("scales", scales, codes.device)
+        table = scales
+    elif alpha is not None:
+        table = _table("alpha", alpha, reference.group_count(k, size), codes.device)
+        language = _checked_language(language, table.shape[0], lead, codes.device)
+    function = torch.ops.la_aciq.dequantize if _use_core(codes) else reference.dequantize
+    out: Tensor = function(
+        codes, table, language, k=k, group_size=size, codebook=codebook, per_row=scales is not None, dtype=dtype
+    )
+    return out
+
+
+def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
+    """Randomized block Hadamard transform: y = H_b (signs * x) / sqrt(b) in each block of b along the last dimension.
+
+    x: float32, bfloat16 or float16 [..., K]. signs: +-1 as float32 or int8 [K]. block_size: a power of two that divides K; None for
+    the largest. The transform is orthogonal; H_b is symmetric (Sylvester's order), so signs * rotate(y, ones) undoes it.
+    """
+    _, block = _checked_x(x, None, signs, block_size)
+    function = torch.ops.la_aciq.rotate if _use_core(x) else reference.rotate
+    out: Tensor = function(x, signs, block)
+    return out
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    weight_codebook: Codebook = "midrise",
+    signs: Tensor | None = None,
+    block_size: int | None = None,
+    activation_bits: int = 16,
+    activation_clip: ActivationClip = "static",
+    clip: Tensor | float | None = None,
+    language: Tensor | None = None,
+    activation_group_size: int | None = None,
+    activation_codebook: Codebook = "midrise",
+) -> Tensor:
+    """x times INT4 weights: [..., N] in the dtype of x.
+
+    x: float32, bfloat16 or float16 [..., K].
+    weight: codes uint8 [N, ceil(K / 2)] of group_size along K; weight_scale: their clips, float32 [N, groups]; bias: [N].
+    signs, block_size: x is rotated first (the weights must have been rotated alike).
+    activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook, with
+        activation_clip "static": clip is the table of clips; "rms", "absmax": clip is the table of factors on the statistic of
+        each row's group of activation_group_size elements.
+    language: int32 rows of the clip table.
+    """
+    activation_size, block = _checked_x(x, activation_group_size, signs, block_size)
+    size = _checked_group_size("group_size", group_size)
+    _check_choice("weight_codebook", weight_codebook, Codebook)
+    _check_choice("activation_clip", activation_clip, ActivationClip)
+    _check_choice("activation_codebook", activation_codebook, Codebook)
+    if activation_bits not in (4, 8, 16):
+        raise ValueError(f"activation_bits: expected 16, 8 or 4, got {activation_bits}")
+    if weight.dtype != torch.uint8:
+        raise TypeError(f"weight: expected uint8 codes, got {_name(weight.dtype)}")
+    columns = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != (columns + 1) // 2:
+        raise ValueError(f"weight: expected shape [N, {(columns + 1) // 2}] for K={columns}, got {list(weight.shape)}")
+    _check_device("weight", weight, x.device)
+    expected = (weight.shape[0], reference.group_count(columns, size))
+    if weight_scale.dtype != torch.float32:
+        raise TypeError(f"weight_scale: expected float32, got {_name(weight_scale.dtype)}")
+    if weight_scale.shape != expected:
+        raise ValueError(f"weight_scale: expected shape {list(expected)}, got {list(weight_scale.shape)}")
+    _check_device("weight_scale", weight_scale, x.device)
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise TypeError(f"bias: expected a floating-point tensor, got {_name(bias.dtype)}")
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"bias: expected shape {[weight.shape[0]]}, got {list(bias.shape)}")
+        _check_device("bias", bias, x.device)
+    table = None
+    if activation_bits < 16:
+        if clip is None:
+            raise ValueError(
+                f"clip: expected the clips of the activations for activation_bits={activation_bits}, got None"
+            )
+        table = _checked_table("clip", clip, x, activation_size)
+        language = _checked_language(language, table.shape[0], x.shape[:-1], x.device)
+    else:
+        language = None  # 16-bit activations have no clip to look up
+    function = torch.ops.la_aciq.linear if _use_core(x) else reference.linear
+    out: Tensor = function(
+        x,
+        weight,
+        weight_scale,
+        bias,
+        group_size=size,
+        weight_codebook=weight_codebook,
+        signs=signs,
+        block_size=block,
+        activation_bits=activation_bits,
+        activation_clip=activation_clip,
+        clip=table,
+        language=language,
+        activation_group_size=activation_size,
+        activation_codebook=activation_codebook,
+    )
+    return out
+
+
+# --- Checks of arguments --------------------------------------------------------------------------------------------
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected on {device} like x, got on {tensor.device}")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def _checked_group_size(name: str, group_size: int | None) -> int:
+    if group_size is None or group_size == 0:
+        return 0
+    if group_size < 2 or group_size % 2:
+        raise ValueError(
+            f"{name}: expected an even number of at least 2, or None for one group per row, got {group_size}"
+        )
+    return group_size
+
+
+def _checked_x(x: Tensor, group_size: int | None, signs: Tensor | None, block_size: int | None) -> tuple[int, int]:
+    """Group size and Hadamard block as the operations take them (0 for None)."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x: expected float32, bfloat16 or float16, got {_name(x.dtype)}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape [..., K] with K >= 1, got {list(x.shape)}")
+    k = x.shape[-1]
+    block = block_size or 0
+    if signs is None:
+        if block:
+            raise ValueError(f"block_size: has no meaning without signs, got {block}")
+    else:
+        if signs.dtype not in (torch.float32, torch.int8):
+            raise TypeError(f"signs: expected float32 or int8, got {_name(signs.dtype)}")
+        if signs.shape != (k,):
+            raise ValueError(f"signs: expected shape {[k]}, got {list(signs.shape)}")
+        _check_device("signs", signs, x.device)
+        if block < 0 or block & (block - 1) or (block and k % block):
+            raise ValueError(f"block_size: expected a power of two that divides K={k}, got {block}")
+    return _checked_group_size("group_size", group_size), block
+
+
+def _table(name: str, table: Tensor | float, groups: int, device: torch.device) -> Tensor:
+    """float32 [languages, groups] on device."""
+    if not isinstance(table, Tensor):
+        return torch.full((1, groups), float(table), dtype=torch.float32, device=device)
+    if not table.is_floating_point():
+        raise TypeError(f"{name}: expected a float32 tensor, got {_name(table.dtype)}")
+    _check_device(name, table, device)
+    if table.dim() == 1:
+        table = table.unsqueeze(1).expand(-1, groups)
+    if table.dim() != 2 or table.shape[1] != groups or table.shape[0] == 0:
+        raise ValueError(f"{name}: expected shape [languages, {groups}] or [languages], got {list(table.shape)}")
+    return table.to(torch.float32)
+
+
+def _checked_table(name: str, table: Tensor | float, x: Tensor, group_size: int) -> Tensor:
+    return _table(name, table, reference.group_count(x.shape[-1], group_size), x.device)
+
+
+def _checked_language(language: Tensor | None, languages: int, lead: torch.Size, device: torch.device) -> Tensor | None:
+    """language as int32 that matches the leading dimensions. Ids are compared with the table on the CPU only, where looking at
+    them costs no synchronisation, and not while a graph is captured; elsewhere an id out of range reads row 0."""
+    if language is None:
+        return None
+    if language.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"language: expected int32, got {_name(language.dtype)}")
+    _check_device("language", language, device)
+    matches = language.dim() <= len(lead) and all(n in (1, size) for n, size in zip(language.shape, lead, strict=False))
+    if not matches:
+        raise ValueError(
+            f"language: expected a shape that matches the leading dimensions {list(lead)} of x from the left, "
+            f"got {list(language.shape)}"
+        )
+    if (
+        language.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(language) is Tensor
+        and language.numel()
+    ):
+        low, high = (int(bound) for bound in torch.aminmax(language))
+        if low < 0 or high >= languages:
+            raise ValueError(f"language: expected ids from 0 to {languages - 1}, got {low if low < 0 else high}")
+    return language.to(torch.int32)
+
+
+class _Shared:
+    """An array's memory, offered as writable: torch.from_numpy warns of read-only arrays, and nothing here writes."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+
+
+def _tensor_from_array(x: Any) -> Tensor:
+    """A tensor on the memory of a NumPy array where torch can express it, else on a copy."""
+    array = np.asarray(x)
+    if array.dtype.kind in "biu":
+        array = array.astype(np.float64)
+    if array.dtype.kind != "f":
+        raise TypeError(f"x: expected a tensor or an array of real numbers, got dtype {array.dtype}")
+    if array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    if not array.flags.writeable:
+        array = np.asarray(_Shared(array))
+    return torch.from_numpy(array)
+
+
+# --- Shapes for torch.compile ---------------------------------------------------------------------------------------
+
+if _WHY_NO_CORE is None:
+
+    @torch.library.register_fake("la_aciq::moments")
+    def _(
+        x: Tensor, language: Tensor | None = None, languages: int = 1, histogram: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        bins = HISTOGRAM_BINS if histogram else 0
+        return (
+            x.new_empty((languages, STATE_SIZE), dtype=torch.float64),
+            x.new_empty((languages, bins, 2), dtype=torch.int64),
+        )
+
+    @torch.library.register_fake("la_aciq::quantize")
+    def _(
+        x: Tensor,
+        alpha: Tensor,
+        language: Tensor | None = None,
+        group_size: int = 0,
+        codebook: str = "midrise",
+        signs: Tensor | None = None,
+        block_size: int = 0,
+        tail_sums: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
+        languages = alpha.shape[0] if tail_sums else 0
+        return codes, x.new_empty((languages, alpha.shape[1], 4), dtype=torch.float64)
+
+    @torch.library.register_fake("la_aciq::quantize_dynamic")
+    def _(
+        x: Tensor,
+        shape: Tensor,
+        language: Tensor | None = None,
+        group_size: int = 0,
+        statistic: str = "rms",
+        codebook: str = "midrise",
+        signs: Tensor | None = None,
+        block_size: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
+        return codes, x.new_empty((*x.shape[:-1], shape.shape[1]), dtype=torch.float32)
+
+    @torch.library.register_fake("la_aciq::dequantize")
+    def _(
+        codes: Tensor,
+        alpha: Tensor,
+        language: Tensor | None = None,
+        *,
+        k: int,
+        group_size: int = 0,
+        codebook: str = "midrise",
+        per_row: bool = False,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
+
+    @torch.library.register_fake("la_aciq::rotate")
+    def _(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("la_aciq::linear")
+    def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))

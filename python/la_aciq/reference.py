@@ -1,0 +1,271 @@
+"""What every operation computes, in float64 and plain PyTorch: the oracle of the tests and the fallback without a core.
+
+Shapes, dtypes and arguments are those of the schemas in csrc/ops.cpp; the wrappers in ops.py have checked them. Everything
+runs on any device and traces under torch.compile(fullgraph=True).
+
+The codebook of B bits has N = 2^B levels and step Delta = 2 alpha / (N - 1):
+
+    midrise    code = clamp(floor(x / Delta) + N/2, 0, N-1)              value = (code - (N-1)/2) Delta
+    midtread   code = clamp(round_half_even(x / Delta) + N/2, 0, N-1)    value = (code - N/2) Delta
+
+NaN takes code N/2, +-Inf the end codes. A clip alpha that is not finite and positive gives code N/2 and value 0.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._moments import HISTOGRAM_BINS
+
+
+def largest_power_of_two_divisor(k: int) -> int:
+    """The block of the Hadamard transform where none is given."""
+    return k & -k if k else 1
+
+
+def group_count(k: int, group_size: int) -> int:
+    return 1 if group_size == 0 else -(-k // group_size)
+
+
+def rows_of_table(language: Tensor | None, languages: int, lead: torch.Size) -> Tensor:
+    """int64 [*lead]: the row of the table each row of x reads. None and ids out of range read row 0."""
+    if language is None:
+        return torch.zeros((), dtype=torch.int64).expand(lead)
+    ids = language.to(torch.int64)
+    ids = torch.where((ids >= 0) & (ids < languages), ids, 0)
+    return ids.reshape(*ids.shape, *[1] * (len(lead) - ids.dim())).expand(lead)
+
+
+def per_element(per_group: Tensor, k: int, group_size: int) -> Tensor:
+    """[..., groups] -> [..., k]."""
+    if group_size == 0:
+        return per_group.expand(*per_group.shape[:-1], k)
+    return per_group.repeat_interleave(group_size, dim=-1)[..., :k]
+
+
+def clip_per_group(table: Tensor, language: Tensor | None, lead: torch.Size) -> Tensor:
+    """float64 [*lead, groups]: the table's row of each row of x."""
+    rows = rows_of_table(language, table.shape[0], lead).to(table.device)
+    return table.to(torch.float64)[rows]
+
+
+def _valid(alpha: Tensor) -> Tensor:
+    return torch.isfinite(alpha) & (alpha > 0)
+
+
+def to_codes(x: Tensor, alpha: Tensor, bits: int, codebook: str) -> Tensor:
+    """float64 codes 0 .. 2^bits - 1 of x [...] for clips alpha that broadcast against it."""
+    levels = 2**bits
+    valid = _valid(alpha)
+    scaled = x.to(torch.float64) * (levels - 1) / (2 * torch.where(valid, alpha, 1.0))
+    scaled = torch.where(valid & ~torch.isnan(scaled), scaled, 0.0)
+    rounded = torch.floor(scaled) if codebook == "midrise" else torch.round(scaled)
+    return torch.clamp(rounded + levels // 2, 0, levels - 1)
+
+
+def to_values(codes: Tensor, alpha: Tensor, bits: int, codebook: str) -> Tensor:
+    """float64 values of codes for clips alpha that broadcast against them."""
+    levels = 2**bits
+    zero = (levels - 1) / 2 if codebook == "midrise" else levels // 2
+    step = 2 * torch.where(_valid(alpha), alpha, 0.0) / (levels - 1)
+    return (codes.to(torch.float64) - zero) * step
+
+
+def fake_quantize(x: Tensor, alpha: Tensor, bits: int = 4, codebook: str = "midrise") -> Tensor:
+    """x rounded to the codebook of `bits` bits, in the dtype of x. alpha broadcasts against x."""
+    alpha = alpha.to(torch.float64)
+    return to_values(to_codes(x, alpha, bits, codebook), alpha, bits, codebook).to(x.dtype)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """uint8 [..., ceil(K / 2)] of codes [..., K] in 0 .. 15: the even index in the low nibble, an odd K padded with 0."""
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, codes.shape[-1] % 2))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor, k: int) -> Tensor:
+    """uint8 [..., k] of uint8 [..., ceil(k / 2)]."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :k]
+
+
+def rotate(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
+    """y = H_b (signs * x) / sqrt(b) per block of b along the last dimension, in the dtype of x."""
+    return _rotate64(x, signs, block_size).to(x.dtype)
+
+
+def _rotate64(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
+    if signs is None:
+        return x.to(torch.float64)
+    k = x.shape[-1]
+    block = block_size or largest_power_of_two_divisor(k)
+    y = (x.to(torch.float64) * signs.to(torch.float64)).unflatten(-1, (k // block, block))
+    half = 1
+    while half < block:
+        pairs = y.unflatten(-1, (block // (2 * half), 2, half))
+        even, odd = pairs[..., 0, :], pairs[..., 1, :]
+        y = torch.stack([even + odd, even - odd], dim=-2).flatten(-3)
+        half *= 2
+    return y.flatten(-2) / math.sqrt(block)
+
+
+def moments(
+    x: Tensor, language: Tensor | None = None, languages: int = 1, histogram: bool = False
+) -> tuple[Tensor, Tensor]:
+    """State float64 [languages, 8] and histogram int64 [languages, 258 or 0, 2]; _moments.py defines both."""
+    lead = x.shape[:-1] if x.dim() else x.shape
+    rows = rows_of_table(language, languages, lead).to(x.device)
+    values = x.to(torch.float64).reshape(-1)
+    index = (rows.unsqueeze(-1) if x.dim() else rows).expand(x.shape).reshape(-1)
+    finite = torch.isfinite(values)
+    clean = torch.where(finite, values, 0.0)
+    weight = finite.to(torch.float64)
+
+    def total(per_element: Tensor) -> Tensor:
+        return torch.zeros(languages, dtype=torch.float64, device=x.device).index_add(0, index, per_element)
+
+    count = total(weight)
+    divisor = count.clamp(min=1.0)
+    mean = total(clean) / divisor
+    deviation = (clean - mean[index]) * weight
+    s2, s3, s4 = (total(deviation**p) for p in (2, 3, 4))
+    # The powers are about the rounded mean; the residual takes them to the mean itself.
+    residual = total(deviation) / divisor
+    powers = [
+        s2 - count * residual**2,
+        s3 - 3 * residual * s2 + 2 * count * residual**3,
+        s4 - 4 * residual * s3 + 6 * residual**2 * s2 - 3 * count * residual**4,
+    ]
+    low = torch.full((languages,), math.inf, dtype=torch.float64, device=x.device)
+    low = low.scatter_reduce(0, index, torch.where(finite, values, math.inf), "amin")
+    high = torch.full((languages,), -math.inf, dtype=torch.float64, device=x.device)
+    high = high.scatter_reduce(0, index, torch.where(finite, values, -math.inf), "amax")
+    state = torch.stack([count, mean + residual, *powers, low, high, total(1.0 - weight)], dim=-1)
+    if not histogram:
+        return state, torch.zeros(languages, 0, 2, dtype=torch.int64, device=x.device)
+
+    bits = clean.abs().clamp(max=torch.finfo(torch.float32).max).to(torch.float32).view(torch.int32)
+    bins = ((bits >> 20) - (111 << 3) + 1).clamp(0, HISTOGRAM_BINS - 1)
+    inner = finite & (bins > 0) & (bins < HISTOGRAM_BINS - 1)
+    entries = torch.stack([finite.to(torch.int64), torch.where(inner, bits & 0xFFFFF, 0).to(torch.int64)], dim=-1)
+    counts = torch.zeros(languages * HISTOGRAM_BINS, 2, dtype=torch.int64, device=x.device)
+    counts = counts.index_add(0, index * HISTOGRAM_BINS + bins, entries)
+    return state, counts.reshape(languages, HISTOGRAM_BINS, 2)
+
+
+def quantize(
+    x: Tensor,
+    alpha: Tensor,
+    language: Tensor | None = None,
+    group_size: int = 0,
+    codebook: str = "midrise",
+    signs: Tensor | None = None,
+    block_size: int = 0,
+    tail_sums: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [..., ceil(K / 2)] and, per language and group, float64 [languages or 0, groups, 4]: the finite elements,
+    those with |x| > alpha, the sum of |x| over those, the non-finite elements (all after rotation)."""
+    k = x.shape[-1]
+    x = _rotate64(x, signs, block_size)
+    clip = per_element(clip_per_group(alpha, language, x.shape[:-1]), k, group_size)
+    codes = pack(to_codes(x, clip, 4, codebook))
+    languages, groups = alpha.shape
+    if not tail_sums:
+        return codes, torch.zeros(0, groups, 4, dtype=torch.float64, device=x.device)
+
+    finite = torch.isfinite(x)
+    beyond = finite & (x.abs() > clip)
+    each = torch.stack([finite, beyond, torch.where(beyond, x.abs(), 0.0), ~finite], dim=-1)
+    group = torch.arange(k, device=x.device) // (group_size or max(k, 1))
+    rows = rows_of_table(language, languages, x.shape[:-1]).to(x.device).unsqueeze(-1)
+    index = (rows * groups + group).reshape(-1)
+    tail = torch.zeros(languages * groups, 4, dtype=torch.float64, device=x.device)
+    return codes, tail.index_add(0, index, each.reshape(-1, 4)).reshape(languages, groups, 4)
+
+
+def dynamic_clip(x: Tensor, shape_per_group: Tensor, group_size: int, statistic: str) -> Tensor:
+    """float32 [..., groups]: shape * rms or absmax of the finite elements of each group of x (float64 [..., K])."""
+    k = x.shape[-1]
+    groups = group_count(k, group_size)
+    size = group_size or k
+    finite = torch.isfinite(x)
+    padding = (0, groups * size - k)
+    clean = torch.nn.functional.pad(torch.where(finite, x, 0.0), padding).unflatten(-1, (groups, size))
+    if statistic == "absmax":
+        measured = clean.abs().amax(-1)
+    else:
+        count = torch.nn.functional.pad(finite.to(torch.float64), padding).unflatten(-1, (groups, size)).sum(-1)
+        measured = (clean.square().sum(-1) / count.clamp(min=1.0)).sqrt()
+    return (shape_per_group * measured).to(torch.float32)
+
+
+def quantize_dynamic(
+    x: Tensor,
+    shape: Tensor,
+    language: Tensor | None = None,
+    group_size: int = 0,
+    statistic: str = "rms",
+    codebook: str = "midrise",
+    signs: Tensor | None = None,
+    block_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [..., ceil(K / 2)] and the clips they were made with, float32 [..., groups]."""
+    x = _rotate64(x, signs, block_size)
+    factor = clip_per_group(shape, language, x.shape[:-1])
+    scales = dynamic_clip(x, factor, group_size, statistic)
+    clip = per_element(scales.to(torch.float64), x.shape[-1], group_size)
+    return pack(to_codes(x, clip, 4, codebook)), scales
+
+
+def dequantize(
+    codes: Tensor,
+    alpha: Tensor,
+    language: Tensor | None = None,
+    *,
+    k: int,
+    group_size: int = 0,
+    codebook: str = "midrise",
+    per_row: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Values [..., k] in dtype. per_row: alpha is [..., groups], one clip per row and group, as quantize_dynamic returns."""
+    clip = alpha.to(torch.float64) if per_row else clip_per_group(alpha, language, codes.shape[:-1])
+    return to_values(unpack(codes, k), per_element(clip, k, group_size), 4, codebook).to(dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group_size: int = 0,
+    weight_codebook: str = "midrise",
+    signs: Tensor | None = None,
+    block_size: int = 0,
+    activation_bits: int = 16,
+    activation_clip: str = "static",
+    clip: Tensor | None = None,
+    language: Tensor | None = None,
+    activation_group_size: int = 0,
+    activation_codebook: str = "midrise",
+) -> Tensor:
+    """x [..., K], rotated where signs are given and quantized to activation_bits, times INT4 weights [N, K]; [..., N]."""
+    k = x.shape[-1]
+    y = _rotate64(x, signs, block_size)
+    if activation_bits < 16 and clip is not None:
+        per_group = clip_per_group(clip, language, x.shape[:-1])
+        if activation_clip != "static":
+            per_group = dynamic_clip(y, per_group, activation_group_size, activation_clip).to(torch.float64)
+        y = fake_quantize(y, per_element(per_group, k, activation_group_size), activation_bits, activation_codebook)
+    dense = dequantize(
+        weight,
+        weight_scale,
+        k=k,
+        group_size=group_size,
+        codebook=weight_codebook,
+        per_row=True,
+        dtype=torch.float64,
+    )
+    out = torch.nn.functional.linear(y, dense, None if bias is None else bias.to(torch.float64))
+    return out.to(x.dtype)

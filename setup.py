@@ -1,0 +1,160 @@
+"""Builds the C++ core `la_aciq._C`; everything else about the package is in pyproject.toml.
+
+    LA_ACIQ_BUILD   unset: compile where PyTorch and a C++ compiler are found, else install as pure Python and say why
+                    1: compile, anything missing is an error        0: pure Python
+    LA_ACIQ_CUDA    0 or unset: the CPU core; 1 is refused until the package has CUDA sources
+    MAX_JOBS        compiler processes at a time (default: one per CPU)
+
+PyTorch is imported from the environment the package will run in, so compile with `pip install --no-build-isolation`.
+Under build isolation PyTorch is not importable and the result is a pure-Python package.
+
+The kernels in csrc/cpu know nothing of PyTorch. They are compiled once per instruction set, each file with its own flags,
+and one is chosen when the program runs: the binary works on every x86-64 CPU.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# -ffp-contract=off: a fused multiply-add where another CPU has none would give other codes for the same input.
+COMMON_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+WARNING_FLAGS = ["-Wall", "-Wextra"]
+ISA_FLAGS = {
+    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avx512": [
+        *("-mavx2", "-mfma", "-mf16c"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+class CoreNotBuilt(Exception):
+    """Why the package is installed without its compiled core."""
+
+
+def find_compiler() -> str:
+    """The C++ compiler setuptools will run; it must produce an object file, not merely exist."""
+    name = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++").split()[0]
+    compiler = shutil.which(name)
+    if compiler is None:
+        raise CoreNotBuilt(f"no C++ compiler was found ({name})")
+    probe = [compiler, "-std=c++20", "-x", "c++", "-", "-fsyntax-only"]
+    result = subprocess.run(probe, input="#include <cstdint>\n", text=True, capture_output=True, check=False)
+    if result.returncode != 0:
+        raise CoreNotBuilt(f"{compiler} does not compile C++20: {result.stderr.strip().splitlines()[-1:]}")
+    return compiler
+
+
+def core_extension() -> Extension:
+    """The extension, or CoreNotBuilt with the reason there can be none."""
+    if os.environ.get("LA_ACIQ_BUILD") == "0":
+        raise CoreNotBuilt("LA_ACIQ_BUILD=0")
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise CoreNotBuilt(
+            f"PyTorch cannot be imported here ({error}); install torch, then use pip install --no-build-isolation"
+        ) from error
+    if sys.platform == "win32":
+        raise CoreNotBuilt("the core has no Windows build")
+    os.environ.setdefault("CXX", find_compiler())
+
+    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+    if not IS_X86:
+        sources = [source for source in sources if Path(source).stem not in ISA_FLAGS]
+    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
+    library_dirs = cpp_extension.library_paths()
+    return Extension(
+        "la_aciq._C",
+        sources=sources,
+        depends=headers,
+        include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
+        library_dirs=library_dirs,
+        libraries=["c10", "torch", "torch_cpu", "torch_python"],
+        define_macros=[
+            ("TORCH_EXTENSION_NAME", "_C"),
+            ("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi()))),
+        ],
+        language="c++",
+    )
+
+
+class BuildCore(build_ext):
+    """Compiles each source with the flags of its instruction set, several at a time."""
+
+    def build_extension(self, ext: Extension) -> None:
+        def compile_one(source: str) -> str:
+            torch_free = Path(source).stem.startswith("kernels_")
+            flags = COMMON_FLAGS + (WARNING_FLAGS if torch_free else []) + ISA_FLAGS.get(Path(source).stem, [])
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=flags,
+                depends=ext.depends,
+            )[0]
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            objects = list(pool.map(compile_one, ext.sources))
+        # Linking over a library that a running process has mapped would change the code under it.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=ext.libraries,
+            library_dirs=ext.library_dirs,
+            extra_postargs=["-Wl,-z,now"] if sys.platform == "linux" else [],
+            target_lang="c++",
+        )
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs: replace the library in the source tree, never overwrite it in place."""
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            in_tree, _ = self._get_inplace_equivalent(build_py, ext)
+            Path(in_tree).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+
+if os.environ.get("LA_ACIQ_CUDA") == "1":
+    sys.exit("LA_ACIQ_CUDA=1: this version of la-aciq has no CUDA sources; unset LA_ACIQ_CUDA to build for the CPU")
+try:
+    extensions = [core_extension()]
+except CoreNotBuilt as reason:
+    if os.environ.get("LA_ACIQ_BUILD") == "1":
+        sys.exit(f"LA_ACIQ_BUILD=1, but the C++ core cannot be built: {reason}")
+    print(
+        f"la-aciq: installing without the C++ core, {reason}. The reference in PyTorch runs instead.", file=sys.stderr
+    )
+    extensions = []
+
+packages = [
+    str(path.parent.relative_to(ROOT / "python")).replace("/", ".") for path in ROOT.glob("python/**/__init__.py")
+]
+setup(
+    packages=[*sorted(packages), "la_aciq.kernels"],
+    package_dir={"": "python", "la_aciq.kernels": "kernels"},
+    package_data={"la_aciq": ["py.typed", "*.pyi"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildCore},
+)
