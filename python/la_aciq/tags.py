@@ -38,7 +38,7 @@ def canonical(tag: str) -> str:
         known = False
     if not known:
         raise LaAciqError(f"language tag {tag!r} is not BCP-47 (a language of the registry, such as 'sw' or 'pt-BR')")
-    return langcodes.standardize_tag(tag)
+    return str(langcodes.standardize_tag(tag))
 
 
 def match(tag: str, available: Iterable[str]) -> str:

@@ -1,0 +1,302 @@
+"""Calibration: a model reads texts while hooks gather statistics of every linear layer's input.
+
+What is kept is one set of moments and one histogram per layer, group and language. Memory does not grow with the text.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import ops, rotation
+from .._moments import Moments
+from .._version import __version__
+from ..errors import LaAciqError
+from ..models import fingerprint
+from .profile import JSON_FILE, Kind, Profile
+from .texts import TokenizedText, tokenize
+
+# The projections whose outputs a KV cache holds, by the last component of their name.
+_CACHED: dict[str, Kind] = {"k_proj": "key", "v_proj": "value"}
+
+
+def calibrate(
+    model: nn.Module,
+    texts: Mapping[str, Any],
+    tokenizer: Any = None,
+    *,
+    seqlen: int = 512,
+    tokens: int = 1024,
+    group_size: int = 64,
+    rotate: bool = True,
+    seed: int = 0,
+    ignore: Sequence[str] = ("lm_head",),
+    progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+) -> Profile:
+    """Measure, by language, the inputs of a model's linear layers and the outputs of its key and value projections.
+
+    model: a Hugging Face causal language model.
+    texts: by BCP-47 tag a str, a list of str, or token ids (then the tokenizer may be None); see
+        `calibration.tokenize`.
+    seqlen, tokens: the first `tokens` tokens of each text are read, in windows of seqlen.
+    group_size: elements along the input that share statistics: even, or 0 for one group per token. Outputs of key and
+        value projections have one group per head.
+    rotate, seed: measure inputs after the randomized Hadamard rotation with these signs.
+    ignore: names of linear layers to leave out: full names, last components, or shell patterns.
+    resume: a folder to keep finished languages in. When it holds some, from a run that was interrupted, they are not
+        measured again, and the result is the same bit for bit. It can be deleted once the profile is saved.
+
+    Raises `LaAciqError` for texts that are too short, for NaN or infinities in the weights or activations (it names the
+    layer), and when `resume` holds a calibration with other settings.
+    """
+    if group_size < 0 or group_size % 2:
+        raise LaAciqError(f"group_size = {group_size}; expected an even number of elements, or 0 for the whole row")
+    tokenized = tokenize(texts, tokenizer)
+    windows = {tag: text.windows(tag, tokens=tokens, seqlen=seqlen) for tag, text in tokenized.items()}
+    _check_ids(model, tokenized, seqlen)
+    _check_weights(model)
+    settings = {
+        "fingerprint": fingerprint(model),
+        "architecture": type(model).__name__,
+        "rotation": {"enabled": rotate, "seed": seed},
+        "group_size": group_size,
+        "seqlen": seqlen,
+        "ignore": list(ignore),
+    }
+    hashes = {tag: hashlib.sha256(text.ids[:tokens].tobytes()).hexdigest() for tag, text in tokenized.items()}
+    collector = _Collector(model, group_size, seed if rotate else None, ignore)
+    done: dict[str, Mapping[str, Moments]] = {}
+    if resume is not None and (Path(resume) / JSON_FILE).exists():
+        done = collector.continue_from(_checked_partial(Path(resume), settings, hashes), list(tokenized))
+
+    def profile_of(languages: Sequence[str]) -> Profile:
+        metadata = {
+            **settings,
+            "tokens": dict.fromkeys(languages, tokens),
+            "texts": {tag: hashes[tag] for tag in languages},
+            "versions": {"la_aciq": __version__, "torch": torch.__version__},
+        }
+        measured = {tag: done[tag] for tag in languages}
+        return Profile.from_languages(measured, collector.sink, collector.sites, collector.layers, metadata)
+
+    device = next(model.parameters()).device
+    with (
+        tqdm(total=tokens * len(windows), initial=tokens * len(done), unit="tok", disable=not progress) as bar,
+        collector.attached() as network,
+    ):
+        for tag, pieces in windows.items():
+            if tag in done:
+                continue
+            bar.set_description(f"calibrating {tag}")
+            collector.begin_language()
+            for window in pieces:
+                network(input_ids=torch.from_numpy(window.ids).to(device)[None], use_cache=False)
+                bar.update(len(window.ids))
+            done[tag] = collector.end_language()
+            if resume is not None:
+                profile_of(list(done)).save(resume, force=True)
+        bar.set_description("calibrated")
+    return profile_of(list(windows))
+
+
+class _Collector:
+    """Hooks on a model's layers and the statistics they add up.
+
+    sites: (kind, k, group size) by site name. layers: the site of each layer. sink: the first tokens' statistics so
+    far. A language's statistics join the rest when its last window is through, so that an interruption leaves nothing
+    half done.
+    """
+
+    def __init__(self, model: nn.Module, group_size: int, seed: int | None, ignore: Sequence[str]) -> None:
+        self.sites: dict[str, tuple[Kind, int, int]] = {}
+        self.layers: dict[str, str] = {}
+        self.sink: dict[str, Moments] = {}
+        self._model = model
+        self._group_size = group_size
+        self._seed = seed
+        self._linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not _ignored(name, ignore)
+        }
+        if not self._linears:
+            raise LaAciqError(
+                f"{type(model).__name__} has no linear layers (torch.nn.Linear) to calibrate outside {list(ignore)}"
+            )
+        for name, module in self._linears.items():
+            if module.in_features == 0:
+                raise LaAciqError(f"layer {name!r} has no input features (K = 0); leave it out with ignore")
+        self._signs: dict[int, Tensor] = {}
+        self._last: tuple[Tensor, str] | None = None
+        self._tokens = 0
+        self._language: dict[str, Moments] = {}
+        self._language_sink: dict[str, Moments] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[Callable[..., Any]]:
+        """The model to call, hooked, in evaluation mode and without gradients, as long as the block lasts."""
+        # The output head is a fifth of a small model's work; where it is not measured it need not run.
+        body = getattr(self._model, "base_model", self._model)
+        inside = set(map(id, body.modules()))
+        network = body if all(id(module) in inside for module in self._linears.values()) else self._model
+        training = self._model.training
+        with ExitStack() as stack:
+            stack.callback(self._model.train, training)
+            self._model.eval()
+            stack.callback(setattr, self, "_last", None)
+            handles = [network.register_forward_pre_hook(self._begin_window, with_kwargs=True)]
+            for name, module in self._linears.items():
+                handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+                kind = _CACHED.get(name.rpartition(".")[2])
+                if kind is not None:
+                    handles.append(module.register_forward_hook(self._output_hook(f"{name}.output", kind)))
+            for handle in handles:
+                stack.callback(handle.remove)
+            stack.enter_context(torch.inference_mode())
+            yield network
+
+    def begin_language(self) -> None:
+        self._language, self._language_sink = {}, {}
+
+    def end_language(self) -> dict[str, Moments]:
+        """The language's own statistics by site; its first tokens join the sink's."""
+        for site, moments in self._language_sink.items():
+            self.sink[site] = self.sink[site] + moments if site in self.sink else moments
+        return self._language
+
+    def continue_from(self, partial: Profile, languages: Sequence[str]) -> dict[str, Mapping[str, Moments]]:
+        """Take over an earlier run's sites and sink; its statistics by language, in the order of `languages`."""
+        self.sites = {name: (site.kind, site.k, site.group_size) for name, site in partial.sites.items()}
+        self.layers = dict(partial.layers)
+        self.sink = {site: moments for site, moments in partial.row("sink").items() if moments.count.any()}
+        return {
+            tag: {site: moments for site, moments in partial.row(tag).items() if moments.count.any()}
+            for tag in languages
+            if tag in partial.languages
+        }
+
+    def _begin_window(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._tokens = kwargs["input_ids"].shape[1]
+        self._last = None
+
+    def _input_hook(self, layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            # Projections that read the very same tensor come one after the other: it is measured once, for the first.
+            if self._last is not None and self._last[0] is x and self.layers.get(layer, self._last[1]) == self._last[1]:
+                self.layers[layer] = self._last[1]
+                return
+            self._last = (x, layer)
+            self.layers[layer] = layer
+            values = x.float()
+            if self._seed is not None:
+                k = x.shape[-1]
+                if k not in self._signs:
+                    self._signs[k] = torch.from_numpy(rotation.signs(k, self._seed)).to(x.device)
+                values = ops.rotate(values, self._signs[k])
+            self._measure(layer, "input", self._group_size or x.shape[-1], values)
+
+        return hook
+
+    def _output_hook(self, site: str, kind: Kind) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self.layers[site] = site
+            self._measure(site, kind, self._head_dim(), output.float())
+
+        return hook
+
+    def _head_dim(self) -> int:
+        config: Any = getattr(self._model, "config", None)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(head_dim)
+
+    def _measure(self, site: str, kind: Kind, group_size: int, x: Tensor) -> None:
+        """Add x [..., K]: its first row to the sink's statistics, the others to the language's."""
+        k = x.shape[-1]
+        self.sites[site] = (kind, k, min(group_size, k))
+        rows = x.reshape(-1, k)
+        if len(rows) == 0:
+            return
+        # Rows that are not the window's tokens (an expert's share of them) have no first token among them.
+        row = torch.zeros(len(rows), dtype=torch.int32, device=x.device)
+        if len(rows) == self._tokens:
+            row[0] = 1
+        measured = _moments_by_group(rows, row, min(group_size, k))
+        bad = int(measured.nonfinite.sum())
+        if bad:
+            what = "input" if kind == "input" else "output"
+            name = site.removesuffix(".output")
+            raise LaAciqError(
+                f"the {what} of layer {name!r} has {bad} NaN or infinite values; the model or its dtype is broken"
+            )
+        for total, own in ((self._language, measured[0]), (self._language_sink, measured[1])):
+            if own.count.any():
+                total[site] = total[site] + own if site in total else own
+
+
+def _moments_by_group(x: Tensor, row: Tensor, group_size: int) -> Moments:
+    """Moments [2, groups] with histogram of x [tokens, K], by row (int32 [tokens], 0 or 1) and group along K."""
+    states, histograms = [], []
+    whole = x.shape[1] // group_size * group_size
+    for part in (x[:, :whole].reshape(len(x), -1, group_size), x[:, whole:].unsqueeze(1)):
+        if part.shape[-1] == 0:
+            continue
+        groups = part.shape[1]
+        segment = row[:, None] * groups + torch.arange(groups, dtype=torch.int32, device=x.device)
+        moments = ops.moments(part, segment, 2 * groups, histogram=True)
+        states.append(moments.state.reshape(2, groups, -1))
+        histograms.append(np.asarray(moments.histogram).reshape(2, groups, -1, 2))
+    return Moments.from_state(np.concatenate(states, axis=1), np.concatenate(histograms, axis=1))
+
+
+def _ignored(name: str, ignore: Sequence[str]) -> bool:
+    return any(pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern) for pattern in ignore)
+
+
+def _check_ids(model: nn.Module, texts: Mapping[str, TokenizedText], seqlen: int) -> None:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and seqlen > positions:
+        raise LaAciqError(f"seqlen = {seqlen} is longer than the {positions} positions of {type(model).__name__}")
+    input_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    if input_embeddings is None:
+        raise LaAciqError(f"{type(model).__name__} is not a Hugging Face causal language model")
+    embeddings = input_embeddings()
+    for tag, text in texts.items():
+        if text.ids.min() < 0 or text.ids.max() >= embeddings.num_embeddings:
+            raise LaAciqError(
+                f"texts[{tag!r}] has token ids from {text.ids.min()} to {text.ids.max()}; "
+                f"the model knows 0 to {embeddings.num_embeddings - 1}"
+            )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        bad = int((~torch.isfinite(parameter.detach())).sum())
+        if bad:
+            raise LaAciqError(
+                f"weight {name!r} has {bad} NaN or infinite values among {parameter.numel()}; expected finite weights"
+            )
+
+
+def _checked_partial(folder: Path, settings: Mapping[str, Any], hashes: Mapping[str, str]) -> Profile:
+    """The unfinished calibration in a folder, if this run is its continuation."""
+    partial = Profile.load(folder)
+    differing = [key for key, value in settings.items() if partial.metadata.get(key) != value]
+    differing += [
+        f"the text for {tag!r}" for tag in partial.languages if partial.metadata["texts"][tag] != hashes.get(tag)
+    ]
+    if differing:
+        raise LaAciqError(
+            f"{str(folder)!r} keeps an unfinished calibration that differs in {differing[0]}; "
+            "delete it, or repeat its command"
+        )
+    return partial

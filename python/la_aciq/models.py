@@ -1,0 +1,123 @@
+"""Hugging Face causal language models: loading them with errors one can act on, and telling them apart."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import LaAciqError
+
+# What makes two configurations the same network; the rest of a config.json varies with versions and habits of saving.
+_ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "tie_word_embeddings",
+)
+_SAMPLES_PER_WEIGHT = 64
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of what a model is: architecture, names and shapes of its parameters, and 64 values of each.
+
+    Cheap and deterministic. The same weights in another dtype, or dequantized differently, are another model.
+    """
+    config = getattr(model, "config", None)
+    digest = hashlib.sha256(
+        repr([type(model).__name__, [getattr(config, key, None) for key in _ARCHITECTURE]]).encode()
+    )
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        values = parameter.detach().reshape(-1)
+        picked = torch.from_numpy(
+            np.linspace(0, max(len(values) - 1, 0), min(_SAMPLES_PER_WEIGHT, len(values)), dtype=np.int64)
+        )
+        digest.update(values[picked.to(values.device)].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
+    """A causal language model, in evaluation mode, and its tokenizer.
+
+    name: a folder, a .gguf file, or a Hugging Face model id (from the cache, or the hub where it can be reached). Code
+        that comes with a model is never run.
+    dtype: "float32", "bfloat16", "float16" or "auto" (as stored); None is float32 on a CPU and "auto" elsewhere.
+
+    Raises `LaAciqError` in one sentence when there is no such model, it is not causal, or it is quantized already.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place = _locate(name)
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise LaAciqError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+    if dtype is None:
+        dtype = "float32" if target.type == "cpu" else "auto"
+    try:
+        config = AutoConfig.from_pretrained(**place)
+        _check_causal(name, config)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except LaAciqError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if "gguf_file" in place:
+        # The weights are floating-point now; what the file stored them as is of no further concern.
+        del model.config.quantization_config
+    return model.to(target).eval(), tokenizer
+
+
+def _locate(name: str) -> dict[str, str]:
+    """Arguments of `from_pretrained` for a folder, a .gguf file or a hub id."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise LaAciqError(
+                f"model {name!r} is a file; expected a model folder, a .gguf file or a Hugging Face model id"
+            )
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LaAciqError(f"model folder {name!r} has no config.json; expected a folder made by save_pretrained")
+        return {"pretrained_model_name_or_path": str(path)}
+    # A hub id is "owner/name"; anything else with a separator, or starting as a path does, is meant as one.
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name or "\\" in name:
+        raise LaAciqError(f"model path {name!r} does not exist")
+    return {"pretrained_model_name_or_path": name}
+
+
+def _check_causal(name: str, config: Any) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    encoder = bool(getattr(config, "is_encoder_decoder", False)) or config.model_type in (
+        "bert",
+        "roberta",
+        "distilbert",
+    )
+    if not causal or encoder:
+        found = architectures[0] if architectures else config.model_type
+        raise LaAciqError(
+            f"model {name!r} is not a causal language model: it is {found}; expected an architecture ...ForCausalLM"
+        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and "gguf" not in str(quantization).lower():
+        raise LaAciqError(f"model {name!r} is quantized already; expected floating-point weights")
+
+
+def _first_line(error: BaseException) -> str:
+    """The first sentence of an error from another library, which may go on for a page."""
+    text = str(error).strip().splitlines()
+    return text[0].rstrip() if text else type(error).__name__
