@@ -112,7 +112,14 @@ class ClipTable:
                     f"arrays of a clip table must be named alpha/, shape/ or shrinkage/ and a layer, got {name!r}"
                 )
             fields[field][layer] = np.asarray(values)
-        return cls(rows=tuple(metadata["rows"]), **{name: metadata[name] for name in _METADATA_FIELDS}, **fields)
+        chosen: dict[str, Any] = {name: metadata[name] for name in _METADATA_FIELDS}
+        return cls(
+            rows=tuple(metadata["rows"]),
+            alpha=fields["alpha"],
+            shape=fields["shape"],
+            shrinkage=fields["shrinkage"],
+            **chosen,
+        )
 
 
 _ARRAY_FIELDS = ("alpha", "shape", "shrinkage")
