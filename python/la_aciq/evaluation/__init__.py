@@ -1,0 +1,18 @@
+"""What quantization costs each language: evaluation, the report, and its plots."""
+
+from .evaluate import evaluate, evaluate_configurations
+from .report import Comparison, Configuration, Curve, Difference, LanguageResult, Layers, Report
+from .summary import summarize
+
+__all__ = [
+    "Comparison",
+    "Configuration",
+    "Curve",
+    "Difference",
+    "LanguageResult",
+    "Layers",
+    "Report",
+    "evaluate",
+    "evaluate_configurations",
+    "summarize",
+]

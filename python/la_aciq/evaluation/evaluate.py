@@ -1,0 +1,318 @@
+"""What a quantized model loses in each language, against the model it was made from."""
+
+import copy
+import datetime
+import itertools
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from .. import __version__
+from ..calibration import Profile, Window, tokenize
+from ..errors import LaAciqError
+from ..models import fingerprint
+from ..nn import QuantConfig, Quantization, bits_per_weight, quantize_model
+from .loss import (
+    CONFIDENCE,
+    RESAMPLES,
+    SEGMENT,
+    TAIL_NATS,
+    Float64,
+    bootstrap_ratios,
+    interval,
+    segment_sums,
+    tail_rate,
+    token_losses,
+)
+from .report import Comparison, Configuration, Difference, LanguageResult, Report
+from .summary import summarize
+
+_BITS = 1 / np.log(2)  # per nat
+
+
+def evaluate(
+    model: nn.Module,
+    reference_model: nn.Module,
+    *,
+    texts: Mapping[str, Any],
+    tokenizer: Any = None,
+    seqlen: int = 512,
+    tokens: int = 1024,
+    skip: int | Mapping[str, int] | None = None,
+    name: str = "quantized",
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """The change of a model's loss against a reference model's, language by language.
+
+    texts: by BCP-47 tag, a string, a list of strings, or token ids (then bits per token are reported, and the tokenizer may be
+        None). tokens: how many are read per language, in windows of seqlen. skip: how many are skipped first; by default the ones
+        the model's clips were chosen on.
+    Raises `LaAciqError` when a text is too short for that, with the numbers.
+    """
+    quantization = getattr(model, "la_aciq", None)
+    if skip is None:
+        skip = quantization.calibration_tokens if isinstance(quantization, Quantization) else 0
+    data = _Texts.prepare(texts, tokenizer, seqlen, tokens, skip)
+    with tqdm(total=2 * data.windows, desc="Evaluating", unit="window", disable=not progress) as bar:
+        reference = data.losses(reference_model, bar)
+        losses = data.losses(model, bar)
+    return _report(data, reference, {name: (losses, _describe(model))}, reference_model, seed)
+
+
+def evaluate_configurations(
+    model: nn.Module,
+    profile: Profile | Sequence[Profile],
+    configurations: Mapping[str, QuantConfig | torch.dtype],
+    *,
+    texts: Mapping[str, Any],
+    tokenizer: Any = None,
+    seqlen: int = 512,
+    tokens: int = 1024,
+    skip: int | Mapping[str, int] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """A report of several configurations of one model, by name; the reference is the model as it is, evaluated once.
+
+    configurations: a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype. profile: one, or several (with and
+    without rotation, say); each configuration takes the first that was measured with its rotation and group size. At most one
+    quantized copy is in memory. The other arguments are those of `evaluate`; skip is by default the profile's tokens.
+    """
+    profiles = [profile] if isinstance(profile, Profile) else list(profile)
+    if not profiles or not configurations:
+        raise LaAciqError("evaluate_configurations needs at least one profile and one configuration")
+    chosen = {
+        name: _profile_for(config, profiles)
+        for name, config in configurations.items()
+        if isinstance(config, QuantConfig)
+    }
+    data = _Texts.prepare(texts, tokenizer, seqlen, tokens, profiles[0].metadata["tokens"] if skip is None else skip)
+    results: dict[str, tuple[_Losses, _Description]] = {}
+    with tqdm(
+        total=(1 + len(configurations)) * data.windows, desc="Evaluating", unit="window", disable=not progress
+    ) as bar:
+        bar.set_postfix_str("reference")
+        reference = data.losses(model, bar)
+        for name, config in configurations.items():
+            bar.set_postfix_str(name)
+            if isinstance(config, QuantConfig):
+                candidate = quantize_model(model, chosen[name], config, progress=False)
+            else:
+                candidate = copy.deepcopy(model).to(config)
+            results[name] = data.losses(candidate, bar), _describe(candidate)
+            del candidate
+    first = next((c for c in configurations.values() if isinstance(c, QuantConfig)), QuantConfig())
+    return _report(data, reference, results, model, seed, _profile_for(first, profiles), first)
+
+
+# Per language, one array of nats per token for each window.
+_Losses = dict[str, list[NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class _Description:
+    config: dict[str, Any]
+    bits: float
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The windows to evaluate on, by language."""
+
+    by_language: dict[str, list[Window]]
+    skipped: dict[str, int]
+    seqlen: int
+    tokens: int
+
+    @classmethod
+    def prepare(
+        cls, texts: Mapping[str, Any], tokenizer: Any, seqlen: int, tokens: int, skip: int | Mapping[str, int]
+    ) -> "_Texts":
+        tokenized = tokenize(texts, tokenizer)
+        skipped = {tag: skip if isinstance(skip, int) else int(skip.get(tag, 0)) for tag in tokenized}
+        windows = {
+            tag: text.windows(tag, tokens=tokens, seqlen=seqlen, skip=skipped[tag]) for tag, text in tokenized.items()
+        }
+        # A window of one token predicts nothing; only the last window of a text can be one.
+        return cls({tag: [w for w in own if len(w.ids) > 1] for tag, own in windows.items()}, skipped, seqlen, tokens)
+
+    @property
+    def windows(self) -> int:
+        return sum(map(len, self.by_language.values()))
+
+    @property
+    def unit(self) -> str:
+        known = all(w.byte_counts is not None for own in self.by_language.values() for w in own)
+        return "byte" if known else "token"
+
+    def losses(self, model: nn.Module, bar: Any) -> _Losses:
+        was_training = model.training
+        model.eval()
+        try:
+            return {tag: token_losses(model, own, tag, bar.update) for tag, own in self.by_language.items()}
+        finally:
+            model.train(was_training)
+
+    def sizes(self, tag: str) -> tuple[Float64, Float64]:
+        """Predicted tokens and units (bytes or tokens) of each segment, float64 [segments] each."""
+        own = self.by_language[tag]
+        tokens = segment_sums([np.ones(len(w.ids) - 1) for w in own])
+        if self.unit == "token":
+            return tokens, tokens
+        return tokens, segment_sums([w.byte_counts for w in own if w.byte_counts is not None])
+
+
+def _profile_for(config: QuantConfig, profiles: Sequence[Profile]) -> Profile:
+    for profile in profiles:
+        made = profile.metadata
+        if bool(made["rotation"]["enabled"]) == config.rotate and made["group_size"] == config.group_size:
+            return profile
+    return profiles[0]  # quantize_model says whether it will do
+
+
+def _describe(model: nn.Module) -> _Description:
+    quantization = getattr(model, "la_aciq", None)
+    if isinstance(quantization, Quantization):
+        return _Description(quantization.config.to_dict(), bits_per_weight(model), dict(quantization.skipped))
+    dtype = next(model.parameters()).dtype
+    return _Description({"dtype": str(dtype).removeprefix("torch.")}, 8.0 * dtype.itemsize, {})
+
+
+def _report(
+    data: _Texts,
+    reference: _Losses,
+    results: Mapping[str, tuple[_Losses, _Description]],
+    model: nn.Module,
+    seed: int,
+    profile: Profile | None = None,
+    config: QuantConfig | None = None,
+) -> Report:
+    differences = {
+        name: {tag: segment_sums(losses[tag]) - segment_sums(reference[tag]) for tag in data.by_language}
+        for name, (losses, _) in results.items()
+    }
+    configurations = [
+        _configuration(name, description, data, reference, differences[name], seed)
+        for name, (_, description) in results.items()
+    ]
+    summary = {} if profile is None or config is None else summarize(profile, config)
+    settings = {
+        "seqlen": data.seqlen,
+        "tokens": data.tokens,
+        "segment": SEGMENT,
+        "tail_nats": TAIL_NATS,
+        "resamples": RESAMPLES,
+        "confidence": CONFIDENCE,
+        "seed": seed,
+    }
+    return Report(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions={
+            "la_aciq": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        settings=settings,
+        model={
+            "name": str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": _describe(model).config["dtype"],
+            "fingerprint": fingerprint(model),
+        },
+        texts={tag: {"skipped": data.skipped[tag], "tokens": data.tokens} for tag in data.by_language},
+        unit=data.unit,
+        configurations=configurations,
+        comparisons=_comparisons(data, results, differences, seed),
+        **summary,
+    )
+
+
+def _configuration(
+    name: str,
+    description: _Description,
+    data: _Texts,
+    reference: _Losses,
+    differences: Mapping[str, Float64],
+    seed: int,
+) -> Configuration:
+    by_language = {}
+    for tag, difference in differences.items():
+        tokens, units = data.sizes(tag)
+        before = segment_sums(reference[tag]).sum() / units.sum() * _BITS
+        change = difference.sum() / units.sum() * _BITS
+        replicates = _replicates(data, tag, difference, seed)
+        low, high = interval(replicates)
+        by_language[tag] = LanguageResult(
+            reference_bpb=float(before),
+            bpb=float(before + change),
+            change=float(change),
+            low=low,
+            high=high,
+            se=float(replicates.std(ddof=1)),
+            nats=float(difference.sum() / tokens.sum()),
+            tail_rate=tail_rate(difference, tokens),
+            tokens=int(tokens.sum()),
+            segments=len(tokens),
+        )
+    results = list(by_language.values())
+    changes = {tag: result.change for tag, result in by_language.items()}
+    worst = max(changes, key=changes.__getitem__)
+    return Configuration(
+        name=name,
+        config=description.config,
+        bits=description.bits,
+        mean=float(np.mean([r.change for r in results])),
+        mean_se=float(np.sqrt(np.sum([r.se**2 for r in results])) / len(results)),
+        worst=changes[worst],
+        worst_language=worst,
+        gap=changes[worst] - min(changes.values()),
+        tail_rate=float(np.mean([r.tail_rate for r in results])),
+        nats=float(np.mean([r.nats for r in results])),
+        by_language=by_language,
+        skipped=description.skipped,
+    )
+
+
+def _replicates(data: _Texts, tag: str, difference: Float64, seed: int) -> Float64:
+    """Bootstrap replicates of a loss difference in bits per unit; each language draws its own segments, by its place."""
+    place = list(data.by_language).index(tag)
+    return bootstrap_ratios(difference * _BITS, data.sizes(tag)[1], resamples=RESAMPLES, seed=[seed, place])
+
+
+def _comparisons(
+    data: _Texts,
+    results: Mapping[str, tuple[_Losses, _Description]],
+    differences: Mapping[str, Mapping[str, Float64]],
+    seed: int,
+) -> list[Comparison]:
+    """Every pair of configurations that differ in nothing but whose clips a language uses."""
+    found = []
+    for own, pooled in itertools.permutations(results, 2):
+        a, b = results[own][1].config, results[pooled][1].config
+        if a.get("sharing") != "language" or b != a | {"sharing": "pooled"} or a.get("clip") == "absmax":
+            continue
+        paired = {tag: differences[own][tag] - differences[pooled][tag] for tag in data.by_language}
+        replicates = {tag: _replicates(data, tag, values, seed) for tag, values in paired.items()}
+        changes = {tag: float(values.sum() / data.sizes(tag)[1].sum() * _BITS) for tag, values in paired.items()}
+        found.append(
+            Comparison(
+                name=own,
+                baseline=pooled,
+                mean=Difference(
+                    float(np.mean(list(changes.values()))), *interval(np.mean(list(replicates.values()), axis=0))
+                ),
+                by_language={tag: Difference(changes[tag], *interval(replicates[tag])) for tag in paired},
+                segments=sum(map(len, paired.values())),
+            )
+        )
+    return found

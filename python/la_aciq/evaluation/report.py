@@ -1,0 +1,321 @@
+"""The report: what quantization costs each language, as JSON (schema 1), as a table for the terminal, and as Markdown."""
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import LaAciqError
+
+SCHEMA = 1
+FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class LanguageResult:
+    """One configuration in one language. bpb is bits per byte (bits per token when the report's unit says so).
+
+    change = bpb - reference_bpb, with the paired bootstrap's percentile interval low..high and standard error se; nats is
+    the same change in nats per predicted token. tail_rate is the share of segments that lost more than the threshold.
+    """
+
+    reference_bpb: float
+    bpb: float
+    change: float
+    low: float
+    high: float
+    se: float
+    nats: float
+    tail_rate: float
+    tokens: int
+    segments: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration over all languages.
+
+    config: the `QuantConfig`'s fields, or {"dtype": ...} for the unquantized model. bits: stored bits per weight of the replaced
+    layers, their clips included. mean: of the languages' changes, each language counting the same; mean_se: its standard
+    error from the text drawn (not from the choice of languages). worst: the largest change, worst_language: whose. gap: the
+    largest minus the smallest change. nats: the mean change in nats per token. skipped: layers left alone, and why.
+    """
+
+    name: str
+    config: dict[str, Any]
+    bits: float
+    mean: float
+    mean_se: float
+    worst: float
+    worst_language: str
+    gap: float
+    tail_rate: float
+    nats: float
+    by_language: dict[str, LanguageResult]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two configurations' changes with its interval; negative means the first one is better."""
+
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Per-language clips (`name`) against the pooled clip (`baseline`), otherwise configured alike, paired over segments."""
+
+    name: str
+    baseline: str
+    mean: Difference
+    by_language: dict[str, Difference]
+    segments: int
+
+    def sentence(self, unit: str = "byte") -> str:
+        """Whether per-language clips beat the pooled clip, in words, by the interval alone."""
+        better = [tag for tag, d in self.by_language.items() if d.high < 0]
+        worse = [tag for tag, d in self.by_language.items() if d.low > 0]
+        of = f"on average over {len(self.by_language)} languages ({self.mean.difference:+.4f} bits per {unit}, 95 % interval {self.mean.low:+.4f} to {self.mean.high:+.4f}"
+        paired = f", paired over {self.segments} segments)"
+        if self.mean.high < 0:
+            verdict = f"per-language clips beat the pooled clip {of}{paired}"
+        elif self.mean.low > 0:
+            verdict = f"per-language clips are worse than the pooled clip {of}{paired}"
+        else:
+            verdict = f"per-language clips do not beat the pooled clip {of}{paired}: the interval includes zero"
+        details = [f"better in {', '.join(better)}"] if better else []
+        details += [f"worse in {', '.join(worse)}"] if worse else []
+        alone = (
+            "; each language's own interval excludes zero only where it is " + " and ".join(details)
+            if details
+            else ("; no language's own interval excludes zero")
+        )
+        return f"{self.name} against {self.baseline}: {verdict}{alone}."
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Normalized MSE of one site's inputs (mean over its groups) against the clip, by language.
+
+    ratio: clips as multiples of each group's rms; mse: by language, one value per ratio; optimum: by language, the ratio and
+    normalized MSE of the least of its curve.
+    """
+
+    site: str
+    ratio: list[float]
+    mse: dict[str, list[float]]
+    optimum: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A number per site (in the model's order) and language, and its counterpart for the whole model.
+
+    None where a language never reached the site (an expert).
+    """
+
+    sites: list[str]
+    by_language: dict[str, list[float | None]]
+    model: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantization costs each language. `save` and `load` are its report.json.
+
+    settings: seqlen, tokens, segment, tail_nats, resamples, confidence, seed. model: name, parameters, dtype, fingerprint.
+    texts: per language the tokens skipped and read. regret: by kind of layer and language, the excess of the pooled clip's
+    normalized MSE over the own clip's, relative to the latter. clips: alpha*(language) / rms; kurtosis: excess kurtosis.
+    curves: MSE against the clip at a few sites. The last four describe the profile and are empty in a report without one.
+    """
+
+    created: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    texts: dict[str, dict[str, int]]
+    unit: str
+    configurations: list[Configuration]
+    comparisons: list[Comparison] = field(default_factory=list)
+    regret: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    clips: Layers | None = None
+    kurtosis: Layers | None = None
+    curves: list[Curve] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return {"schema": SCHEMA} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str = "report") -> Self:
+        """The report of report.json's content; a field that is missing, of another type or not finite is a `LaAciqError`."""
+        if not isinstance(values, dict) or not isinstance(values.get("schema"), int):
+            raise LaAciqError(f"{source}: not a report of LA-ACIQ (no schema number)")
+        if values["schema"] != SCHEMA:
+            raise LaAciqError(f"{source}: schema {values['schema']}; this version of LA-ACIQ reads schema {SCHEMA}")
+        report: Self = _parse(cls, {name: value for name, value in values.items() if name != "schema"}, source)
+        return report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write report.json (path is the file); a file of that name is replaced, never half-written."""
+        file = Path(path)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(file)
+        except OSError as error:
+            raise LaAciqError(f"{str(file)!r} cannot be written: {error.strerror}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a report.json and check every field; `LaAciqError` names the file and the field."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise LaAciqError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise LaAciqError(f"{str(path)!r} is not JSON: {error}") from error
+        return cls.from_dict(values, str(path))
+
+    def terminal(self) -> str:
+        """The tables and the verdicts as text for a terminal with a fixed-width font."""
+        parts = [_text_table(*self._summary()), _text_table(*self._languages())]
+        if self.regret:
+            parts.append(_text_table(*self._regret()))
+        return "\n\n".join([self._heading(), *parts, *self._notes()])
+
+    def markdown(self) -> str:
+        """The same as Markdown."""
+        parts = [_markdown_table(*self._summary()), _markdown_table(*self._languages())]
+        if self.regret:
+            parts.append(_markdown_table(*self._regret()))
+        return "\n\n".join([self._heading(), *parts, *self._notes()]) + "\n"
+
+    def _heading(self) -> str:
+        return (
+            f"Change in bits per {self.unit} against the unquantized model, {self.settings['tokens']} held-out tokens in each of "
+            f"{len(self.texts)} languages ({self.model['name']})"
+        )
+
+    def _summary(self) -> tuple[str, list[str], list[list[str]]]:
+        header = ["#", "configuration", "bits/weight", "mean", "worst", "gap", "tail"]
+        rows = [
+            [
+                str(number),
+                c.name,
+                f"{c.bits:.2f}",
+                f"{c.mean:+.3f} ±{1.96 * c.mean_se:.3f}",
+                f"{c.worst:+.3f} {c.worst_language}",
+                f"{c.gap:.3f}",
+                f"{c.tail_rate:.1%}",
+            ]
+            for number, c in enumerate(self.configurations, 1)
+        ]
+        return "Configurations", header, rows
+
+    def _languages(self) -> tuple[str, list[str], list[list[str]]]:
+        header = ["language", "reference", *(f"#{number}" for number in range(1, len(self.configurations) + 1))]
+        rows = []
+        for tag in self.texts:
+            results = [c.by_language[tag] for c in self.configurations]
+            cells = [f"{r.change:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in results]
+            rows.append([tag, f"{results[0].reference_bpb:.3f}" if results else "", *cells])
+        return f"Change by language with its 95 % interval (reference: bits per {self.unit} unquantized)", header, rows
+
+    def _regret(self) -> tuple[str, list[str], list[list[str]]]:
+        tags = list(next(iter(self.regret.values())))
+        rows = [[kind, *(_percent(values[tag]) for tag in tags)] for kind, values in self.regret.items()]
+        return (
+            "Regret: extra quantization error of the inputs from sharing one clip over the languages",
+            ["layers", *tags],
+            rows,
+        )
+
+    def _notes(self) -> list[str]:
+        tail = self.settings["tail_nats"]
+        notes = [
+            f"mean ± is the half-width of a 95 % interval; gap is the worst minus the best language; tail is the share of segments of "
+            f"{self.settings['segment']} tokens whose loss rose by more than {tail} nats per token."
+        ]
+        return notes + [comparison.sentence(self.unit) for comparison in self.comparisons]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a string takes: two for East Asian wide characters, none for combining marks."""
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def _text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
+    left = _text_columns(rows)
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell + " " * (width - _width(cell)) if column in left else " " * (width - _width(cell)) + cell
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([title, line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
+
+
+def _markdown_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    left = _text_columns(rows)
+    rule = ["---" if column in left else "---:" for column in range(len(header))]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, rule, *rows)]
+    return "\n".join([f"**{title}**", "", *lines])
+
+
+def _text_columns(rows: Sequence[Sequence[str]]) -> set[int]:
+    """The columns that hold names: those where an entry starts with a letter."""
+    return {column for row in rows for column, cell in enumerate(row) if cell[:1].isalpha()}
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """`value` (of JSON) as the annotated type `kind`: a dataclass, list, dict, optional or scalar."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise LaAciqError(f"{where}: expected an object, got {value!r:.60}")
+        kinds = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for name in value:
+            if name not in fields:
+                raise LaAciqError(f"{where}: unknown field {name!r}")
+        for name in fields:
+            if name not in value:
+                raise LaAciqError(f"{where}: field {name!r} is missing")
+        return kind(**{name: _parse(kinds[name], value[name], f"{where}: {name}") for name in fields})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _parse(arguments[0], value, where)
+    if origin is list and isinstance(value, list):
+        return [_parse(arguments[0], entry, f"{where}[{i}]") for i, entry in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {name: _parse(arguments[1], entry, f"{where}.{name}") for name, entry in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    raise LaAciqError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r:.60}")

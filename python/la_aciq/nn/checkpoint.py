@@ -1,0 +1,240 @@
+"""Quantized models on disk: config.json, model.safetensors and la_aciq.json, nothing that executes.
+
+la_aciq.json (schema 1) says what the tensors of model.safetensors are: the quantization settings, the rows of the clip
+tables, the names of the quantized layers, and the SHA-256 of model.safetensors.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from .. import __version__
+from .._files import new_folder
+from ..errors import LaAciqError
+from ..tags import UND
+from .config import QuantConfig
+from .kv import RoundedProjection
+from .language import LanguageState
+from .linear import LanguageAwareLinear, check_clips
+from .quantize import Quantization
+
+SCHEMA = 1
+SETTINGS = "la_aciq.json"
+TENSORS = "model.safetensors"
+
+
+def save_quantized(
+    model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None, *, force: bool = False
+) -> None:
+    """Write a quantized Hugging Face model (and its tokenizer) into a new folder, complete or not at all.
+
+    Raises `LaAciqError` when the model is not a quantized one, or the folder exists (`force` replaces one of this kind).
+    """
+    done = getattr(model, "la_aciq", None)
+    if not isinstance(done, Quantization):
+        raise LaAciqError("save_quantized needs a model that quantize_model or load_quantized returned")
+    if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
+        raise LaAciqError(f"save_quantized needs a Hugging Face model with a config, got a {type(model).__name__}")
+    with new_folder(folder, SETTINGS, force) as temporary:
+        # Tied tensors are written once, under the first name; loading ties them again.
+        tensors: dict[str, torch.Tensor] = {}
+        seen: set[tuple[torch.device, int]] = set()
+        for name, tensor in model.state_dict().items():
+            if tensor.numel() and (tensor.device, tensor.data_ptr()) in seen:
+                continue
+            seen.add((tensor.device, tensor.data_ptr()))
+            tensors[name] = tensor.detach().contiguous()
+        safetensors.torch.save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        settings = {
+            "schema": SCHEMA,
+            "version": __version__,
+            "config": done.config.to_dict(),
+            "rows": list(done.state.rows),
+            "layers": list(done.layers),
+            "projections": done.projections,
+            "skipped": done.skipped,
+            "fingerprint": done.fingerprint,
+            "calibration_tokens": done.calibration_tokens,
+            "sha256": _sha256(temporary / TENSORS),
+        }
+        (temporary / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        model.config.save_pretrained(temporary)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+
+
+def load_quantized(folder: str | os.PathLike[str]) -> nn.Module:
+    """The model `save_quantized` wrote, on the CPU and in evaluation mode.
+
+    Everything is checked before the model is returned: a file that is missing, truncated, edited or from a newer version of
+    the format, tensors that do not fit the model, and clips that are not finite and positive are each a `LaAciqError`.
+    """
+    path = Path(folder)
+    settings = _read_settings(path)
+    tensors = _read_tensors(path, settings)
+    model = _skeleton(path)
+    done = settings.quantization
+    for name in dict.fromkeys([*done.layers, *done.projections]):
+        _replace(model, name, done)
+    _fill(model, tensors, path)
+    for name, module in model.named_modules():
+        if isinstance(module, LanguageAwareLinear | RoundedProjection):
+            _check_layer(name, module)
+    model.la_aciq = done
+    done.state.attach(model)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    quantization: Quantization
+    sha256: str
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_settings(path: Path) -> _Settings:
+    file = path / SETTINGS
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaAciqError(
+            f"{str(path)!r} is not a model quantized by LA-ACIQ: {SETTINGS} cannot be read ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise LaAciqError(f"{str(file)!r} is not valid JSON: {error}") from error
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if not isinstance(schema, int) or schema < 1:
+        raise LaAciqError(f"{str(file)!r} has no schema number; expected {SCHEMA}")
+    if schema > SCHEMA:
+        raise LaAciqError(
+            f"{str(file)!r} has schema {schema}, made by a newer LA-ACIQ ({values.get('version')}); this one reads up to {SCHEMA}"
+        )
+    kinds = {
+        "config": dict, "rows": list, "layers": list, "projections": dict, "skipped": dict,
+        "fingerprint": str, "calibration_tokens": dict, "sha256": str,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise LaAciqError(f"{str(file)!r}: {name!r} is missing or not a JSON {kind.__name__}")
+    rows = values["rows"]
+    if not rows or rows[0] != UND or not all(isinstance(row, str) for row in rows) or len(set(rows)) != len(rows):
+        raise LaAciqError(
+            f"{str(file)!r}: 'rows' is {rows!r}; expected {UND!r} and then the rows of the tables, each once"
+        )
+    return _Settings(
+        Quantization(
+            config=QuantConfig.from_dict(values["config"]),
+            state=LanguageState(rows),
+            layers=tuple(values["layers"]),
+            projections=values["projections"],
+            skipped=values["skipped"],
+            fingerprint=values["fingerprint"],
+            calibration_tokens=values["calibration_tokens"],
+        ),
+        values["sha256"],
+    )
+
+
+def _read_tensors(path: Path, settings: _Settings) -> dict[str, torch.Tensor]:
+    file = path / TENSORS
+    try:
+        found = _sha256(file)
+        if found != settings.sha256:
+            raise LaAciqError(
+                f"{str(file)!r} is not the file {SETTINGS} was written for: its SHA-256 is {found}, expected {settings.sha256}"
+            )
+        return safetensors.torch.load_file(file)
+    except OSError as error:
+        raise LaAciqError(f"{str(file)!r} cannot be read: {error.strerror}") from error
+    except safetensors.SafetensorError as error:
+        raise LaAciqError(f"{str(file)!r} is not a valid safetensors file: {error}") from error
+
+
+def _skeleton(path: Path) -> nn.Module:
+    """The unquantized architecture of the folder's config.json, with whatever values its constructor gives."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise LaAciqError("loading a quantized model needs transformers; install la-aciq[demo]") from error
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise LaAciqError(
+            f"{str(path / 'config.json')!r} does not describe a causal language model: {error}"
+        ) from error
+    return model
+
+
+def _replace(model: nn.Module, name: str, done: Quantization) -> None:
+    try:
+        original = model.get_submodule(name)
+    except AttributeError:
+        original = None
+    if not isinstance(original, nn.Linear):
+        raise LaAciqError(
+            f"{SETTINGS} names the layer {name!r}, and the model of config.json has no linear layer of that name"
+        )
+    new: nn.Module = original
+    if name in done.layers:
+        new = LanguageAwareLinear(
+            original.in_features,
+            original.out_features,
+            original.bias is not None,
+            done.config,
+            done.state,
+            device="meta",
+        )
+    if name in done.projections:
+        head_dim = done.projections[name]
+        if not isinstance(head_dim, int) or head_dim < 2 or original.out_features % head_dim:
+            raise LaAciqError(
+                f"{SETTINGS} gives {name!r} heads of {head_dim!r} outputs; it has {original.out_features} in all"
+            )
+        new = RoundedProjection(new, original.out_features // head_dim, head_dim, done.config, done.state)
+    model.set_submodule(name, new)
+
+
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    tied = {name for name in getattr(model, "all_tied_weights_keys", {}) or {}}
+    missing = sorted(set(expected) - set(tensors) - tied)
+    unknown = sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model has not"
+        raise LaAciqError(f"{str(path / TENSORS)!r} does not fit the model of config.json: it {what}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise LaAciqError(
+                f"{str(path / TENSORS)!r}: {name!r} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+            )
+        integer = not expected[name].is_floating_point()
+        if integer != (not tensor.is_floating_point()) or (integer and tensor.dtype != expected[name].dtype):
+            raise LaAciqError(f"{str(path / TENSORS)!r}: {name!r} is {tensor.dtype}, expected {expected[name].dtype}")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if tied:
+        model.tie_weights()  # type: ignore[operator]
+
+
+def _check_layer(name: str, module: LanguageAwareLinear | RoundedProjection) -> None:
+    if module.clip is not None:
+        check_clips(module.clip, tuple(module.clip.shape), name)
+    scale = getattr(module, "weight_scale", None)
+    if scale is not None and not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+        raise LaAciqError(f"layer {name!r}: the clips of its weight are not all finite and at least 0")
+    signs = getattr(module, "signs", None)
+    if signs is not None and not bool((signs.abs() == 1).all()):
+        raise LaAciqError(f"layer {name!r}: the signs of its rotation are not all +1 or -1")

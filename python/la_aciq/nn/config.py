@@ -1,0 +1,110 @@
+"""What to quantize and how to choose the clips."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..errors import LaAciqError
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "weights": (4, 16),
+    "activations": (4, 8, 16),
+    "kv": (4, 16),
+    "codebook": ("midrise", "midtread"),
+    "clip": ("static", "rms", "absmax"),
+    "sharing": ("language", "pooled"),
+    "granularity": ("group", "layer", "model", "token"),
+    "objective": ("exact", "in_range", "aciq"),
+}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a model is quantized. 16 bits mean "as it is".
+
+    weights, activations, kv: bits of the linear layers' weights (4, 16), of their inputs (4, 8, 16) and of the outputs of the
+        key and value projections (4, 16).
+    group_size: elements along K that share a weight's clip and, with granularity "group", an activation's clip: even, or 0
+        for one group per row. It is the one the profile was measured with.
+    codebook: "midrise" or "midtread".
+    clip: how the activations' and the KV projections' clip is found. "static": read from the table, which the languages'
+        statistics made. "rms": a factor of the table times the root mean square of the token's group. "absmax": the token's
+        group's largest magnitude, no table.
+    sharing: "language" gives each language its own clips, "pooled" gives all of them those of the pooled row; the attention
+        sink's row is its own in both.
+    granularity: what shares one entry of the table: a "group", a "layer", or the whole "model" (per language). With a dynamic
+        clip, "token" shares one scale over a token's whole row, and the other three have one per token and group.
+    objective: the clip's model of the quantization error, as in `clipping.optimal`.
+    rotate: rotate the layers' inputs by a randomized Hadamard transform (and the weights, offline).
+    ignore: names of linear layers to leave alone: full names, last components, or shell patterns such as "model.layers.0.*".
+
+    Raises `LaAciqError` for a value outside these, and for combinations that have no meaning or no kernel.
+    """
+
+    weights: int = 4
+    activations: int = 4
+    kv: int = 16
+    group_size: int = 64
+    codebook: str = "midrise"
+    clip: str = "static"
+    sharing: str = "language"
+    granularity: str = "group"
+    objective: str = "exact"
+    rotate: bool = True
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices or isinstance(value, bool):
+                raise LaAciqError(f"{name} = {value!r}; expected {' or '.join(repr(choice) for choice in choices)}")
+        if (
+            not isinstance(self.group_size, int)
+            or isinstance(self.group_size, bool)
+            or self.group_size < 0
+            or self.group_size % 2
+        ):
+            raise LaAciqError(
+                f"group_size = {self.group_size!r}; expected an even number of elements, or 0 for the whole row"
+            )
+        if not isinstance(self.rotate, bool):
+            raise LaAciqError(f"rotate = {self.rotate!r}; expected True or False")
+        if isinstance(self.ignore, str) or not all(isinstance(pattern, str) for pattern in self.ignore):
+            raise LaAciqError(f"ignore = {self.ignore!r}; expected a list of layer names or patterns")
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if self.granularity == "token" and self.clip == "static":
+            raise LaAciqError(
+                "granularity = 'token' needs a dynamic clip ('rms' or 'absmax'): a static clip is known before the token"
+            )
+        if self.weights == 16 and self.activations == 8:
+            raise LaAciqError(
+                "activations = 8 needs weights = 4: there is no kernel for INT8 activations with 16-bit weights"
+            )
+
+    @property
+    def activation_group_size(self) -> int:
+        """Elements along K that share an activation's clip; 0 is the whole row."""
+        whole_row = self.granularity == "token" or (self.clip == "static" and self.granularity in ("layer", "model"))
+        return 0 if whole_row else self.group_size
+
+    def groups(self, k: int) -> int:
+        """The columns of the clip table of a layer with k inputs."""
+        return -(-k // self.activation_group_size) if self.activation_group_size else 1
+
+    def ignores(self, name: str) -> bool:
+        """Whether a layer of this full name is left alone."""
+        last = name.rpartition(".")[2]
+        return any(pattern in (name, last) or fnmatchcase(name, pattern) for pattern in self.ignore)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON types; `from_dict` reads it back."""
+        return asdict(self) | {"ignore": list(self.ignore)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
+        """The configuration of a mapping of field names to values; an unknown name is a `LaAciqError`."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise LaAciqError(f"unknown quantization setting {unknown[0]!r}; expected {', '.join(sorted(known))}")
+        return cls(**values)

@@ -1,0 +1,246 @@
+"""The quantized linear layer: INT4 weights, and an activation clip looked up by the language of each token."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import nn
+
+from .. import ops, rotation
+from ..errors import LaAciqError
+from .config import QuantConfig
+from .language import LanguageState
+
+# The clips tried for a group of weights, as shares of its largest magnitude. With 16 levels and at least 16 weights the
+# optimum lies between: below, clipping costs more than the step saves; above, only the step grows (mid-tread ends at 14/15).
+_SHARES = torch.linspace(0.45, 1.08, 43).tolist()
+# Weights quantized at once: their working copies (about eight float32 tensors) stay in the last-level cache.
+_CHUNK = 1 << 18
+
+
+def weight_clips(weight: torch.Tensor, group_size: int, codebook: str = "midrise") -> torch.Tensor:
+    """The INT4 clip of each group of weights with the least mean squared error, by an exact search over a grid.
+
+    weight: [N, K] of any float dtype, finite. group_size 0 means one group per row. Returns float32 [N, groups] on the
+    weight's device; a group of zeros gets the clip 0, which dequantizes to exactly 0.
+    """
+    n, k = weight.shape
+    group = group_size or k
+    groups = -(-k // group)
+    clips = torch.empty((n, groups), dtype=torch.float32, device=weight.device)
+    for start in range(0, n, max(_CHUNK // max(k, 1), 1)):
+        rows = weight[start : start + max(_CHUNK // max(k, 1), 1)].float()
+        # A short last group is filled with zeros; `padding` takes their error (Delta^2 / 4 each in mid-rise) off again.
+        rows = nn.functional.pad(rows, (0, groups * group - k)).view(rows.shape[0], groups, group)
+        padding = torch.zeros(groups, dtype=torch.float32, device=weight.device)
+        padding[-1] = groups * group - k
+        largest = rows.abs().amax(dim=-1)
+        best = torch.full_like(largest, torch.inf)
+        found = largest.clone()
+        for share in _SHARES:
+            clip = largest * share
+            step = clip * (2 / 15)
+            scaled = rows / step.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+            if codebook == "midrise":
+                level = scaled.floor().clamp_(-8, 7).add_(0.5)
+                error = (level.sub_(scaled).square_().sum(dim=-1) - padding * 0.25) * step.square()
+            else:
+                level = scaled.round().clamp_(-8, 7)
+                error = level.sub_(scaled).square_().sum(dim=-1) * step.square()
+            better = error < best
+            best = torch.where(better, error, best)
+            found = torch.where(better, clip, found)
+        clips[start : start + rows.shape[0]] = found
+    return clips
+
+
+def quantize_weight(
+    weight: torch.Tensor, group_size: int, codebook: str = "midrise"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT4 codes uint8 [N, ceil(K / 2)] and clips float32 [N, groups] of a weight [N, K], each group with its own clip."""
+    clips = weight_clips(weight, group_size, codebook)
+    row = torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device)
+    # Each row of the weight is a "language" with its own row of the table of clips.
+    return ops.quantize(weight.float(), clips, row, group_size=group_size, codebook=codebook), clips
+
+
+class LanguageAwareModule(nn.Module):
+    """What quantized modules share: the configuration, the model's `LanguageState`, and clips that stay float32."""
+
+    def __init__(self, config: QuantConfig, state: LanguageState) -> None:
+        super().__init__()
+        self.config = config
+        self.state = state
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        exact = {name: buffer for name in ("weight_scale", "clip") if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self.get_buffer(name)
+            if after.dtype != before.dtype:  # model.to(bfloat16) would have rounded the clips
+                setattr(self, name, before.to(after.device))
+        return self
+
+
+class LanguageAwareLinear(LanguageAwareModule):
+    """A linear layer with INT4 weights whose input is quantized with the clip of each token's language.
+
+    y = dequantize(quantize(x)) W^T + bias, both factors rotated when `config.rotate`. With `config.weights == 16` the weight
+    stays in its dtype (rotated) and only the input is quantized; this isolates what the activations' clips cost.
+
+    Buffers: `weight` uint8 [N, ceil(K / 2)] or the float [N, K]; `weight_scale` float32 [N, groups], the clips of the weight;
+    `bias` [N] or None; `clip` float32 [rows, groups], the clip (static) or the factor (dynamic) by row of the language table,
+    None with 16-bit activations; `signs` int8 [K] of the rotation, or None. The clips keep float32 whatever `to(dtype)` does
+    to the model.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    clip: torch.Tensor | None
+    signs: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        config: QuantConfig,
+        state: LanguageState,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """An empty layer for a checkpoint to fill; `from_linear` makes one of a trained layer."""
+        super().__init__(config, state)
+        if config.weights == 16 and config.activations == 16:
+            raise LaAciqError(
+                "weights = 16 and activations = 16: a linear layer has nothing to quantize; expected 4 for one of them"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size = rotation.block_size(in_features) if config.rotate else 0
+        weight_groups = -(-in_features // config.group_size) if config.group_size else 1
+        packed = config.weights == 4
+
+        def empty(*shape: int, dtype: torch.dtype | None) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        weight = (
+            empty(out_features, -(-in_features // 2), dtype=torch.uint8)
+            if packed
+            else empty(out_features, in_features, dtype=dtype)
+        )
+        self.register_buffer("weight", weight)
+        self.register_buffer(
+            "weight_scale", empty(out_features, weight_groups, dtype=torch.float32) if packed else None
+        )
+        self.register_buffer("bias", empty(out_features, dtype=dtype) if bias else None)
+        quantized_input = config.activations < 16
+        clip = empty(len(state.rows), config.groups(in_features), dtype=torch.float32) if quantized_input else None
+        self.register_buffer("clip", clip)
+        self.register_buffer("signs", empty(in_features, dtype=torch.int8) if config.rotate else None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: QuantConfig,
+        state: LanguageState,
+        clip: torch.Tensor | None,
+        *,
+        seed: int = 0,
+        name: str = "linear",
+    ) -> "LanguageAwareLinear":
+        """Quantize a trained layer; `linear` is left as it is.
+
+        clip: float32 [rows, groups] as `config` asks for, every entry finite and positive; None with 16-bit activations.
+        seed: of the rotation's signs, the profile's. name: for messages. Raises `LaAciqError` when the weight has NaN or Inf,
+        or when the clip table does not fit.
+        """
+        weight = linear.weight.detach()
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise LaAciqError(
+                f"layer {name!r}: {bad} of its {weight.numel()} weights are NaN or infinite; expected finite weights"
+            )
+        n, k = weight.shape
+        layer = cls(k, n, linear.bias is not None, config, state, dtype=weight.dtype, device=weight.device)
+        if layer.signs is not None:
+            layer.signs.copy_(torch.from_numpy(rotation.signs(k, seed)))
+            weight = ops.rotate(weight.float(), layer.signs, layer.block_size).to(
+                layer.weight.dtype if config.weights == 16 else torch.float32
+            )
+        if layer.weight_scale is not None:
+            codes, clips = quantize_weight(weight, config.group_size, config.codebook)
+            layer.weight.copy_(codes)
+            layer.weight_scale.copy_(clips)
+        else:
+            layer.weight.copy_(weight)
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias.detach())
+        if layer.clip is not None:
+            layer.clip.copy_(check_clips(clip, tuple(layer.clip.shape), name))
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        config = self.config
+        language = self.state.ids_for(x) if self.clip is not None else None
+        if self.weight_scale is None:
+            rounded = round_trip(
+                x, self.clip, language, config, config.activation_group_size, self.signs, self.block_size
+            )
+            return nn.functional.linear(rounded, self.weight, self.bias)
+        return ops.linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            group_size=config.group_size,
+            weight_codebook=config.codebook,
+            signs=self.signs,
+            block_size=self.block_size,
+            activation_bits=config.activations,
+            activation_clip=config.clip,
+            clip=self.clip,
+            language=language,
+            activation_group_size=config.activation_group_size,
+            activation_codebook=config.codebook,
+        )
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weights={config.weights}, activations={config.activations}, clip={config.clip!r}, rotate={config.rotate}"
+        )
+
+
+def round_trip(
+    x: torch.Tensor,
+    clip: torch.Tensor | None,
+    language: torch.Tensor | None,
+    config: QuantConfig,
+    group_size: int,
+    signs: torch.Tensor | None = None,
+    block_size: int = 0,
+) -> torch.Tensor:
+    """x after INT4 with the configuration's clip: quantized and dequantized (in the rotated basis when signs are given)."""
+    settings = {"group_size": group_size, "codebook": config.codebook}
+    if config.clip == "static":
+        codes = ops.quantize(x, clip, language, signs=signs, block_size=block_size, **settings)
+        return ops.dequantize(codes, clip, language, k=x.shape[-1], dtype=x.dtype, **settings)
+    codes, scales = ops.quantize_dynamic(
+        x, clip, language, statistic=config.clip, signs=signs, block_size=block_size, **settings
+    )
+    return ops.dequantize(codes, scales=scales, k=x.shape[-1], dtype=x.dtype, **settings)
+
+
+def check_clips(clip: torch.Tensor | None, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """The table itself, when it has this shape and every entry is finite and positive; otherwise a `LaAciqError`."""
+    if clip is None or tuple(clip.shape) != shape:
+        found = "none" if clip is None else f"one of shape {list(clip.shape)}"
+        raise LaAciqError(f"layer {name!r}: expected a clip table of shape [rows, groups] = {list(shape)}, got {found}")
+    if not bool((torch.isfinite(clip) & (clip > 0)).all()):
+        raise LaAciqError(f"layer {name!r}: its clip table has an entry that is not finite and positive")
+    return clip

@@ -1,0 +1,210 @@
+"""Swapping a model's linear layers for quantized ones."""
+
+import copy
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import clipping
+from ..calibration import Profile
+from ..errors import LaAciqError
+from ..models import fingerprint
+from .config import QuantConfig
+from .kv import RoundedProjection
+from .language import LanguageState
+from .linear import LanguageAwareLinear
+
+OUTPUT = ".output"  # of a projection's site in the profile and of its clips in the table
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What was done to a quantized model; its attribute `la_aciq`.
+
+    layers: names of the linear layers that are now `LanguageAwareLinear`. projections: names of the key and value projections
+    whose outputs go through INT4, with the size of their heads. skipped: every other layer with a weight matrix, and why it
+    was left alone. calibration_tokens: per language, how many of its tokens the clips were chosen on.
+    """
+
+    config: QuantConfig
+    state: LanguageState
+    layers: tuple[str, ...]
+    projections: dict[str, int]
+    skipped: dict[str, str]
+    fingerprint: str
+    calibration_tokens: dict[str, int]
+
+
+def quantize_model(
+    model: nn.Module, profile: Profile, config: QuantConfig, *, inplace: bool = False, progress: bool = True
+) -> nn.Module:
+    """The model with its linear layers quantized as `config` says, with the clips of the profile's statistics.
+
+    inplace: change the model itself, layer by layer, so that at most one layer is in memory twice; otherwise the model given is
+    left as it was, and the copy shares nothing with it. The result's `la_aciq` is a `Quantization`; layers left alone because
+    they are tied, of an unsupported kind, or not in the profile are in its `skipped` and named in one warning.
+
+    Raises `LaAciqError` when the profile was made from another model, when its group size or rotation is not the
+    configuration's, when the model is quantized already, and when a weight is not finite.
+    """
+    if hasattr(model, "la_aciq"):
+        raise LaAciqError("the model is quantized already; expected the model as it was trained")
+    _check_profile(model, profile, config)
+    layers, skipped = _select(model, profile, config)
+    projections = _projections(model, profile, config, layers)
+    clips = _clips(profile, config, layers, projections)
+    state = LanguageState(profile.rows)
+    seed = int(profile.metadata["rotation"]["seed"])
+
+    # A module that is replaced is never copied: the copy finds its replacement in place of it.
+    replaced: dict[int, Any] = {}
+    names = layers if _quantizes_linear(config) else tuple(projections)
+    for name in tqdm(names, desc="Quantizing", unit="layer", disable=not progress):
+        original = new = model.get_submodule(name)
+        if _quantizes_linear(config):
+            new = LanguageAwareLinear.from_linear(original, config, state, clips.get(name), seed=seed, name=name)
+        elif not inplace:
+            new = copy.deepcopy(original)
+        if name in projections:
+            new = RoundedProjection.from_projection(
+                new, projections[name], config, state, clips[name + OUTPUT], name=name
+            )
+        if inplace:
+            model.set_submodule(name, new)
+        else:
+            replaced[id(original)] = new
+    quantized = model if inplace else copy.deepcopy(model, replaced)
+
+    quantized.la_aciq = Quantization(
+        config=config,
+        state=state,
+        layers=layers if _quantizes_linear(config) else (),
+        projections=projections,
+        skipped=skipped,
+        fingerprint=profile.metadata["fingerprint"],
+        calibration_tokens={tag: int(count) for tag, count in profile.metadata["tokens"].items()},
+    )
+    state.attach(quantized)
+    return quantized
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Stored bits per weight of the layers that quantization replaced, their clips included; 16 when it replaced none."""
+    bits = weights = 0
+    for module in model.modules():
+        if isinstance(module, LanguageAwareLinear):
+            weights += module.in_features * module.out_features
+            stored = [module.weight] if module.weight_scale is None else [module.weight, module.weight_scale]
+            bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in stored)
+    return bits / weights if weights else 16.0
+
+
+def _quantizes_linear(config: QuantConfig) -> bool:
+    return config.weights < 16 or config.activations < 16
+
+
+def _check_profile(model: nn.Module, profile: Profile, config: QuantConfig) -> None:
+    found, expected = fingerprint(model), profile.metadata["fingerprint"]
+    if found != expected:
+        raise LaAciqError(f"the profile was made from another model (fingerprint {expected}); this one's is {found}")
+    if config.clip == "absmax" or config.activations == 16:
+        return
+    rotated = bool(profile.metadata["rotation"]["enabled"])
+    if rotated != config.rotate:
+        made = "with" if rotated else "without"
+        raise LaAciqError(
+            f"rotate = {config.rotate}, but the profile's statistics were made {made} rotation; calibrate with rotate = {config.rotate}"
+        )
+    if config.group_size != profile.metadata["group_size"]:
+        raise LaAciqError(
+            f"group_size = {config.group_size}, but the profile was made with groups of {profile.metadata['group_size']}; "
+            f"calibrate with group_size = {config.group_size}"
+        )
+
+
+def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names of the layers to quantize, and every other layer with a weight matrix with the reason for leaving it alone."""
+    uses = Counter(
+        id(weight) for module in model.modules() for weight in module._parameters.values() if weight is not None
+    )
+    layers: list[str] = []
+    skipped: dict[str, str] = {}
+    unexpected: list[str] = []
+    for name, module in model.named_modules():
+        weights = [weight for weight in module._parameters.values() if weight is not None and weight.ndim >= 2]
+        if not weights or isinstance(module, nn.Embedding):
+            continue
+        if config.ignores(name):
+            skipped[name] = "ignored by the configuration"
+        elif type(module) is not nn.Linear:
+            skipped[name] = f"unsupported kind of layer {type(module).__name__}"
+            unexpected.append(name)
+        elif any(uses[id(weight)] > 1 for weight in weights):
+            skipped[name] = "its weight is tied to another layer's"
+        elif name not in profile.layers:
+            skipped[name] = "not in the profile"
+            unexpected.append(name)
+        else:
+            layers.append(name)
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise LaAciqError(
+            f"no layer to quantize: the model has no torch.nn.Linear that is in the profile ({reasons or 'no layers at all'})"
+        )
+    if unexpected:
+        named = "; ".join(f"{name} ({skipped[name]})" for name in unexpected)
+        warnings.warn(f"{len(unexpected)} layers are left as they are: {named}", stacklevel=3)
+    return tuple(layers), skipped
+
+
+def _projections(model: nn.Module, profile: Profile, config: QuantConfig, layers: tuple[str, ...]) -> dict[str, int]:
+    """The key and value projections to quantize the outputs of, with the size of their heads."""
+    if config.kv == 16:
+        return {}
+    found = {name: profile.sites[name + OUTPUT].group_size for name in layers if name + OUTPUT in profile.sites}
+    if not found:
+        raise LaAciqError(
+            "kv = 4, but the profile has no key or value projections (layers named k_proj and v_proj); expected kv = 16"
+        )
+    return found
+
+
+def _clips(
+    profile: Profile, config: QuantConfig, layers: tuple[str, ...], projections: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs and the projections' outputs."""
+    inputs = layers if config.activations < 16 else ()
+    outputs = tuple(name + OUTPUT for name in projections)
+    rows = len(profile.rows)
+    if config.clip == "absmax":
+        ones = {name: torch.ones(rows, config.groups(profile.sites[profile.layers[name]].k)) for name in inputs}
+        return ones | {
+            name: torch.ones(rows, profile.sites[name].k // profile.sites[name].group_size) for name in outputs
+        }
+
+    def table(bits: int, granularity: str) -> dict[str, Any]:
+        made = clipping.table(
+            profile,
+            bits=bits,
+            codebook=config.codebook,
+            objective=config.objective,
+            granularity=granularity,
+            sharing=config.sharing,
+        )
+        return made.alpha if config.clip == "static" else made.shape
+
+    clips: dict[str, torch.Tensor] = {}
+    if inputs:
+        # One scale per token takes the layer's factor; layer and model tables repeat one entry for all groups.
+        made = table(config.activations, "layer" if config.granularity == "token" else config.granularity)
+        columns = None if config.activation_group_size else 1
+        clips |= {name: torch.from_numpy(made[name][:, :columns]) for name in inputs}
+    if outputs:
+        made = table(4, "group" if config.granularity == "token" else config.granularity)
+        clips |= {name: torch.from_numpy(made[name]) for name in outputs}
+    return clips
