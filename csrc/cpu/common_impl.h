@@ -1,0 +1,94 @@
+// What the kernels share: reading and writing the end of an array that does not fill a vector, sums over lanes, types at run time.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "cpu/kernels.h"
+
+namespace la_aciq::cpu {
+namespace {
+
+// n < 16 elements, zeros after them.
+template <class T>
+inline F32 load_partial(const T* p, int64_t n) {
+  T padded[16];
+  __builtin_memset(padded, 0, sizeof(padded));
+  __builtin_memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store_partial(T* p, F32 x, int64_t n) {
+  T full[16];
+  store(full, x);
+  __builtin_memcpy(p, full, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Calls body(first index, vector of 16, number of them that are elements) over n elements.
+template <class T, class Body>
+inline __attribute__((always_inline)) void for_each_vector(const T* p, int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) body(i, load(p + i), 16);
+  if (i < n) body(i, load_partial(p + i, n - i), static_cast<int>(n - i));
+}
+
+inline double sum(F64 x) {
+  double lane[8];
+  store(lane, x);
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+inline float sum(F32 x) {
+  float lane[16];
+  store(lane, x);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+inline float largest(F32 x) {
+  float lane[16], result;
+  store(lane, x);
+  result = lane[0];
+  for (int i = 1; i < 16; i++) result = lane[i] > result ? lane[i] : result;
+  return result;
+}
+
+inline bool is_finite(double x) {
+  return __builtin_fabs(x) <= 1.7976931348623157e308;
+}
+
+// Calls body with a pointer of the element type of p.
+template <class Body>
+inline void with_type(DType dtype, const void* p, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(static_cast<const float*>(p));
+    case DType::kBFloat16:
+      return body(static_cast<const BFloat16*>(p));
+    case DType::kFloat16:
+      return body(static_cast<const Float16*>(p));
+    case DType::kFloat64:
+      return;  // moments alone takes float64, and reads it by itself
+  }
+}
+template <class Body>
+inline void with_type(DType dtype, void* p, Body body) {
+  with_type(dtype, static_cast<const void*>(p), [&]<class T>(const T* typed) { body(const_cast<T*>(typed)); });
+}
+
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// The 16 levels of the INT4 codebook.
+inline Table16 levels_of(Codebook codebook) {
+  float levels[16];
+  for (int code = 0; code < 16; code++) levels[code] = level(code, 4, codebook);
+  return table16(levels);
+}
+
+}  // namespace
+}  // namespace la_aciq::cpu

@@ -1,0 +1,474 @@
+// The operations on CPU tensors: checks, contiguous memory, and which thread works on which rows. The arithmetic is in the kernels.
+//
+// Nothing here depends on the number of threads except who does the work: whatever is summed over rows is summed per chunk, chunks
+// follow from the shape alone, and their results are merged in order.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "common/hadamard.h"
+#include "cpu/kernels.h"
+
+namespace la_aciq::cpu {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kElementsPerTask = 32768;       // below that, handing work to a thread costs more than it saves
+constexpr int64_t kMaxChunks = 256;               // partial results of reductions
+constexpr int64_t kMaxPartialBytes = 64 << 20;
+constexpr int64_t kMatvecRows = 8;                // up to here decoding weights in registers beats a matrix product
+constexpr int64_t kWeightTileElements = 4 << 20;  // float32 weights decoded at a time for a matrix product
+
+// --- Arguments ---
+
+DType dtype_of(const char* name, at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, name, ": expected float32, bfloat16 or float16, got ", type);
+  }
+}
+
+Codebook codebook_of(const char* name, c10::string_view codebook) {
+  TORCH_CHECK_VALUE(codebook == "midrise" || codebook == "midtread", name,
+                    ": expected 'midrise' or 'midtread', got '", codebook, "'");
+  return codebook == "midrise" ? Codebook::kMidrise : Codebook::kMidtread;
+}
+
+Clip clip_of(const char* name, c10::string_view clip) {
+  TORCH_CHECK_VALUE(clip == "static" || clip == "rms" || clip == "absmax", name,
+                    ": expected 'static', 'rms' or 'absmax', got '", clip, "'");
+  return clip == "static" ? Clip::kStatic : clip == "rms" ? Clip::kRms : Clip::kAbsmax;
+}
+
+struct Groups {
+  int64_t size, count;
+};
+
+Groups groups_of(int64_t k, int64_t group_size) {
+  TORCH_CHECK_VALUE(group_size == 0 || (group_size >= 2 && group_size % 2 == 0),
+                    "group_size: expected 0 or an even number of at least 2, got ", group_size);
+  const int64_t size = group_size == 0 ? k : std::min(group_size, k + k % 2);
+  return {size, (k + size - 1) / size};
+}
+
+void check_rows_of_k(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, name, ": expected shape [..., K] with K >= 1, got ", x.sizes());
+}
+
+int64_t product(at::IntArrayRef sizes) {
+  return c10::multiply_integers(sizes);
+}
+
+Tensor checked_table(const char* name, const Tensor& table, int64_t groups) {
+  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, name, ": expected float32, got ", table.scalar_type());
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) > 0 && table.size(1) == groups, name,
+                    ": expected shape [languages, ", groups, "], got ", table.sizes());
+  return table.contiguous();
+}
+
+// Ids of shape lead[:d] (or 1 in any place) as contiguous memory, each standing for `span` consecutive rows.
+struct LanguageIds {
+  Tensor ids;
+  int64_t span = 1;
+
+  Languages of(int64_t languages, int64_t elements_per_row = 1) const {
+    return {ids.defined() ? ids.const_data_ptr<int32_t>() : nullptr, span * elements_per_row,
+            static_cast<int32_t>(languages)};
+  }
+};
+
+LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef lead) {
+  if (!language) return {};
+  TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ", language->scalar_type());
+  bool matches = language->dim() <= static_cast<int64_t>(lead.size());
+  for (int64_t i = 0; matches && i < language->dim(); i++) {
+    matches = language->size(i) == 1 || language->size(i) == lead[i];
+  }
+  TORCH_CHECK_VALUE(matches, "language: expected a shape that matches the leading dimensions ", lead,
+                    " from the left, got ", language->sizes());
+  int64_t used = language->dim();
+  while (used > 0 && language->size(used - 1) == 1) used--;
+  const auto prefix = lead.slice(0, used);
+  const Tensor ids = language->reshape(language->sizes().slice(0, used)).expand(prefix).contiguous();
+  return {ids, std::max<int64_t>(product(lead.slice(used)), 1)};
+}
+
+// Rotation by blocks; signs hold +-1 / sqrt(block).
+struct Rotation {
+  Tensor signs;
+  int64_t block = 0;
+
+  const float* data() const { return signs.defined() ? signs.const_data_ptr<float>() : nullptr; }
+};
+
+Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_size, int64_t k) {
+  if (!signs) return {};
+  TORCH_CHECK_TYPE(signs->scalar_type() == at::kFloat || signs->scalar_type() == at::kChar,
+                   "signs: expected float32 or int8, got ", signs->scalar_type());
+  TORCH_CHECK_VALUE(signs->dim() == 1 && signs->size(0) == k, "signs: expected shape [", k, "], got ", signs->sizes());
+  const int64_t block = block_size == 0 ? largest_power_of_two_divisor(k) : block_size;
+  TORCH_CHECK_VALUE(block > 0 && (block & (block - 1)) == 0 && k % block == 0,
+                    "block_size: expected a power of two that divides K=", k, ", got ", block_size);
+  return {signs->to(at::kFloat).mul(1.0 / std::sqrt(static_cast<double>(block))).contiguous(), block};
+}
+
+// --- Work for threads ---
+
+// body(begin, end) over ranges of rows of `width` elements.
+template <class Body>
+void for_rows(int64_t rows, int64_t width, const Body& body) {
+  const int64_t grain = std::max<int64_t>(kElementsPerTask / std::max<int64_t>(width, 1), 1);
+  at::parallel_for(0, rows, grain, body);
+}
+
+// How many partial results a reduction over `elements` keeps: enough for every thread, few enough that zeroing and merging
+// partial results of `partial_bytes` each is cheap beside reading the elements.
+int64_t chunk_count(int64_t elements, int64_t partial_bytes) {
+  const int64_t at_most = std::min(kMaxChunks, kMaxPartialBytes / std::max<int64_t>(partial_bytes, 1));
+  const int64_t elements_per_chunk = std::max<int64_t>(2 * kElementsPerTask, partial_bytes / 4);
+  return std::clamp<int64_t>(elements / elements_per_chunk, 1, std::max<int64_t>(at_most, 1));
+}
+
+// body(chunk, begin, end): chunk c of `chunks` equal parts of [0, count).
+template <class Body>
+void for_chunks(int64_t chunks, int64_t count, const Body& body) {
+  const int64_t size = (count + chunks - 1) / chunks;
+  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; chunk++) {
+      body(chunk, std::min(chunk * size, count), std::min((chunk + 1) * size, count));
+    }
+  });
+}
+
+// --- Operations ---
+
+std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& language, int64_t languages,
+                                   bool histogram) {
+  TORCH_CHECK_VALUE(languages >= 1 && languages <= INT32_MAX, "languages: expected at least 1, got ", languages);
+  const DType dtype = x.scalar_type() == at::kDouble ? DType::kFloat64 : dtype_of("x", x.scalar_type());
+  const auto lead = x.dim() ? x.sizes().slice(0, x.dim() - 1) : x.sizes();
+  const LanguageIds ids = checked_language(language, lead);
+  const Tensor values = x.contiguous();
+  const int64_t k = x.dim() ? x.size(-1) : 1, elements = x.numel();
+  const MomentsArgs args{values.const_data_ptr(), dtype, ids.of(languages, std::max<int64_t>(k, 1))};
+  const Kernels& kernels = active_kernels();
+
+  const int64_t bins = histogram ? 2 * kHistogramBins : 0;
+  const int64_t chunks = chunk_count(elements, languages * static_cast<int64_t>(sizeof(MomentState) + 8 * bins));
+  std::vector<MomentState> states(chunks * languages, empty_moments());
+  const Tensor counts = at::zeros({chunks, languages, bins / 2, 2}, at::kLong);
+  for_chunks(chunks, elements, [&](int64_t chunk, int64_t begin, int64_t end) {
+    int64_t* histogram_of_chunk = histogram ? counts.mutable_data_ptr<int64_t>() + chunk * languages * bins : nullptr;
+    kernels.moments(args, begin, end, states.data() + chunk * languages, histogram_of_chunk);
+  });
+
+  const Tensor out = at::empty({languages, 8}, at::kDouble);
+  for (int64_t row = 0; row < languages; row++) {
+    MomentState total = states[row];
+    for (int64_t chunk = 1; chunk < chunks; chunk++) merge_moments(total, states[chunk * languages + row]);
+    memcpy(out.mutable_data_ptr<double>() + 8 * row, &total, sizeof(total));
+  }
+  return {out, chunks == 1 ? counts[0].clone() : counts.sum(0)};
+}
+
+std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const optional<Tensor>& language,
+                                    int64_t group_size, c10::string_view codebook, const optional<Tensor>& signs,
+                                    int64_t block_size, bool tail_sums) {
+  check_rows_of_k("x", x);
+  const int64_t k = x.size(-1), rows = x.numel() / k;
+  const auto lead = x.sizes().slice(0, x.dim() - 1);
+  const Groups groups = groups_of(k, group_size);
+  const Tensor table = checked_table("alpha", alpha, groups.count), values = x.contiguous();
+  const LanguageIds ids = checked_language(language, lead);
+  const Rotation rotation = checked_rotation(signs, block_size, k);
+  auto sizes = x.sizes().vec();
+  sizes.back() = (k + 1) / 2;
+  const Tensor codes = at::empty(sizes, at::kByte);
+  const QuantizeArgs args{
+      .x = values.const_data_ptr(),
+      .dtype = dtype_of("x", x.scalar_type()),
+      .k = k,
+      .group_size = groups.size,
+      .groups = groups.count,
+      .table = table.const_data_ptr<float>(),
+      .languages = ids.of(table.size(0)),
+      .clip = Clip::kStatic,
+      .codebook = codebook_of("codebook", codebook),
+      .bits = 4,
+      .signs = rotation.data(),
+      .block = rotation.block,
+      .codes = codes.mutable_data_ptr<uint8_t>(),
+      .values = nullptr,
+      .scales = nullptr,
+  };
+  const Kernels& kernels = active_kernels();
+  const auto scratch_size = rotation.data() ? k : 0;
+  if (!tail_sums) {
+    for_rows(rows, k, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(scratch_size);
+      kernels.quantize(args, begin, end, scratch.data(), nullptr);
+    });
+    return {codes, at::empty({0, groups.count, 4}, at::kDouble)};
+  }
+  const int64_t entries = table.numel() * 4;
+  const int64_t chunks = chunk_count(x.numel(), entries * static_cast<int64_t>(sizeof(double)));
+  const Tensor tails = at::zeros({chunks, table.size(0), groups.count, 4}, at::kDouble);
+  for_chunks(chunks, rows, [&](int64_t chunk, int64_t begin, int64_t end) {
+    std::vector<float> scratch(scratch_size);
+    kernels.quantize(args, begin, end, scratch.data(), tails.mutable_data_ptr<double>() + chunk * entries);
+  });
+  const Tensor tail = tails[0].clone();
+  for (int64_t chunk = 1; chunk < chunks; chunk++) tail.add_(tails[chunk]);
+  return {codes, tail};
+}
+
+std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape, const optional<Tensor>& language,
+                                            int64_t group_size, c10::string_view statistic,
+                                            c10::string_view codebook, const optional<Tensor>& signs,
+                                            int64_t block_size) {
+  check_rows_of_k("x", x);
+  const int64_t k = x.size(-1), rows = x.numel() / k;
+  const auto lead = x.sizes().slice(0, x.dim() - 1);
+  const Groups groups = groups_of(k, group_size);
+  const Tensor table = checked_table("shape", shape, groups.count), values = x.contiguous();
+  const LanguageIds ids = checked_language(language, lead);
+  const Rotation rotation = checked_rotation(signs, block_size, k);
+  TORCH_CHECK_VALUE(statistic != "static", "statistic: expected 'rms' or 'absmax', got 'static'");
+  auto sizes = x.sizes().vec();
+  sizes.back() = (k + 1) / 2;
+  const Tensor codes = at::empty(sizes, at::kByte);
+  sizes.back() = groups.count;
+  const Tensor scales = at::empty(sizes, at::kFloat);
+  const QuantizeArgs args{
+      .x = values.const_data_ptr(),
+      .dtype = dtype_of("x", x.scalar_type()),
+      .k = k,
+      .group_size = groups.size,
+      .groups = groups.count,
+      .table = table.const_data_ptr<float>(),
+      .languages = ids.of(table.size(0)),
+      .clip = clip_of("statistic", statistic),
+      .codebook = codebook_of("codebook", codebook),
+      .bits = 4,
+      .signs = rotation.data(),
+      .block = rotation.block,
+      .codes = codes.mutable_data_ptr<uint8_t>(),
+      .values = nullptr,
+      .scales = scales.mutable_data_ptr<float>(),
+  };
+  const Kernels& kernels = active_kernels();
+  for_rows(rows, k, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(rotation.data() ? k : 0);
+    kernels.quantize(args, begin, end, scratch.data(), nullptr);
+  });
+  return {codes, scales};
+}
+
+Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tensor>& language, int64_t k,
+                  int64_t group_size, c10::string_view codebook, bool per_row, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, "codes: expected uint8, got ", codes.scalar_type());
+  TORCH_CHECK_VALUE(k >= 1 && codes.dim() > 0 && codes.size(-1) == (k + 1) / 2, "codes: expected shape [..., ",
+                    (k + 1) / 2, "] for k=", k, ", got ", codes.sizes());
+  const auto lead = codes.sizes().slice(0, codes.dim() - 1);
+  const Groups groups = groups_of(k, group_size);
+  const Tensor packed = codes.contiguous();
+  Tensor table;
+  LanguageIds ids;
+  if (per_row) {
+    auto expected = lead.vec();
+    expected.push_back(groups.count);
+    TORCH_CHECK_TYPE(alpha.scalar_type() == at::kFloat, "alpha: expected float32, got ", alpha.scalar_type());
+    TORCH_CHECK_VALUE(alpha.sizes() == at::IntArrayRef(expected), "alpha: expected shape ", at::IntArrayRef(expected),
+                      " with per_row, got ", alpha.sizes());
+    table = alpha.contiguous();
+  } else {
+    table = checked_table("alpha", alpha, groups.count);
+    ids = checked_language(language, lead);
+  }
+  auto sizes = codes.sizes().vec();
+  sizes.back() = k;
+  const Tensor out = at::empty(sizes, dtype);
+  const DequantizeArgs args{
+      .codes = packed.const_data_ptr<uint8_t>(),
+      .k = k,
+      .group_size = groups.size,
+      .groups = groups.count,
+      .table = table.const_data_ptr<float>(),
+      .per_row = per_row,
+      .languages = ids.of(table.size(0)),
+      .codebook = codebook_of("codebook", codebook),
+      .out = out.mutable_data_ptr(),
+      .dtype = dtype_of("dtype", dtype),
+  };
+  const Kernels& kernels = active_kernels();
+  for_rows(product(lead), k, [&](int64_t begin, int64_t end) { kernels.dequantize(args, begin, end); });
+  return out;
+}
+
+// x [rows, k] rotated, as a new tensor of out_type.
+void rotate_rows(const Tensor& x, const Rotation& rotation, const Tensor& out) {
+  const int64_t k = x.size(-1);
+  const RotateArgs args{x.const_data_ptr(),    dtype_of("x", x.scalar_type()),     k, rotation.data(), rotation.block,
+                        out.mutable_data_ptr(), dtype_of("out", out.scalar_type())};
+  const Kernels& kernels = active_kernels();
+  for_rows(x.numel() / k, k, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(k);
+    kernels.rotate(args, begin, end, scratch.data());
+  });
+}
+
+Tensor rotate(const Tensor& x, const Tensor& signs, int64_t block_size) {
+  check_rows_of_k("x", x);
+  const Rotation rotation = checked_rotation(signs, block_size, x.size(-1));
+  const Tensor values = x.contiguous(), out = at::empty(x.sizes(), values.options());
+  rotate_rows(values, rotation, out);
+  return out;
+}
+
+// y [rows, n] = x [rows, k] times INT4 weights: a few rows.
+void multiply_few_rows(const Tensor& x, const Tensor& weight, const Tensor& clips, const Groups& groups,
+                       Codebook codebook, const float* bias, const Tensor& y) {
+  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
+  const Tensor arranged = at::empty({rows, groups.count * arranged_group(groups.size)}, at::kFloat);
+  const Kernels& kernels = active_kernels();
+  kernels.arrange_activations(x.const_data_ptr<float>(), rows, k, groups.size, groups.count,
+                              arranged.mutable_data_ptr<float>());
+  const MatvecArgs args{
+      .x = arranged.const_data_ptr<float>(),
+      .rows = rows,
+      .k = k,
+      .n = n,
+      .group_size = groups.size,
+      .groups = groups.count,
+      .weight = weight.const_data_ptr<uint8_t>(),
+      .clips = clips.const_data_ptr<float>(),
+      .bias = bias,
+      .codebook = codebook,
+      .out = y.mutable_data_ptr<float>(),
+  };
+  for_rows(n, k * rows, [&](int64_t begin, int64_t end) { kernels.matvec(args, begin, end); });
+}
+
+// The same for many rows: weights go back to float32 a tile at a time, and the matrix product is PyTorch's.
+void multiply_many_rows(const Tensor& x, const Tensor& weight, const Tensor& clips, int64_t group_size,
+                        c10::string_view codebook, const Tensor& bias, const Tensor& y) {
+  const int64_t k = x.size(1), n = weight.size(0);
+  const int64_t tile = std::max<int64_t>(kWeightTileElements / k, 1);
+  for (int64_t first = 0; first < n; first += tile) {
+    const int64_t size = std::min(tile, n - first);
+    const Tensor dense = dequantize(weight.narrow(0, first, size), clips.narrow(0, first, size), std::nullopt, k,
+                                    group_size, codebook, /*per_row=*/true, at::kFloat);
+    Tensor part = y.narrow(1, first, size);
+    if (bias.defined()) {
+      at::addmm_out(part, bias.narrow(0, first, size), x, dense.t());
+    } else {
+      at::mm_out(part, x, dense.t());
+    }
+  }
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
+              int64_t group_size, c10::string_view weight_codebook, const optional<Tensor>& signs, int64_t block_size,
+              int64_t activation_bits, c10::string_view activation_clip, const optional<Tensor>& clip,
+              const optional<Tensor>& language, int64_t activation_group_size, c10::string_view activation_codebook) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_rows_of_k("x", x);
+  const int64_t k = x.size(-1), rows = x.numel() / k, n = weight.size(0);
+  const auto lead = x.sizes().slice(0, x.dim() - 1);
+  const DType dtype = dtype_of("x", x.scalar_type());
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kByte, "weight: expected uint8, got ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ", (k + 1) / 2,
+                    "] for K=", k, ", got ", weight.sizes());
+  const Groups groups = groups_of(k, group_size);
+  TORCH_CHECK_TYPE(weight_scale.scalar_type() == at::kFloat, "weight_scale: expected float32, got ",
+                   weight_scale.scalar_type());
+  TORCH_CHECK_VALUE(weight_scale.sizes() == at::IntArrayRef({n, groups.count}), "weight_scale: expected shape [", n,
+                    ", ", groups.count, "], got ", weight_scale.sizes());
+  TORCH_CHECK_VALUE(activation_bits == 16 || activation_bits == 8 || activation_bits == 4,
+                    "activation_bits: expected 16, 8 or 4, got ", activation_bits);
+  TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef({n}), "bias: expected shape [", n, "]");
+  const Codebook codebook = codebook_of("weight_codebook", weight_codebook);
+  const Rotation rotation = checked_rotation(signs, block_size, k);
+
+  // Activations as float32 [rows, k], rotated and rounded to their codebook.
+  Tensor activations = x.reshape({rows, k}).contiguous();
+  if (activation_bits < 16) {
+    TORCH_CHECK_VALUE(clip.has_value(), "clip: expected the clips of the activations for activation_bits=",
+                      activation_bits);
+    const Groups activation_groups = groups_of(k, activation_group_size);
+    const Tensor table = checked_table("clip", *clip, activation_groups.count);
+    const LanguageIds ids = checked_language(language, lead);
+    const Tensor rounded = at::empty({rows, k}, at::kFloat);
+    const QuantizeArgs args{
+        .x = activations.const_data_ptr(),
+        .dtype = dtype,
+        .k = k,
+        .group_size = activation_groups.size,
+        .groups = activation_groups.count,
+        .table = table.const_data_ptr<float>(),
+        .languages = ids.of(table.size(0)),
+        .clip = clip_of("activation_clip", activation_clip),
+        .codebook = codebook_of("activation_codebook", activation_codebook),
+        .bits = static_cast<int>(activation_bits),
+        .signs = rotation.data(),
+        .block = rotation.block,
+        .codes = nullptr,
+        .values = rounded.mutable_data_ptr<float>(),
+        .scales = nullptr,
+    };
+    const Kernels& kernels = active_kernels();
+    for_rows(rows, k, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(rotation.data() ? k : 0);
+      kernels.quantize(args, begin, end, scratch.data(), nullptr);
+    });
+    activations = rounded;
+  } else if (rotation.data()) {
+    const Tensor rotated = at::empty({rows, k}, at::kFloat);
+    rotate_rows(activations, rotation, rotated);
+    activations = rotated;
+  } else {
+    activations = activations.to(at::kFloat);
+  }
+
+  const Tensor packed = weight.contiguous(), clips = weight_scale.contiguous();
+  const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const Tensor y = at::empty({rows, n}, at::kFloat);
+  if (rows == 0 || n == 0) {
+    // nothing to multiply
+  } else if (rows <= kMatvecRows) {
+    multiply_few_rows(activations, packed, clips, groups, codebook,
+                      offset.defined() ? offset.const_data_ptr<float>() : nullptr, y);
+  } else {
+    multiply_many_rows(activations, packed, clips, group_size, weight_codebook, offset, y);
+  }
+  auto sizes = x.sizes().vec();
+  sizes.back() = n;
+  return y.to(x.scalar_type()).view(sizes);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(la_aciq, CPU, m) {
+  m.impl("moments", moments);
+  m.impl("quantize", quantize);
+  m.impl("quantize_dynamic", quantize_dynamic);
+  m.impl("dequantize", dequantize);
+  m.impl("rotate", rotate);
+  m.impl("linear", linear);
+}
+
+}  // namespace la_aciq::cpu
