@@ -13,9 +13,17 @@ from .laws import (
     Uniform,
 )
 from .objectives import curvature, mse, slope
+from .optimal import Certificate, Octav, Optimum, minimum_samples, octav, optimal, samples_for_interval
 from .table import ClipTable, table
 
 __all__ = [
+    "Certificate",
+    "Octav",
+    "Optimum",
+    "minimum_samples",
+    "octav",
+    "optimal",
+    "samples_for_interval",
     "ClipTable",
     "Empirical",
     "Gaussian",

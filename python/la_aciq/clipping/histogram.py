@@ -69,10 +69,23 @@ class Bins:
         if array.size and array.min() < 0:
             raise ValueError("histogram must not hold negative counts or sums")
         flat = array.reshape(-1, BINS, 2)
-        counts = flat[..., 0].astype(np.float64)
+        return cls._from_sums(flat[..., 0].astype(np.float64), histogram_sums(flat))
+
+    @classmethod
+    def from_samples(cls, x: Array) -> Bins:
+        """From values x (flattened to one row)."""
+        x = np.abs(x).ravel()
+        bin_of = np.searchsorted(_geometry()[0], x, side="right") - 1
+        counts = np.bincount(bin_of, minlength=BINS).astype(np.float64)
+        # The last bin is a point at its lower edge.
+        sums = np.bincount(bin_of, weights=np.minimum(x, _geometry()[0][-1]), minlength=BINS)
+        return cls._from_sums(counts[None], sums[None])
+
+    @classmethod
+    def _from_sums(cls, counts: Array, sums: Array) -> Bins:
         _, middle, half = _geometry()
         # Beyond a third of the half width a linear density of that mean would go negative.
-        deviation = histogram_sums(flat) - counts * middle
+        deviation = sums - counts * middle
         with np.errstate(divide="ignore", invalid="ignore"):
             offset = np.where(half > 0, deviation / np.where(half > 0, half, 1), 0)
             total = counts.sum(-1, keepdims=True)
