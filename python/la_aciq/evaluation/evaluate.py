@@ -52,9 +52,9 @@ def evaluate(
 ) -> Report:
     """The change of a model's loss against a reference model's, language by language.
 
-    texts: by BCP-47 tag, a string, a list of strings, or token ids (then bits per token are reported, and the tokenizer may be
-        None). tokens: how many are read per language, in windows of seqlen. skip: how many are skipped first; by default the ones
-        the model's clips were chosen on.
+    texts: by BCP-47 tag, a string, a list of strings, or token ids (then bits per token are reported, and the
+        tokenizer may be None). tokens: how many are read per language, in windows of seqlen. skip: how many are
+        skipped first; by default the ones the model's clips were chosen on.
     Raises `LaAciqError` when a text is too short for that, with the numbers.
     """
     quantization = getattr(model, "la_aciq", None)
@@ -82,9 +82,10 @@ def evaluate_configurations(
 ) -> Report:
     """A report of several configurations of one model, by name; the reference is the model as it is, evaluated once.
 
-    configurations: a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype. profile: one, or several (with and
-    without rotation, say); each configuration takes the first that was measured with its rotation and group size. At most one
-    quantized copy is in memory. The other arguments are those of `evaluate`; skip is by default the profile's tokens.
+    configurations: a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype. profile: one, or
+    several (with and without rotation, say); each configuration takes the first that was measured with its rotation
+    and group size. At most one quantized copy is in memory. The other arguments are those of `evaluate`; skip is by
+    default the profile's tokens.
     """
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
     if not profiles or not configurations:
@@ -284,7 +285,7 @@ def _configuration(
 
 
 def _replicates(data: _Texts, tag: str, difference: Float64, seed: int) -> Float64:
-    """Bootstrap replicates of a loss difference in bits per unit; each language draws its own segments, by its place."""
+    """Bootstrap replicates of a loss difference in bits per unit; each language draws segments of its own."""
     place = list(data.by_language).index(tag)
     return bootstrap_ratios(difference * _BITS, data.sizes(tag)[1], resamples=RESAMPLES, seed=[seed, place])
 

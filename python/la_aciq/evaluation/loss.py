@@ -1,8 +1,8 @@
 """Losses of a model on text, and how sure one can be of a difference between two models' losses.
 
-All differences are paired: both models read the same windows, and the bootstrap resamples segments of them. A segment is up
-to 128 consecutive predicted tokens of one window; losses within a text are correlated over short distances, and a
-segment is long enough to carry most of that correlation inside it.
+All differences are paired: both models read the same windows, and the bootstrap resamples segments of them. A segment
+is up to 128 consecutive predicted tokens of one window; losses within a text are correlated over short distances, and
+a segment is long enough to carry most of that correlation inside it.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,8 +59,8 @@ def bootstrap_ratios(
 ) -> Float64:
     """sum(numerator) / sum(denominator) over segments drawn with replacement: float64 [resamples].
 
-    numerator, denominator: float64 [segments], the latter positive in sum. The same seed draws the same segments, so that
-    replicates of two quantities on the same segments are paired.
+    numerator, denominator: float64 [segments], the latter positive in sum. The same seed draws the same segments, so
+    that replicates of two quantities on the same segments are paired.
     """
     n = len(numerator)
     random = np.random.default_rng(seed)

@@ -1,9 +1,12 @@
-"""The report: what quantization costs each language, as JSON (schema 1), as a table for the terminal, and as Markdown."""
+"""The report: what quantization costs each language, as JSON (schema 1), as a table for the terminal, and as
+Markdown.
+"""
 
 import dataclasses
 import json
 import math
 import os
+import textwrap
 import types
 import typing
 import unicodedata
@@ -15,15 +18,17 @@ from typing import Any, Self
 from ..errors import LaAciqError
 
 SCHEMA = 1
-FILE = "report.json"
+_PER_TABLE = 5  # configurations side by side in a terminal
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
 class LanguageResult:
     """One configuration in one language. bpb is bits per byte (bits per token when the report's unit says so).
 
-    change = bpb - reference_bpb, with the paired bootstrap's percentile interval low..high and standard error se; nats is
-    the same change in nats per predicted token. tail_rate is the share of segments that lost more than the threshold.
+    change = bpb - reference_bpb, with the paired bootstrap's percentile interval low..high and standard error se;
+    nats is the same change in nats per predicted token. tail_rate is the share of segments that lost more than the
+    threshold.
     """
 
     reference_bpb: float
@@ -42,10 +47,11 @@ class LanguageResult:
 class Configuration:
     """One configuration over all languages.
 
-    config: the `QuantConfig`'s fields, or {"dtype": ...} for the unquantized model. bits: stored bits per weight of the replaced
-    layers, their clips included. mean: of the languages' changes, each language counting the same; mean_se: its standard
-    error from the text drawn (not from the choice of languages). worst: the largest change, worst_language: whose. gap: the
-    largest minus the smallest change. nats: the mean change in nats per token. skipped: layers left alone, and why.
+    config: the `QuantConfig`'s fields, or {"dtype": ...} for the unquantized model. bits: stored bits per weight of
+    the replaced layers, their clips included. mean: of the languages' changes, each language counting the same;
+    mean_se: its standard error from the text drawn (not from the choice of languages). worst: the largest change,
+    worst_language: whose. gap: the largest minus the smallest change. nats: the mean change in nats per token.
+    skipped: layers left alone, and why.
     """
 
     name: str
@@ -73,7 +79,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per-language clips (`name`) against the pooled clip (`baseline`), otherwise configured alike, paired over segments."""
+    """Per-language clips (`name`) against the pooled clip (`baseline`), otherwise configured alike, paired over
+    segments.
+    """
 
     name: str
     baseline: str
@@ -83,32 +91,29 @@ class Comparison:
 
     def sentence(self, unit: str = "byte") -> str:
         """Whether per-language clips beat the pooled clip, in words, by the interval alone."""
+        if self.mean.high < 0:
+            verdict = "per-language clips beat the pooled clip"
+        elif self.mean.low > 0:
+            verdict = "per-language clips are worse than the pooled clip"
+        else:
+            verdict = "no measurable difference between per-language clips and the pooled clip"
         better = [tag for tag, d in self.by_language.items() if d.high < 0]
         worse = [tag for tag, d in self.by_language.items() if d.low > 0]
-        of = f"on average over {len(self.by_language)} languages ({self.mean.difference:+.4f} bits per {unit}, 95 % interval {self.mean.low:+.4f} to {self.mean.high:+.4f}"
-        paired = f", paired over {self.segments} segments)"
-        if self.mean.high < 0:
-            verdict = f"per-language clips beat the pooled clip {of}{paired}"
-        elif self.mean.low > 0:
-            verdict = f"per-language clips are worse than the pooled clip {of}{paired}"
-        else:
-            verdict = f"per-language clips do not beat the pooled clip {of}{paired}: the interval includes zero"
-        details = [f"better in {', '.join(better)}"] if better else []
-        details += [f"worse in {', '.join(worse)}"] if worse else []
-        alone = (
-            "; each language's own interval excludes zero only where it is " + " and ".join(details)
-            if details
-            else ("; no language's own interval excludes zero")
+        alone = [f"better in {', '.join(better)}"] if better else []
+        alone += [f"worse in {', '.join(worse)}"] if worse else []
+        return (
+            f"{self.name} against {self.baseline}: {verdict} ({self.mean.difference:+.4f} bits per {unit}, 95 % "
+            f"interval {self.mean.low:+.4f} to {self.mean.high:+.4f}, mean of {len(self.by_language)} languages, paired "
+            f"over {self.segments} segments); by each language's own interval {' and '.join(alone) or 'no difference in any'}."
         )
-        return f"{self.name} against {self.baseline}: {verdict}{alone}."
 
 
 @dataclass(frozen=True)
 class Curve:
     """Normalized MSE of one site's inputs (mean over its groups) against the clip, by language.
 
-    ratio: clips as multiples of each group's rms; mse: by language, one value per ratio; optimum: by language, the ratio and
-    normalized MSE of the least of its curve.
+    ratio: clips as multiples of each group's rms; mse: by language, one value per ratio; optimum: by language, the
+    ratio and normalized MSE of the least of its curve.
     """
 
     site: str
@@ -133,10 +138,13 @@ class Layers:
 class Report:
     """What quantization costs each language. `save` and `load` are its report.json.
 
-    settings: seqlen, tokens, segment, tail_nats, resamples, confidence, seed. model: name, parameters, dtype, fingerprint.
-    texts: per language the tokens skipped and read. regret: by kind of layer and language, the excess of the pooled clip's
-    normalized MSE over the own clip's, relative to the latter. clips: alpha*(language) / rms; kurtosis: excess kurtosis.
-    curves: MSE against the clip at a few sites. The last four describe the profile and are empty in a report without one.
+    settings: seqlen, tokens, segment, tail_nats, resamples, confidence, seed. model: name, parameters, dtype,
+    fingerprint.
+    texts: per language the tokens skipped and read. regret: by kind of layer and language, the excess of the pooled
+    clip's normalized MSE over the own clip's, relative to the latter. clips: alpha*(language) / rms; kurtosis: excess
+    kurtosis.
+    curves: MSE against the clip at a few sites. The last four describe the profile and are empty in a report without
+    one.
     """
 
     created: str
@@ -158,7 +166,9 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "report") -> Self:
-        """The report of report.json's content; a field that is missing, of another type or not finite is a `LaAciqError`."""
+        """The report of report.json's content; a field that is missing, of another type or not finite is a
+        `LaAciqError`.
+        """
         if not isinstance(values, dict) or not isinstance(values.get("schema"), int):
             raise LaAciqError(f"{source}: not a report of LA-ACIQ (no schema number)")
         if values["schema"] != SCHEMA:
@@ -192,22 +202,29 @@ class Report:
 
     def terminal(self) -> str:
         """The tables and the verdicts as text for a terminal with a fixed-width font."""
-        parts = [_text_table(*self._summary()), _text_table(*self._languages())]
+        everything = range(len(self.configurations))
+        parts = [_text_table(*self._summary())]
+        parts += [
+            _text_table(*self._languages(everything[start : start + _PER_TABLE], intervals=False))
+            for start in everything[::_PER_TABLE]
+        ]
         if self.regret:
             parts.append(_text_table(*self._regret()))
-        return "\n\n".join([self._heading(), *parts, *self._notes()])
+        notes = [textwrap.fill(note, _WIDTH) for note in self._notes()]
+        return "\n\n".join([textwrap.fill(self._heading(), _WIDTH), *parts, *notes])
 
     def markdown(self) -> str:
-        """The same as Markdown."""
-        parts = [_markdown_table(*self._summary()), _markdown_table(*self._languages())]
+        """The same as Markdown, with the intervals in full."""
+        everything = range(len(self.configurations))
+        parts = [_markdown_table(*self._summary()), _markdown_table(*self._languages(everything, intervals=True))]
         if self.regret:
             parts.append(_markdown_table(*self._regret()))
         return "\n\n".join([self._heading(), *parts, *self._notes()]) + "\n"
 
     def _heading(self) -> str:
         return (
-            f"Change in bits per {self.unit} against the unquantized model, {self.settings['tokens']} held-out tokens in each of "
-            f"{len(self.texts)} languages ({self.model['name']})"
+            f"Change in bits per {self.unit} against the unquantized model, {self.settings['tokens']} held-out tokens "
+            f"in each of {len(self.texts)} languages ({self.model['name']})"
         )
 
     def _summary(self) -> tuple[str, list[str], list[list[str]]]:
@@ -226,31 +243,31 @@ class Report:
         ]
         return "Configurations", header, rows
 
-    def _languages(self) -> tuple[str, list[str], list[list[str]]]:
-        header = ["language", "reference", *(f"#{number}" for number in range(1, len(self.configurations) + 1))]
+    def _languages(self, numbers: Sequence[int], *, intervals: bool) -> tuple[str, list[str], list[list[str]]]:
+        header = ["language", "reference", *(f"#{number + 1}" for number in numbers)]
         rows = []
         for tag in self.texts:
-            results = [c.by_language[tag] for c in self.configurations]
-            cells = [f"{r.change:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in results]
-            rows.append([tag, f"{results[0].reference_bpb:.3f}" if results else "", *cells])
-        return f"Change by language with its 95 % interval (reference: bits per {self.unit} unquantized)", header, rows
+            results = [self.configurations[number].by_language[tag] for number in numbers]
+            cells = [
+                f"{r.change:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" if intervals else f"{r.change:+.3f} ±{1.96 * r.se:.3f}"
+                for r in results
+            ]
+            rows.append([tag, f"{results[0].reference_bpb:.3f}", *cells])
+        title = "Change by language with its 95 % interval; reference is the unquantized model's bits per " + self.unit
+        return title, header, rows
 
     def _regret(self) -> tuple[str, list[str], list[list[str]]]:
-        tags = list(next(iter(self.regret.values())))
-        rows = [[kind, *(_percent(values[tag]) for tag in tags)] for kind, values in self.regret.items()]
-        return (
-            "Regret: extra quantization error of the inputs from sharing one clip over the languages",
-            ["layers", *tags],
-            rows,
-        )
+        kinds = list(self.regret)
+        rows = [[tag, *(_percent(self.regret[kind][tag]) for kind in kinds)] for tag in self.regret[kinds[0]]]
+        title = "Regret: extra quantization error of a layer's input from sharing one clip over the languages"
+        return title, ["language", *kinds], rows
 
     def _notes(self) -> list[str]:
-        tail = self.settings["tail_nats"]
-        notes = [
-            f"mean ± is the half-width of a 95 % interval; gap is the worst minus the best language; tail is the share of segments of "
-            f"{self.settings['segment']} tokens whose loss rose by more than {tail} nats per token."
-        ]
-        return notes + [comparison.sentence(self.unit) for comparison in self.comparisons]
+        notes = (
+            "± is the half-width of a 95 % interval. gap: worst minus best language. tail: share of segments of "
+            f"{self.settings['segment']} tokens whose loss rose by more than {self.settings['tail_nats']} nats a token."
+        )
+        return [notes, *(comparison.sentence(self.unit) for comparison in self.comparisons)]
 
 
 def _percent(value: float | None) -> str:

@@ -15,7 +15,9 @@ _RATIOS = np.geomspace(1.0, 10.0, 57)
 
 
 def summarize(profile: Profile, config: QuantConfig) -> dict[str, Any]:
-    """The fields regret, clips, kurtosis and curves of a `Report`, for the bits, codebook and objective of a configuration."""
+    """The fields regret, clips, kurtosis and curves of a `Report`, for the bits, codebook and objective of a
+    configuration.
+    """
     bits = config.activations if config.activations < 16 else 4
     settings: dict[str, Any] = {"bits": bits, "codebook": config.codebook, "objective": config.objective}
     inputs = {name: site for name, site in profile.sites.items() if site.kind == "input"}

@@ -36,13 +36,15 @@ def save_quantized(
 ) -> None:
     """Write a quantized Hugging Face model (and its tokenizer) into a new folder, complete or not at all.
 
-    Raises `LaAciqError` when the model is not a quantized one, or the folder exists (`force` replaces one of this kind).
+    Raises `LaAciqError` when the model is not a quantized one, or the folder exists (`force` replaces one of this
+    kind).
     """
     done = getattr(model, "la_aciq", None)
     if not isinstance(done, Quantization):
         raise LaAciqError("save_quantized needs a model that quantize_model or load_quantized returned")
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise LaAciqError(f"save_quantized needs a Hugging Face model with a config, got a {type(model).__name__}")
+    hugging_face: Any = model
     with new_folder(folder, SETTINGS, force) as temporary:
         # Tied tensors are written once, under the first name; loading ties them again.
         tensors: dict[str, torch.Tensor] = {}
@@ -66,9 +68,9 @@ def save_quantized(
             "sha256": _sha256(temporary / TENSORS),
         }
         (temporary / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        model.config.save_pretrained(temporary)
+        hugging_face.config.save_pretrained(temporary)
         if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(temporary)
+            hugging_face.generation_config.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 
@@ -76,8 +78,9 @@ def save_quantized(
 def load_quantized(folder: str | os.PathLike[str]) -> nn.Module:
     """The model `save_quantized` wrote, on the CPU and in evaluation mode.
 
-    Everything is checked before the model is returned: a file that is missing, truncated, edited or from a newer version of
-    the format, tensors that do not fit the model, and clips that are not finite and positive are each a `LaAciqError`.
+    Everything is checked before the model is returned: a file that is missing, truncated, edited or from a newer
+    version of the format, tensors that do not fit the model, and clips that are not finite and positive are each a
+    `LaAciqError`.
     """
     path = Path(folder)
     settings = _read_settings(path)
@@ -90,7 +93,8 @@ def load_quantized(folder: str | os.PathLike[str]) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, LanguageAwareLinear | RoundedProjection):
             _check_layer(name, module)
-    model.la_aciq = done
+    hugging_face: Any = model
+    hugging_face.la_aciq = done
     done.state.attach(model)
     return model.eval()
 
@@ -121,7 +125,8 @@ def _read_settings(path: Path) -> _Settings:
         raise LaAciqError(f"{str(file)!r} has no schema number; expected {SCHEMA}")
     if schema > SCHEMA:
         raise LaAciqError(
-            f"{str(file)!r} has schema {schema}, made by a newer LA-ACIQ ({values.get('version')}); this one reads up to {SCHEMA}"
+            f"{str(file)!r} has schema {schema}, made by a newer LA-ACIQ ({values.get('version')}); "
+            f"this one reads up to {SCHEMA}"
         )
     kinds = {
         "config": dict, "rows": list, "layers": list, "projections": dict, "skipped": dict,
@@ -155,9 +160,10 @@ def _read_tensors(path: Path, settings: _Settings) -> dict[str, torch.Tensor]:
         found = _sha256(file)
         if found != settings.sha256:
             raise LaAciqError(
-                f"{str(file)!r} is not the file {SETTINGS} was written for: its SHA-256 is {found}, expected {settings.sha256}"
+                f"{str(file)!r} was edited or cut short: its SHA-256 is {found}, and {SETTINGS} has {settings.sha256}"
             )
-        return safetensors.torch.load_file(file)
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
+        return tensors
     except OSError as error:
         raise LaAciqError(f"{str(file)!r} cannot be read: {error.strerror}") from error
     except safetensors.SafetensorError as error:
@@ -188,7 +194,7 @@ def _replace(model: nn.Module, name: str, done: Quantization) -> None:
         raise LaAciqError(
             f"{SETTINGS} names the layer {name!r}, and the model of config.json has no linear layer of that name"
         )
-    new: nn.Module = original
+    new: Any = original
     if name in done.layers:
         new = LanguageAwareLinear(
             original.in_features,
@@ -210,7 +216,7 @@ def _replace(model: nn.Module, name: str, done: Quantization) -> None:
 
 def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     expected = model.state_dict()
-    tied = {name for name in getattr(model, "all_tied_weights_keys", {}) or {}}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = sorted(set(expected) - set(tensors) - tied)
     unknown = sorted(set(tensors) - set(expected))
     if missing or unknown:
@@ -219,7 +225,8 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> Non
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise LaAciqError(
-                f"{str(path / TENSORS)!r}: {name!r} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+                f"{str(path / TENSORS)!r}: {name!r} has shape {list(tensor.shape)}, expected "
+                f"{list(expected[name].shape)}"
             )
         integer = not expected[name].is_floating_point()
         if integer != (not tensor.is_floating_point()) or (integer and tensor.dtype != expected[name].dtype):

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import LaAciqError
+from ..ops import ActivationClip, Codebook
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": (4, 16),
@@ -23,21 +24,23 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class QuantConfig:
     """How a model is quantized. 16 bits mean "as it is".
 
-    weights, activations, kv: bits of the linear layers' weights (4, 16), of their inputs (4, 8, 16) and of the outputs of the
-        key and value projections (4, 16).
-    group_size: elements along K that share a weight's clip and, with granularity "group", an activation's clip: even, or 0
-        for one group per row. It is the one the profile was measured with.
+    weights, activations, kv: bits of the linear layers' weights (4, 16), of their inputs (4, 8, 16) and of the
+        outputs of the key and value projections (4, 16).
+    group_size: elements along K that share a weight's clip and, with granularity "group", an activation's clip: even,
+        or 0 for one group per row. It is the one the profile was measured with.
     codebook: "midrise" or "midtread".
-    clip: how the activations' and the KV projections' clip is found. "static": read from the table, which the languages'
-        statistics made. "rms": a factor of the table times the root mean square of the token's group. "absmax": the token's
-        group's largest magnitude, no table.
-    sharing: "language" gives each language its own clips, "pooled" gives all of them those of the pooled row; the attention
-        sink's row is its own in both.
-    granularity: what shares one entry of the table: a "group", a "layer", or the whole "model" (per language). With a dynamic
-        clip, "token" shares one scale over a token's whole row, and the other three have one per token and group.
+    clip: how the activations' and the KV projections' clip is found. "static": read from the table, which the
+        languages' statistics made. "rms": a factor of the table times the root mean square of the token's group.
+        "absmax": the token's group's largest magnitude, no table.
+    sharing: "language" gives each language its own clips, "pooled" gives all of them those of the pooled row; the
+        attention sink's row is its own in both.
+    granularity: what shares one entry of the table: a "group", a "layer", or the whole "model" (per language). With a
+        dynamic clip, "token" shares one scale over a token's whole row, and the other three have one per token and
+        group.
     objective: the clip's model of the quantization error, as in `clipping.optimal`.
     rotate: rotate the layers' inputs by a randomized Hadamard transform (and the weights, offline).
-    ignore: names of linear layers to leave alone: full names, last components, or shell patterns such as "model.layers.0.*".
+    ignore: names of linear layers to leave alone: full names, last components, or shell patterns such as
+        "model.layers.0.*".
 
     Raises `LaAciqError` for a value outside these, and for combinations that have no meaning or no kernel.
     """
@@ -46,8 +49,8 @@ class QuantConfig:
     activations: int = 4
     kv: int = 16
     group_size: int = 64
-    codebook: str = "midrise"
-    clip: str = "static"
+    codebook: Codebook = "midrise"
+    clip: ActivationClip = "static"
     sharing: str = "language"
     granularity: str = "group"
     objective: str = "exact"
@@ -75,7 +78,7 @@ class QuantConfig:
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.granularity == "token" and self.clip == "static":
             raise LaAciqError(
-                "granularity = 'token' needs a dynamic clip ('rms' or 'absmax'): a static clip is known before the token"
+                "granularity = 'token' needs clip = 'rms' or 'absmax'; got clip = 'static', which has no scale per token"
             )
         if self.weights == 16 and self.activations == 8:
             raise LaAciqError(

@@ -1,8 +1,8 @@
 """An INT4 key and value cache, as far as its accuracy goes.
 
-The outputs of the key and value projections are quantized to INT4 and dequantized at once, head by head, before the rotary
-embedding: attention then computes with the values an INT4 cache would give back. The cache itself stays 16-bit: this
-measures what an INT4 cache costs each language, and saves no memory.
+The outputs of the key and value projections are quantized to INT4 and dequantized at once, head by head, before the
+rotary embedding: attention then computes with the values an INT4 cache would give back. The cache itself stays 16-bit:
+this measures what an INT4 cache costs each language, and saves no memory.
 """
 
 import torch
@@ -11,19 +11,27 @@ from torch import nn
 from ..errors import LaAciqError
 from .config import QuantConfig
 from .language import LanguageState
-from .linear import LanguageAwareModule, check_clips, round_trip
+from .linear import LanguageAwareLinear, LanguageAwareModule, check_clips, round_trip
 
 
 class RoundedProjection(LanguageAwareModule):
     """A key or value projection whose output has been through INT4.
 
-    `linear` is the projection (of any kind); its output [..., heads * head_dim] has one clip (static) or one factor
-    (dynamic: one scale per token and head) per head and row of the language table, in the float32 buffer `clip` [rows, heads].
+    `linear` is the projection, quantized or not; its output [..., heads * head_dim] has one clip (static) or one factor
+    (dynamic: one scale per token and head) per head and row of the language table, in the float32 buffer `clip`
+    [rows, heads].
     """
 
     clip: torch.Tensor
 
-    def __init__(self, linear: nn.Module, heads: int, head_dim: int, config: QuantConfig, state: LanguageState) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear | LanguageAwareLinear,
+        heads: int,
+        head_dim: int,
+        config: QuantConfig,
+        state: LanguageState,
+    ) -> None:
         super().__init__(config, state)
         self.linear = linear
         self.heads, self.head_dim = heads, head_dim
@@ -33,7 +41,7 @@ class RoundedProjection(LanguageAwareModule):
     @classmethod
     def from_projection(
         cls,
-        linear: nn.Module,
+        linear: nn.Linear | LanguageAwareLinear,
         head_dim: int,
         config: QuantConfig,
         state: LanguageState,
@@ -42,7 +50,7 @@ class RoundedProjection(LanguageAwareModule):
         name: str = "projection",
     ) -> "RoundedProjection":
         """Wrap a projection; clip is float32 [rows, heads]. Raises `LaAciqError` when the shapes do not fit."""
-        width = int(linear.out_features)  # nn.Linear and LanguageAwareLinear both have it
+        width = linear.out_features
         if head_dim < 2 or head_dim % 2 or width % head_dim:
             raise LaAciqError(
                 f"layer {name!r}: its {width} outputs are not a whole number of heads of an even size {head_dim}"

@@ -1,9 +1,9 @@
 """The language of a request, from the `with` statement around a call to the row ids that every quantized layer reads.
 
-`language("sw")` and `languages(["sw", "en"])` set a context variable, so each thread and each asyncio task has its own. A
-model's `LanguageState` turns it, when the model's forward pass starts, into one int32 row id per token and writes the ids
-in place into a persistent buffer, which the quantized layers hand to their kernels: the addresses stay the same from call to
-call, as a CUDA graph needs.
+`language("sw")` and `languages(["sw", "en"])` set a context variable, so each thread and each asyncio task has its
+own. A model's `LanguageState` turns it, when the model's forward pass starts, into one int32 row id per token and
+writes the ids in place into a persistent buffer, which the quantized layers hand to their kernels: the addresses stay
+the same from call to call, as a CUDA graph needs.
 """
 
 import threading
@@ -89,7 +89,7 @@ class LanguageState:
         self._lock = threading.Lock()
 
     def attach(self, model: nn.Module) -> None:
-        """Hook the state to a model: its forward passes set the ids first and release them at the end, also on errors."""
+        """Hook the state to a model: its forward passes set the ids first and release them at the end."""
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end, always_call=True)
 
@@ -125,11 +125,12 @@ class LanguageState:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = threading.current_thread()
         with self._lock:
-            # A pass that KeyboardInterrupt broke off never released: its own thread, or anyone after that thread's end, goes on.
+            # A pass that KeyboardInterrupt broke off never released: its own thread, or anyone after that thread's
+            # end, goes on.
             if self._owner not in (None, current) and self._owner.is_alive():
                 raise RuntimeError(
-                    f"two threads called one quantized model at once ({self._owner.name!r} is in its forward pass): each "
-                    "thread needs a copy of the model or a lock around the call"
+                    f"two threads called one quantized model at once ({self._owner.name!r} is in its forward pass): "
+                    "each thread needs a copy of the model or a lock around the call"
                 )
             self._owner = current
         inputs = args[0] if args else kwargs.get("input_ids")
@@ -175,7 +176,7 @@ class LanguageState:
 
     @staticmethod
     def _first_tokens(tokens: int, device: torch.device, kwargs: dict[str, Any]) -> torch.Tensor:
-        """True, [batch or 1, tokens], at the first token of each sequence: after left padding, and not in a continuation."""
+        """True, [batch or 1, tokens], at each sequence's first token: after left padding, not in a continuation."""
         cache = kwargs.get("past_key_values")
         past = (
             cache.get_seq_length() if cache is not None else 0

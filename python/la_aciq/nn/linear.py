@@ -8,17 +8,19 @@ from torch import nn
 
 from .. import ops, rotation
 from ..errors import LaAciqError
+from ..ops import Codebook
 from .config import QuantConfig
 from .language import LanguageState
 
 # The clips tried for a group of weights, as shares of its largest magnitude. With 16 levels and at least 16 weights the
-# optimum lies between: below, clipping costs more than the step saves; above, only the step grows (mid-tread ends at 14/15).
+# optimum lies between: below, clipping costs more than the step saves; above, only the step grows (mid-tread ends at
+# 14/15).
 _SHARES = torch.linspace(0.45, 1.08, 43).tolist()
 # Weights quantized at once: their working copies (about eight float32 tensors) stay in the last-level cache.
 _CHUNK = 1 << 18
 
 
-def weight_clips(weight: torch.Tensor, group_size: int, codebook: str = "midrise") -> torch.Tensor:
+def weight_clips(weight: torch.Tensor, group_size: int, codebook: Codebook = "midrise") -> torch.Tensor:
     """The INT4 clip of each group of weights with the least mean squared error, by an exact search over a grid.
 
     weight: [N, K] of any float dtype, finite. group_size 0 means one group per row. Returns float32 [N, groups] on the
@@ -55,13 +57,16 @@ def weight_clips(weight: torch.Tensor, group_size: int, codebook: str = "midrise
 
 
 def quantize_weight(
-    weight: torch.Tensor, group_size: int, codebook: str = "midrise"
+    weight: torch.Tensor, group_size: int, codebook: Codebook = "midrise"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """INT4 codes uint8 [N, ceil(K / 2)] and clips float32 [N, groups] of a weight [N, K], each group with its own clip."""
+    """INT4 codes uint8 [N, ceil(K / 2)] and clips float32 [N, groups] of a weight [N, K], each group with its own
+    clip.
+    """
     clips = weight_clips(weight, group_size, codebook)
     row = torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device)
     # Each row of the weight is a "language" with its own row of the table of clips.
-    return ops.quantize(weight.float(), clips, row, group_size=group_size, codebook=codebook), clips
+    codes: torch.Tensor = ops.quantize(weight.float(), clips, row, group_size=group_size, codebook=codebook)
+    return codes, clips
 
 
 class LanguageAwareModule(nn.Module):
@@ -74,7 +79,7 @@ class LanguageAwareModule(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         exact = {name: buffer for name in ("weight_scale", "clip") if (buffer := self._buffers.get(name)) is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in exact.items():
             after = self.get_buffer(name)
             if after.dtype != before.dtype:  # model.to(bfloat16) would have rounded the clips
@@ -85,13 +90,14 @@ class LanguageAwareModule(nn.Module):
 class LanguageAwareLinear(LanguageAwareModule):
     """A linear layer with INT4 weights whose input is quantized with the clip of each token's language.
 
-    y = dequantize(quantize(x)) W^T + bias, both factors rotated when `config.rotate`. With `config.weights == 16` the weight
-    stays in its dtype (rotated) and only the input is quantized; this isolates what the activations' clips cost.
+    y = dequantize(quantize(x)) W^T + bias, both factors rotated when `config.rotate`. With `config.weights == 16` the
+    weight stays in its dtype (rotated) and only the input is quantized; this isolates what the activations' clips
+    cost.
 
-    Buffers: `weight` uint8 [N, ceil(K / 2)] or the float [N, K]; `weight_scale` float32 [N, groups], the clips of the weight;
-    `bias` [N] or None; `clip` float32 [rows, groups], the clip (static) or the factor (dynamic) by row of the language table,
-    None with 16-bit activations; `signs` int8 [K] of the rotation, or None. The clips keep float32 whatever `to(dtype)` does
-    to the model.
+    Buffers: `weight` uint8 [N, ceil(K / 2)] or the float [N, K]; `weight_scale` float32 [N, groups], the clips of the
+    weight; `bias` [N] or None; `clip` float32 [rows, groups], the clip (static) or the factor (dynamic) by row of the
+    language table, None with 16-bit activations; `signs` int8 [K] of the rotation, or None. The clips keep float32
+    whatever `to(dtype)` does to the model.
     """
 
     weight: torch.Tensor
@@ -153,16 +159,12 @@ class LanguageAwareLinear(LanguageAwareModule):
     ) -> "LanguageAwareLinear":
         """Quantize a trained layer; `linear` is left as it is.
 
-        clip: float32 [rows, groups] as `config` asks for, every entry finite and positive; None with 16-bit activations.
-        seed: of the rotation's signs, the profile's. name: for messages. Raises `LaAciqError` when the weight has NaN or Inf,
-        or when the clip table does not fit.
+        clip: float32 [rows, groups] as `config` asks for, every entry finite and positive; None with 16-bit
+        activations.
+        seed: of the rotation's signs, the profile's. name: for messages. Raises `LaAciqError` when the weight has NaN
+        or Inf, or when the clip table does not fit.
         """
-        weight = linear.weight.detach()
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            raise LaAciqError(
-                f"layer {name!r}: {bad} of its {weight.numel()} weights are NaN or infinite; expected finite weights"
-            )
+        weight = check_weight(linear, name)
         n, k = weight.shape
         layer = cls(k, n, linear.bias is not None, config, state, dtype=weight.dtype, device=weight.device)
         if layer.signs is not None:
@@ -225,15 +227,35 @@ def round_trip(
     signs: torch.Tensor | None = None,
     block_size: int = 0,
 ) -> torch.Tensor:
-    """x after INT4 with the configuration's clip: quantized and dequantized (in the rotated basis when signs are given)."""
-    settings = {"group_size": group_size, "codebook": config.codebook}
+    """x after INT4 with the configuration's clip: quantized and dequantized (in the rotated basis when signs are
+    given).
+    """
+    if clip is None:
+        raise ValueError("clip: expected the table of clips, got None")
+    size, codebook = group_size, config.codebook
     if config.clip == "static":
-        codes = ops.quantize(x, clip, language, signs=signs, block_size=block_size, **settings)
-        return ops.dequantize(codes, clip, language, k=x.shape[-1], dtype=x.dtype, **settings)
+        codes = ops.quantize(x, clip, language, group_size=size, codebook=codebook, signs=signs, block_size=block_size)
+        return ops.dequantize(codes, clip, language, k=x.shape[-1], group_size=size, codebook=codebook, dtype=x.dtype)
     codes, scales = ops.quantize_dynamic(
-        x, clip, language, statistic=config.clip, signs=signs, block_size=block_size, **settings
+        x,
+        clip,
+        language,
+        group_size=size,
+        statistic=config.clip,
+        codebook=codebook,
+        signs=signs,
+        block_size=block_size,
     )
-    return ops.dequantize(codes, scales=scales, k=x.shape[-1], dtype=x.dtype, **settings)
+    return ops.dequantize(codes, scales=scales, k=x.shape[-1], group_size=size, codebook=codebook, dtype=x.dtype)
+
+
+def check_weight(linear: nn.Module, name: str) -> torch.Tensor:
+    """The layer's weight, when all of it is finite; otherwise a `LaAciqError` that names the layer."""
+    weight: torch.Tensor = linear.get_parameter("weight").detach()
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise LaAciqError(f"layer {name!r}: {bad} of its {weight.numel()} weights are NaN or infinite; expected none")
+    return weight
 
 
 def check_clips(clip: torch.Tensor | None, shape: tuple[int, ...], name: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..models import fingerprint
 from .config import QuantConfig
 from .kv import RoundedProjection
 from .language import LanguageState
-from .linear import LanguageAwareLinear
+from .linear import LanguageAwareLinear, check_weight
 
 OUTPUT = ".output"  # of a projection's site in the profile and of its clips in the table
 
@@ -26,9 +26,10 @@ OUTPUT = ".output"  # of a projection's site in the profile and of its clips in 
 class Quantization:
     """What was done to a quantized model; its attribute `la_aciq`.
 
-    layers: names of the linear layers that are now `LanguageAwareLinear`. projections: names of the key and value projections
-    whose outputs go through INT4, with the size of their heads. skipped: every other layer with a weight matrix, and why it
-    was left alone. calibration_tokens: per language, how many of its tokens the clips were chosen on.
+    layers: names of the linear layers that are now `LanguageAwareLinear`. projections: names of the key and value
+    projections whose outputs go through INT4, with the size of their heads. skipped: every other layer with a weight
+    matrix, and why it was left alone. calibration_tokens: per language, how many of its tokens the clips were chosen
+    on.
     """
 
     config: QuantConfig
@@ -45,9 +46,10 @@ def quantize_model(
 ) -> nn.Module:
     """The model with its linear layers quantized as `config` says, with the clips of the profile's statistics.
 
-    inplace: change the model itself, layer by layer, so that at most one layer is in memory twice; otherwise the model given is
-    left as it was, and the copy shares nothing with it. The result's `la_aciq` is a `Quantization`; layers left alone because
-    they are tied, of an unsupported kind, or not in the profile are in its `skipped` and named in one warning.
+    inplace: change the model itself, layer by layer, so that at most one layer is in memory twice; otherwise the
+    model given is left as it was, and the copy shares nothing with it. The result's `la_aciq` is a `Quantization`;
+    layers left alone because they are tied, of an unsupported kind, or not in the profile are in its `skipped` and
+    named in one warning.
 
     Raises `LaAciqError` when the profile was made from another model, when its group size or rotation is not the
     configuration's, when the model is quantized already, and when a weight is not finite.
@@ -61,15 +63,18 @@ def quantize_model(
     state = LanguageState(profile.rows)
     seed = int(profile.metadata["rotation"]["seed"])
 
+    for name in layers:
+        check_weight(model.get_submodule(name), name)  # all of them before the first is changed
     # A module that is replaced is never copied: the copy finds its replacement in place of it.
     replaced: dict[int, Any] = {}
     names = layers if _quantizes_linear(config) else tuple(projections)
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not progress):
-        original = new = model.get_submodule(name)
+        original: Any = model.get_submodule(name)
+        new: Any
         if _quantizes_linear(config):
             new = LanguageAwareLinear.from_linear(original, config, state, clips.get(name), seed=seed, name=name)
-        elif not inplace:
-            new = copy.deepcopy(original)
+        else:
+            new = original if inplace else copy.deepcopy(original)
         if name in projections:
             new = RoundedProjection.from_projection(
                 new, projections[name], config, state, clips[name + OUTPUT], name=name
@@ -78,7 +83,7 @@ def quantize_model(
             model.set_submodule(name, new)
         else:
             replaced[id(original)] = new
-    quantized = model if inplace else copy.deepcopy(model, replaced)
+    quantized: Any = model if inplace else copy.deepcopy(model, replaced)
 
     quantized.la_aciq = Quantization(
         config=config,
@@ -90,18 +95,19 @@ def quantize_model(
         calibration_tokens={tag: int(count) for tag, count in profile.metadata["tokens"].items()},
     )
     state.attach(quantized)
-    return quantized
+    result: nn.Module = quantized
+    return result
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Stored bits per weight of the layers that quantization replaced, their clips included; 16 when it replaced none."""
+    """Stored bits per weight of the replaced layers, clips included; the dtype's bits when there are none."""
     bits = weights = 0
     for module in model.modules():
         if isinstance(module, LanguageAwareLinear):
             weights += module.in_features * module.out_features
             stored = [module.weight] if module.weight_scale is None else [module.weight, module.weight_scale]
             bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in stored)
-    return bits / weights if weights else 16.0
+    return bits / weights if weights else 8.0 * next(model.parameters()).itemsize
 
 
 def _quantizes_linear(config: QuantConfig) -> bool:
@@ -109,26 +115,23 @@ def _quantizes_linear(config: QuantConfig) -> bool:
 
 
 def _check_profile(model: nn.Module, profile: Profile, config: QuantConfig) -> None:
-    found, expected = fingerprint(model), profile.metadata["fingerprint"]
-    if found != expected:
-        raise LaAciqError(f"the profile was made from another model (fingerprint {expected}); this one's is {found}")
+    profile.check_fingerprint(fingerprint(model))
     if config.clip == "absmax" or config.activations == 16:
         return
     rotated = bool(profile.metadata["rotation"]["enabled"])
     if rotated != config.rotate:
-        made = "with" if rotated else "without"
         raise LaAciqError(
-            f"rotate = {config.rotate}, but the profile's statistics were made {made} rotation; calibrate with rotate = {config.rotate}"
+            f"rotate = {config.rotate}, but the profile was made with rotate = {rotated}; expected the same of both"
         )
     if config.group_size != profile.metadata["group_size"]:
         raise LaAciqError(
-            f"group_size = {config.group_size}, but the profile was made with groups of {profile.metadata['group_size']}; "
-            f"calibrate with group_size = {config.group_size}"
+            f"group_size = {config.group_size}, but the profile was made with group_size = "
+            f"{profile.metadata['group_size']}; expected the same of both"
         )
 
 
 def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names of the layers to quantize, and every other layer with a weight matrix with the reason for leaving it alone."""
+    """The names of the layers to quantize, and why every other layer with a weight matrix is left alone."""
     uses = Counter(
         id(weight) for module in model.modules() for weight in module._parameters.values() if weight is not None
     )
@@ -153,9 +156,7 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
             layers.append(name)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise LaAciqError(
-            f"no layer to quantize: the model has no torch.nn.Linear that is in the profile ({reasons or 'no layers at all'})"
-        )
+        raise LaAciqError(f"no layer to quantize: expected a torch.nn.Linear that the profile knows ({reasons})")
     if unexpected:
         named = "; ".join(f"{name} ({skipped[name]})" for name in unexpected)
         warnings.warn(f"{len(unexpected)} layers are left as they are: {named}", stacklevel=3)
@@ -177,7 +178,9 @@ def _projections(model: nn.Module, profile: Profile, config: QuantConfig, layers
 def _clips(
     profile: Profile, config: QuantConfig, layers: tuple[str, ...], projections: dict[str, int]
 ) -> dict[str, torch.Tensor]:
-    """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs and the projections' outputs."""
+    """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs and the projections'
+    outputs.
+    """
     inputs = layers if config.activations < 16 else ()
     outputs = tuple(name + OUTPUT for name in projections)
     rows = len(profile.rows)
