@@ -8,8 +8,8 @@
 PyTorch is imported from the environment the package will run in, so compile with `pip install --no-build-isolation`.
 Under build isolation PyTorch is not importable and the result is a pure-Python package.
 
-The kernels in csrc/cpu know nothing of PyTorch. They are compiled once per instruction set, each file with its own flags,
-and one is chosen when the program runs: the binary works on every x86-64 CPU.
+The kernels in csrc/cpu know nothing of PyTorch. They are compiled once per instruction set, each file with its own
+flags, and one is chosen when the program runs: the binary works on every x86-64 CPU.
 """
 
 import os

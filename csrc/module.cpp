@@ -1,4 +1,5 @@
-// The Python module la_aciq._C. Importing it registers the operations; its functions say what was built and what runs.
+// The Python module la_aciq._C. Importing it registers the operations; its functions say what was built and
+// what runs.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

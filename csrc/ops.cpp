@@ -1,5 +1,5 @@
-// The schema of every operation, once. Kernels attach to it per device (cpu/ops.cpp); python/la_aciq/ops.py adds the fakes,
-// python/la_aciq/reference.py defines what each operation computes.
+// The schema of every operation, once. Kernels attach to it per device (cpu/ops.cpp); python/la_aciq/ops.py
+// adds the fakes, python/la_aciq/reference.py defines what each operation computes.
 #include <torch/library.h>
 
 TORCH_LIBRARY(la_aciq, m) {
@@ -10,7 +10,8 @@ TORCH_LIBRARY(la_aciq, m) {
       "Tensor? signs=None, int block_size=0, bool tail_sums=False) -> (Tensor, Tensor)");
   m.def(
       "quantize_dynamic(Tensor x, Tensor shape, Tensor? language=None, int group_size=0, "
-      "str statistic=\"rms\", str codebook=\"midrise\", Tensor? signs=None, int block_size=0) -> (Tensor, Tensor)");
+      "str statistic=\"rms\", str codebook=\"midrise\", Tensor? signs=None, int block_size=0) -> (Tensor, "
+      "Tensor)");
   m.def(
       "dequantize(Tensor codes, Tensor alpha, Tensor? language=None, *, int k, int group_size=0, "
       "str codebook=\"midrise\", bool per_row=False, ScalarType dtype) -> Tensor");
@@ -18,6 +19,7 @@ TORCH_LIBRARY(la_aciq, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, *, int group_size=0, "
       "str weight_codebook=\"midrise\", Tensor? signs=None, int block_size=0, int activation_bits=16, "
-      "str activation_clip=\"static\", Tensor? clip=None, Tensor? language=None, int activation_group_size=0, "
+      "str activation_clip=\"static\", Tensor? clip=None, Tensor? language=None, int "
+      "activation_group_size=0, "
       "str activation_codebook=\"midrise\") -> Tensor");
 }

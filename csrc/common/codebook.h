@@ -3,8 +3,8 @@
 //   midrise    code = clamp(floor(x / Delta) + N/2, 0, N-1)              value = (code - (N-1)/2) Delta
 //   midtread   code = clamp(round_half_even(x / Delta) + N/2, 0, N-1)    value = (code - N/2) Delta
 //
-// Kernels multiply x by inverse_step(alpha). A value is level(code) * alpha, level in [-1, 1] or just beyond, so that the ends of the
-// mid-rise codebook are exactly +-alpha.
+// Kernels multiply x by inverse_step(alpha). A value is level(code) * alpha, level in [-1, 1] or just beyond,
+// so that the ends of the mid-rise codebook are exactly +-alpha.
 #pragma once
 
 #include "common/host_device.h"

@@ -40,8 +40,8 @@ LA_ACIQ_HD void merge_moments(MomentState& a, const MomentState& b) {
 }
 
 // The state of n finite values from the sums of d^p, d = x - center, where center is their rounded mean.
-LA_ACIQ_HD MomentState moments_about(double center, double n, double s1, double s2, double s3, double s4, double min,
-                                     double max) {
+LA_ACIQ_HD MomentState moments_about(double center, double n, double s1, double s2, double s3, double s4,
+                                     double min, double max) {
   const double r = s1 / n, r2 = r * r;
   return {n,
           center + r,
@@ -55,7 +55,8 @@ LA_ACIQ_HD MomentState moments_about(double center, double n, double s1, double 
 
 constexpr int kHistogramBins = 258;
 
-// The bin of |x| from its float32 bits without the sign: 8 bins per octave from 2^-16 to 2^16, one below and one above.
+// The bin of |x| from its float32 bits without the sign: 8 bins per octave from 2^-16 to 2^16, one below and
+// one above.
 LA_ACIQ_HD int32_t histogram_bin(int32_t magnitude_bits) {
   const int32_t bin = (magnitude_bits >> 20) - (111 << 3) + 1;
   return bin < 0 ? 0 : bin > kHistogramBins - 1 ? kHistogramBins - 1 : bin;

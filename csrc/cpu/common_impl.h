@@ -1,4 +1,5 @@
-// What the kernels share: reading and writing the end of an array that does not fill a vector, sums over lanes, types at run time.
+// What the kernels share: reading and writing the end of an array that does not fill a vector, sums over
+// lanes, types at run time.
 #pragma once
 
 #include <stddef.h>
@@ -56,9 +57,7 @@ inline float largest(F32 x) {
   return result;
 }
 
-inline bool is_finite(double x) {
-  return __builtin_fabs(x) <= 1.7976931348623157e308;
-}
+inline bool is_finite(double x) { return __builtin_fabs(x) <= 1.7976931348623157e308; }
 
 // Calls body with a pointer of the element type of p.
 template <class Body>
@@ -76,12 +75,11 @@ inline void with_type(DType dtype, const void* p, Body body) {
 }
 template <class Body>
 inline void with_type(DType dtype, void* p, Body body) {
-  with_type(dtype, static_cast<const void*>(p), [&]<class T>(const T* typed) { body(const_cast<T*>(typed)); });
+  with_type(dtype, static_cast<const void*>(p),
+            [&]<class T>(const T* typed) { body(const_cast<T*>(typed)); });
 }
 
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The 16 levels of the INT4 codebook.
 inline Table16 levels_of(Codebook codebook) {

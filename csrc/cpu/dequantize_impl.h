@@ -35,7 +35,8 @@ void dequantize(const DequantizeArgs& args, int64_t begin, int64_t end) {
       const float* clips = args.table + args.groups * (args.per_row ? row : args.languages.row(row));
       for (int64_t group = 0; group < args.groups; group++) {
         const int64_t start = group * args.group_size, n = smaller(args.group_size, args.k - start);
-        decode_group(args.codes + row * bytes + start / 2, n, clips[group], levels, out + row * args.k + start);
+        decode_group(args.codes + row * bytes + start / 2, n, clips[group], levels,
+                     out + row * args.k + start);
       }
     }
   });

@@ -23,7 +23,8 @@ struct Available {
     list[count++] = &kBaselineKernels;
 #if defined(__x86_64__)
     __builtin_cpu_init();  // also checks that the operating system saves the wide registers
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2) list[count++] = &kAvx2Kernels;
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -43,9 +44,7 @@ std::atomic<const Kernels*> active{nullptr};
 
 }  // namespace
 
-KernelList available_kernels() {
-  return {available().list, available().list + available().count};
-}
+KernelList available_kernels() { return {available().list, available().list + available().count}; }
 
 const Kernels& active_kernels() {
   const Kernels* chosen = active.load(std::memory_order_relaxed);

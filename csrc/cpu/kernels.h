@@ -1,5 +1,6 @@
-// The CPU kernels as their callers see them: raw pointers, no PyTorch, no threads. Each works on a range of rows or elements and the
-// caller decides how ranges go to threads. kernels_<isa>.cpp compiles the same sources for one instruction set each.
+// The CPU kernels as their callers see them: raw pointers, no PyTorch, no threads. Each works on a range of
+// rows or elements and the caller decides how ranges go to threads. kernels_<isa>.cpp compiles the same
+// sources for one instruction set each.
 #pragma once
 
 #include <stdint.h>
@@ -18,8 +19,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The row of the table that each row (or, for moments, each element) reads: ids[i / span]. Without ids, and for an id out of
-// range, row 0.
+// The row of the table that each row (or, for moments, each element) reads: ids[i / span]. Without ids, and
+// for an id out of range, row 0.
 struct Languages {
   const int32_t* ids;
   int64_t span;
@@ -41,14 +42,16 @@ struct MomentsArgs {
 
 enum class Clip { kStatic, kRms, kAbsmax };
 
-// x [rows, k] of dtype -> codes [rows, ceil(k / 2)] or, where values is given, the values of the codes in float32 [rows, k].
+// x [rows, k] of dtype -> codes [rows, ceil(k / 2)] or, where values is given, the values of the codes in
+// float32 [rows, k].
 struct QuantizeArgs {
   const void* x;
   DType dtype;
   int64_t k;
   int64_t group_size;
   int64_t groups;
-  const float* table;  // [languages, groups]: the clip, or for Clip::kRms and kAbsmax the factor on the statistic
+  const float*
+      table;  // [languages, groups]: the clip, or for Clip::kRms and kAbsmax the factor on the statistic
   Languages languages;
   Clip clip;
   Codebook codebook;
@@ -98,8 +101,8 @@ struct MatvecArgs {
   float* out;
 };
 
-// The kernel decodes 32 weights from 16 bytes into those of even and those of odd index; activations are kept in that order,
-// each group padded with zeros to a multiple of 32.
+// The kernel decodes 32 weights from 16 bytes into those of even and those of odd index; activations are kept
+// in that order, each group padded with zeros to a multiple of 32.
 constexpr int64_t kMatvecChunk = 32;
 inline int64_t arranged_group(int64_t group_size) {
   return (group_size + kMatvecChunk - 1) / kMatvecChunk * kMatvecChunk;
@@ -107,19 +110,22 @@ inline int64_t arranged_group(int64_t group_size) {
 
 struct Kernels {
   const char* isa;
-  // Elements [begin, end) merged into states [languages] and counted in histogram [languages, 258, 2] (may be null).
+  // Elements [begin, end) merged into states [languages] and counted in histogram [languages, 258, 2] (may be
+  // null).
   void (*moments)(const MomentsArgs&, int64_t begin, int64_t end, MomentState* states, int64_t* histogram);
   // Rows [begin, end). scratch: k floats. tail (may be null): [languages, groups, 4], added to.
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end, float* scratch, double* tail);
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);
   void (*rotate)(const RotateArgs&, int64_t begin, int64_t end, float* scratch);
   // x [rows, k] -> out [rows, groups * arranged_group(group_size)].
-  void (*arrange_activations)(const float* x, int64_t rows, int64_t k, int64_t group_size, int64_t groups, float* out);
+  void (*arrange_activations)(const float* x, int64_t rows, int64_t k, int64_t group_size, int64_t groups,
+                              float* out);
   // Outputs [begin, end) of every row.
   void (*matvec)(const MatvecArgs&, int64_t begin, int64_t end);
 };
 
-// The best kernels this CPU runs, unless activate_kernels has chosen others (false: this CPU cannot run them).
+// The best kernels this CPU runs, unless activate_kernels has chosen others (false: this CPU cannot run
+// them).
 const Kernels& active_kernels();
 bool activate_kernels(const char* isa);
 

@@ -1,5 +1,6 @@
-// Every kernel, for the instruction set whose vec_<isa>.h the including file has chosen. Kernels have internal linkage and use
-// no std:: templates: nothing compiled with wider instructions may be shared with other files (see common/host_device.h).
+// Every kernel, for the instruction set whose vec_<isa>.h the including file has chosen. Kernels have
+// internal linkage and use no std:: templates: nothing compiled with wider instructions may be shared with
+// other files (see common/host_device.h).
 #include "cpu/dequantize_impl.h"
 #include "cpu/matvec_impl.h"
 #include "cpu/moments_impl.h"
@@ -9,6 +10,7 @@
 namespace la_aciq::cpu {
 
 extern const Kernels LA_ACIQ_KERNELS;
-const Kernels LA_ACIQ_KERNELS = {LA_ACIQ_ISA, moments, quantize, dequantize, rotate, arrange_activations, matvec};
+const Kernels LA_ACIQ_KERNELS = {LA_ACIQ_ISA,         moments, quantize, dequantize, rotate,
+                                 arrange_activations, matvec};
 
 }  // namespace la_aciq::cpu

@@ -6,15 +6,16 @@
 namespace la_aciq::cpu {
 namespace {
 
-void arrange_activations(const float* x, int64_t rows, int64_t k, int64_t group_size, int64_t groups, float* out) {
+void arrange_activations(const float* x, int64_t rows, int64_t k, int64_t group_size, int64_t groups,
+                         float* out) {
   const int64_t padded = arranged_group(group_size);
   __builtin_memset(out, 0, static_cast<size_t>(rows * groups * padded) * sizeof(float));
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t i = 0; i < k; i++) {
       const int64_t group = i / group_size, member = i % group_size;
       const int64_t chunk = member / kMatvecChunk, within = member % kMatvecChunk;
-      out[(row * groups + group) * padded + chunk * kMatvecChunk + within % 2 * (kMatvecChunk / 2) + within / 2] =
-          x[row * k + i];
+      out[(row * groups + group) * padded + chunk * kMatvecChunk + within % 2 * (kMatvecChunk / 2) +
+          within / 2] = x[row * k + i];
     }
   }
 }

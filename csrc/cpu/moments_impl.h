@@ -1,5 +1,5 @@
-// Streaming moments: blocks that stay in the first-level cache are read twice, once for their mean and once for the powers about
-// it, and merged in float64 in the order of memory.
+// Streaming moments: blocks that stay in the first-level cache are read twice, once for their mean and once
+// for the powers about it, and merged in float64 in the order of memory.
 #pragma once
 
 #include "cpu/common_impl.h"
@@ -64,8 +64,8 @@ MomentState block_moments(const T* x, int64_t n) {
   for_each_half(x, n, 0.0, [&](F64 v) { total = add(total, v); });
   const double block_sum = sum(total);
   if (!is_finite(block_sum)) {
-    // NaN or infinities: leave them out. (A block of huge float64 values may overflow its sum: then nothing is left out,
-    // and the mean is infinite.)
+    // NaN or infinities: leave them out. (A block of huge float64 values may overflow its sum: then nothing
+    // is left out, and the mean is infinite.)
     T kept[kMomentsBlock];
     int64_t count = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -81,7 +81,8 @@ MomentState block_moments(const T* x, int64_t n) {
 
   const double center = block_sum / static_cast<double>(n);
   const F64 mean = f64(center);
-  F64 s1 = f64(0), s2 = f64(0), s3 = f64(0), s4 = f64(0), low_end = f64(__builtin_huge_val()), high_end = f64(-__builtin_huge_val());
+  F64 s1 = f64(0), s2 = f64(0), s3 = f64(0), s4 = f64(0), low_end = f64(__builtin_huge_val()),
+      high_end = f64(-__builtin_huge_val());
   const auto accumulate = [&](F64 v) {
     const F64 d = sub(v, mean), d2 = mul(d, d);
     s1 = add(s1, d);
@@ -98,7 +99,8 @@ MomentState block_moments(const T* x, int64_t n) {
   for (double v : lane) smallest = v < smallest ? v : smallest;
   store(lane, high_end);
   for (double v : lane) largest_value = v > largest_value ? v : largest_value;
-  return moments_about(center, static_cast<double>(n), sum(s1), sum(s2), sum(s3), sum(s4), smallest, largest_value);
+  return moments_about(center, static_cast<double>(n), sum(s1), sum(s2), sum(s3), sum(s4), smallest,
+                       largest_value);
 }
 
 typedef int64_t CountAndSum __attribute__((vector_size(16)));

@@ -1,7 +1,8 @@
-// The operations on CPU tensors: checks, contiguous memory, and which thread works on which rows. The arithmetic is in the kernels.
+// The operations on CPU tensors: checks, contiguous memory, and which thread works on which rows. The
+// arithmetic is in the kernels.
 //
-// Nothing here depends on the number of threads except who does the work: whatever is summed over rows is summed per chunk, chunks
-// follow from the shape alone, and their results are merged in order.
+// Nothing here depends on the number of threads except who does the work: whatever is summed over rows is
+// summed per chunk, chunks follow from the shape alone, and their results are merged in order.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -21,10 +22,10 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kElementsPerTask = 32768;       // below that, handing work to a thread costs more than it saves
-constexpr int64_t kMaxChunks = 256;               // partial results of reductions
+constexpr int64_t kElementsPerTask = 32768;  // below that, handing work to a thread costs more than it saves
+constexpr int64_t kMaxChunks = 256;          // partial results of reductions
 constexpr int64_t kMaxPartialBytes = 64 << 20;
-constexpr int64_t kMatvecRows = 8;                // up to here decoding weights in registers beats a matrix product
+constexpr int64_t kMatvecRows = 8;  // up to here decoding weights in registers beats a matrix product
 constexpr int64_t kWeightTileElements = 4 << 20;  // float32 weights decoded at a time for a matrix product
 
 // --- Arguments ---
@@ -66,12 +67,11 @@ Groups groups_of(int64_t k, int64_t group_size) {
 }
 
 void check_rows_of_k(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, name, ": expected shape [..., K] with K >= 1, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, name, ": expected shape [..., K] with K >= 1, got ",
+                    x.sizes());
 }
 
-int64_t product(at::IntArrayRef sizes) {
-  return c10::multiply_integers(sizes);
-}
+int64_t product(at::IntArrayRef sizes) { return c10::multiply_integers(sizes); }
 
 Tensor checked_table(const char* name, const Tensor& table, int64_t groups) {
   TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, name, ": expected float32, got ", table.scalar_type());
@@ -93,7 +93,8 @@ struct LanguageIds {
 
 LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef lead) {
   if (!language) return {};
-  TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ", language->scalar_type());
+  TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ",
+                   language->scalar_type());
   bool matches = language->dim() <= static_cast<int64_t>(lead.size());
   for (int64_t i = 0; matches && i < language->dim(); i++) {
     matches = language->size(i) == 1 || language->size(i) == lead[i];
@@ -119,7 +120,8 @@ Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_size, int
   if (!signs) return {};
   TORCH_CHECK_TYPE(signs->scalar_type() == at::kFloat || signs->scalar_type() == at::kChar,
                    "signs: expected float32 or int8, got ", signs->scalar_type());
-  TORCH_CHECK_VALUE(signs->dim() == 1 && signs->size(0) == k, "signs: expected shape [", k, "], got ", signs->sizes());
+  TORCH_CHECK_VALUE(signs->dim() == 1 && signs->size(0) == k, "signs: expected shape [", k, "], got ",
+                    signs->sizes());
   const int64_t block = block_size == 0 ? largest_power_of_two_divisor(k) : block_size;
   TORCH_CHECK_VALUE(block > 0 && (block & (block - 1)) == 0 && k % block == 0,
                     "block_size: expected a power of two that divides K=", k, ", got ", block_size);
@@ -135,8 +137,8 @@ void for_rows(int64_t rows, int64_t width, const Body& body) {
   at::parallel_for(0, rows, grain, body);
 }
 
-// How many partial results a reduction over `elements` keeps: enough for every thread, few enough that zeroing and merging
-// partial results of `partial_bytes` each is cheap beside reading the elements.
+// How many partial results a reduction over `elements` keeps: enough for every thread, few enough that
+// zeroing and merging partial results of `partial_bytes` each is cheap beside reading the elements.
 int64_t chunk_count(int64_t elements, int64_t partial_bytes) {
   const int64_t at_most = std::min(kMaxChunks, kMaxPartialBytes / std::max<int64_t>(partial_bytes, 1));
   const int64_t elements_per_chunk = std::max<int64_t>(2 * kElementsPerTask, partial_bytes / 4);
@@ -158,7 +160,8 @@ void for_chunks(int64_t chunks, int64_t count, const Body& body) {
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& language, int64_t languages,
                                    bool histogram) {
-  TORCH_CHECK_VALUE(languages >= 1 && languages <= INT32_MAX, "languages: expected at least 1, got ", languages);
+  TORCH_CHECK_VALUE(languages >= 1 && languages <= INT32_MAX, "languages: expected at least 1, got ",
+                    languages);
   const DType dtype = x.scalar_type() == at::kDouble ? DType::kFloat64 : dtype_of("x", x.scalar_type());
   const auto lead = x.dim() ? x.sizes().slice(0, x.dim() - 1) : x.sizes();
   const LanguageIds ids = checked_language(language, lead);
@@ -168,11 +171,13 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& lang
   const Kernels& kernels = active_kernels();
 
   const int64_t bins = histogram ? 2 * kHistogramBins : 0;
-  const int64_t chunks = chunk_count(elements, languages * static_cast<int64_t>(sizeof(MomentState) + 8 * bins));
+  const int64_t chunks =
+      chunk_count(elements, languages * static_cast<int64_t>(sizeof(MomentState) + 8 * bins));
   std::vector<MomentState> states(chunks * languages, empty_moments());
   const Tensor counts = at::zeros({chunks, languages, bins / 2, 2}, at::kLong);
   for_chunks(chunks, elements, [&](int64_t chunk, int64_t begin, int64_t end) {
-    int64_t* histogram_of_chunk = histogram ? counts.mutable_data_ptr<int64_t>() + chunk * languages * bins : nullptr;
+    int64_t* histogram_of_chunk =
+        histogram ? counts.mutable_data_ptr<int64_t>() + chunk * languages * bins : nullptr;
     kernels.moments(args, begin, end, states.data() + chunk * languages, histogram_of_chunk);
   });
 
@@ -186,8 +191,8 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& lang
 }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const optional<Tensor>& language,
-                                    int64_t group_size, c10::string_view codebook, const optional<Tensor>& signs,
-                                    int64_t block_size, bool tail_sums) {
+                                    int64_t group_size, c10::string_view codebook,
+                                    const optional<Tensor>& signs, int64_t block_size, bool tail_sums) {
   check_rows_of_k("x", x);
   const int64_t k = x.size(-1), rows = x.numel() / k;
   const auto lead = x.sizes().slice(0, x.dim() - 1);
@@ -236,10 +241,10 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const 
   return {codes, tail};
 }
 
-std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape, const optional<Tensor>& language,
-                                            int64_t group_size, c10::string_view statistic,
-                                            c10::string_view codebook, const optional<Tensor>& signs,
-                                            int64_t block_size) {
+std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape,
+                                            const optional<Tensor>& language, int64_t group_size,
+                                            c10::string_view statistic, c10::string_view codebook,
+                                            const optional<Tensor>& signs, int64_t block_size) {
   check_rows_of_k("x", x);
   const int64_t k = x.size(-1), rows = x.numel() / k;
   const auto lead = x.sizes().slice(0, x.dim() - 1);
@@ -281,8 +286,8 @@ std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape
 Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tensor>& language, int64_t k,
                   int64_t group_size, c10::string_view codebook, bool per_row, at::ScalarType dtype) {
   TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, "codes: expected uint8, got ", codes.scalar_type());
-  TORCH_CHECK_VALUE(k >= 1 && codes.dim() > 0 && codes.size(-1) == (k + 1) / 2, "codes: expected shape [..., ",
-                    (k + 1) / 2, "] for k=", k, ", got ", codes.sizes());
+  TORCH_CHECK_VALUE(k >= 1 && codes.dim() > 0 && codes.size(-1) == (k + 1) / 2,
+                    "codes: expected shape [..., ", (k + 1) / 2, "] for k=", k, ", got ", codes.sizes());
   const auto lead = codes.sizes().slice(0, codes.dim() - 1);
   const Groups groups = groups_of(k, group_size);
   const Tensor packed = codes.contiguous();
@@ -292,8 +297,8 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tenso
     auto expected = lead.vec();
     expected.push_back(groups.count);
     TORCH_CHECK_TYPE(alpha.scalar_type() == at::kFloat, "alpha: expected float32, got ", alpha.scalar_type());
-    TORCH_CHECK_VALUE(alpha.sizes() == at::IntArrayRef(expected), "alpha: expected shape ", at::IntArrayRef(expected),
-                      " with per_row, got ", alpha.sizes());
+    TORCH_CHECK_VALUE(alpha.sizes() == at::IntArrayRef(expected), "alpha: expected shape ",
+                      at::IntArrayRef(expected), " with per_row, got ", alpha.sizes());
     table = alpha.contiguous();
   } else {
     table = checked_table("alpha", alpha, groups.count);
@@ -322,8 +327,9 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tenso
 // x [rows, k] rotated, as a new tensor of out_type.
 void rotate_rows(const Tensor& x, const Rotation& rotation, const Tensor& out) {
   const int64_t k = x.size(-1);
-  const RotateArgs args{x.const_data_ptr(),    dtype_of("x", x.scalar_type()),     k, rotation.data(), rotation.block,
-                        out.mutable_data_ptr(), dtype_of("out", out.scalar_type())};
+  const RotateArgs args{
+      x.const_data_ptr(),     dtype_of("x", x.scalar_type()),    k, rotation.data(), rotation.block,
+      out.mutable_data_ptr(), dtype_of("out", out.scalar_type())};
   const Kernels& kernels = active_kernels();
   for_rows(x.numel() / k, k, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(k);
@@ -370,8 +376,8 @@ void multiply_many_rows(const Tensor& x, const Tensor& weight, const Tensor& cli
   const int64_t tile = std::max<int64_t>(kWeightTileElements / k, 1);
   for (int64_t first = 0; first < n; first += tile) {
     const int64_t size = std::min(tile, n - first);
-    const Tensor dense = dequantize(weight.narrow(0, first, size), clips.narrow(0, first, size), std::nullopt, k,
-                                    group_size, codebook, /*per_row=*/true, at::kFloat);
+    const Tensor dense = dequantize(weight.narrow(0, first, size), clips.narrow(0, first, size), std::nullopt,
+                                    k, group_size, codebook, /*per_row=*/true, at::kFloat);
     Tensor part = y.narrow(1, first, size);
     if (bias.defined()) {
       at::addmm_out(part, bias.narrow(0, first, size), x, dense.t());
@@ -382,22 +388,23 @@ void multiply_many_rows(const Tensor& x, const Tensor& weight, const Tensor& cli
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
-              int64_t group_size, c10::string_view weight_codebook, const optional<Tensor>& signs, int64_t block_size,
-              int64_t activation_bits, c10::string_view activation_clip, const optional<Tensor>& clip,
-              const optional<Tensor>& language, int64_t activation_group_size, c10::string_view activation_codebook) {
+              int64_t group_size, c10::string_view weight_codebook, const optional<Tensor>& signs,
+              int64_t block_size, int64_t activation_bits, c10::string_view activation_clip,
+              const optional<Tensor>& clip, const optional<Tensor>& language, int64_t activation_group_size,
+              c10::string_view activation_codebook) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_rows_of_k("x", x);
   const int64_t k = x.size(-1), rows = x.numel() / k, n = weight.size(0);
   const auto lead = x.sizes().slice(0, x.dim() - 1);
   const DType dtype = dtype_of("x", x.scalar_type());
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kByte, "weight: expected uint8, got ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ", (k + 1) / 2,
-                    "] for K=", k, ", got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ",
+                    (k + 1) / 2, "] for K=", k, ", got ", weight.sizes());
   const Groups groups = groups_of(k, group_size);
   TORCH_CHECK_TYPE(weight_scale.scalar_type() == at::kFloat, "weight_scale: expected float32, got ",
                    weight_scale.scalar_type());
-  TORCH_CHECK_VALUE(weight_scale.sizes() == at::IntArrayRef({n, groups.count}), "weight_scale: expected shape [", n,
-                    ", ", groups.count, "], got ", weight_scale.sizes());
+  TORCH_CHECK_VALUE(weight_scale.sizes() == at::IntArrayRef({n, groups.count}),
+                    "weight_scale: expected shape [", n, ", ", groups.count, "], got ", weight_scale.sizes());
   TORCH_CHECK_VALUE(activation_bits == 16 || activation_bits == 8 || activation_bits == 4,
                     "activation_bits: expected 16, 8 or 4, got ", activation_bits);
   TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef({n}), "bias: expected shape [", n, "]");
@@ -407,8 +414,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   // Activations as float32 [rows, k], rotated and rounded to their codebook.
   Tensor activations = x.reshape({rows, k}).contiguous();
   if (activation_bits < 16) {
-    TORCH_CHECK_VALUE(clip.has_value(), "clip: expected the clips of the activations for activation_bits=",
-                      activation_bits);
+    TORCH_CHECK_VALUE(clip.has_value(),
+                      "clip: expected the clips of the activations for activation_bits=", activation_bits);
     const Groups activation_groups = groups_of(k, activation_group_size);
     const Tensor table = checked_table("clip", *clip, activation_groups.count);
     const LanguageIds ids = checked_language(language, lead);

@@ -1,5 +1,5 @@
-// INT4 codes of rows, under given clips or clips measured on the row, optionally after a rotation; and the same rounding to values
-// instead of codes for the activations of a linear layer.
+// INT4 codes of rows, under given clips or clips measured on the row, optionally after a rotation; and the
+// same rounding to values instead of codes for the activations of a linear layer.
 #pragma once
 
 #include "cpu/common_impl.h"
@@ -29,7 +29,8 @@ inline float rms(const T* x, int64_t n) {
     });
     total = sum(squares);
   }
-  return count_finite > 0 ? static_cast<float>(__builtin_sqrt(total / static_cast<double>(count_finite))) : 0.0f;
+  return count_finite > 0 ? static_cast<float>(__builtin_sqrt(total / static_cast<double>(count_finite)))
+                          : 0.0f;
 }
 
 // Largest finite |x|.
@@ -114,7 +115,8 @@ inline void add_tail(const T* x, int64_t n, float clip, double* tail) {
 }
 
 template <Codebook kCodebook, class T>
-inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, const Table16& levels, double* tail) {
+inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, const Table16& levels,
+                         double* tail) {
   const int32_t language = args.languages.row(row);
   const float* table = args.table + language * args.groups;
   for (int64_t group = 0; group < args.groups; group++) {
@@ -134,7 +136,8 @@ inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, cons
 }
 
 template <Codebook kCodebook>
-inline void quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end, float* scratch, double* tail) {
+inline void quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end, float* scratch,
+                          double* tail) {
   const Table16 levels = levels_of(kCodebook);
   with_type(args.dtype, args.x, [&](auto* x) {
     for (int64_t row = begin; row < end; row++) {

@@ -7,7 +7,8 @@
 namespace la_aciq::cpu {
 namespace {
 
-// In place, block a power of two and at least 16. Stages go two at a time, which halves the traffic with the cache.
+// In place, block a power of two and at least 16. Stages go two at a time, which halves the traffic with the
+// cache.
 inline void hadamard_vectors(float* x, int64_t block) {
   for (int64_t i = 0; i < block; i += 16) {
     store(x + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(x + i))))));
@@ -16,8 +17,10 @@ inline void hadamard_vectors(float* x, int64_t block) {
   for (; 4 * half <= block; half *= 4) {
     for (int64_t start = 0; start < block; start += 4 * half) {
       for (int64_t i = start; i < start + half; i += 16) {
-        const F32 a = load(x + i), b = load(x + i + half), c = load(x + i + 2 * half), d = load(x + i + 3 * half);
-        const F32 sum_ab = add(a, b), difference_ab = sub(a, b), sum_cd = add(c, d), difference_cd = sub(c, d);
+        const F32 a = load(x + i), b = load(x + i + half), c = load(x + i + 2 * half),
+                  d = load(x + i + 3 * half);
+        const F32 sum_ab = add(a, b), difference_ab = sub(a, b), sum_cd = add(c, d),
+                  difference_cd = sub(c, d);
         store(x + i, add(sum_ab, sum_cd));
         store(x + i + half, add(difference_ab, difference_cd));
         store(x + i + 2 * half, sub(sum_ab, sum_cd));

@@ -1,4 +1,5 @@
-// Vectors of 16 floats, 16 ints and 8 doubles on AVX2, as two registers each. vec_baseline.h documents the operations.
+// Vectors of 16 floats, 16 ints and 8 doubles on AVX2, as two registers each. vec_baseline.h documents the
+// operations.
 #pragma once
 
 #include <immintrin.h>
@@ -54,7 +55,9 @@ inline void store(Float16* p, F32 x) {
 inline F32 add(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F32 sub(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline F32 mul(F32 x, F32 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-inline F32 muladd(F32 x, F32 y, F32 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline F32 muladd(F32 x, F32 y, F32 z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
 inline F32 min(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F32 max(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F32 keep(Mask m, F32 x) { return {_mm256_and_ps(m.a, x.a), _mm256_and_ps(m.b, x.b)}; }
@@ -104,23 +107,31 @@ inline F64 high(F32 x) { return widen(x.b); }
 inline F64 add(F64 x, F64 y) { return {_mm256_add_pd(x.a, y.a), _mm256_add_pd(x.b, y.b)}; }
 inline F64 sub(F64 x, F64 y) { return {_mm256_sub_pd(x.a, y.a), _mm256_sub_pd(x.b, y.b)}; }
 inline F64 mul(F64 x, F64 y) { return {_mm256_mul_pd(x.a, y.a), _mm256_mul_pd(x.b, y.b)}; }
-inline F64 muladd(F64 x, F64 y, F64 z) { return {_mm256_fmadd_pd(x.a, y.a, z.a), _mm256_fmadd_pd(x.b, y.b, z.b)}; }
+inline F64 muladd(F64 x, F64 y, F64 z) {
+  return {_mm256_fmadd_pd(x.a, y.a, z.a), _mm256_fmadd_pd(x.b, y.b, z.b)};
+}
 inline F64 min(F64 x, F64 y) { return {_mm256_min_pd(x.a, y.a), _mm256_min_pd(x.b, y.b)}; }
 inline F64 max(F64 x, F64 y) { return {_mm256_max_pd(x.a, y.a), _mm256_max_pd(x.b, y.b)}; }
 
 struct Table16 {
   __m256 lower, upper;
 };
-inline Table16 table16(const float* entries) { return {_mm256_loadu_ps(entries), _mm256_loadu_ps(entries + 8)}; }
+inline Table16 table16(const float* entries) {
+  return {_mm256_loadu_ps(entries), _mm256_loadu_ps(entries + 8)};
+}
 inline __m256 lookup8(const Table16& table, __m256i index) {
   // Bit 3 of the index, moved to the sign, picks the half of the table.
-  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lower, index), _mm256_permutevar8x32_ps(table.upper, index),
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lower, index),
+                          _mm256_permutevar8x32_ps(table.upper, index),
                           _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
-inline F32 lookup(const Table16& table, I32 index) { return {lookup8(table, index.a), lookup8(table, index.b)}; }
+inline F32 lookup(const Table16& table, I32 index) {
+  return {lookup8(table, index.a), lookup8(table, index.b)};
+}
 
 inline void store_nibbles(uint8_t* p, I32 first16, I32 next16) {
-  const __m256i words = _mm256_packs_epi32(first16.a, first16.b), more = _mm256_packs_epi32(next16.a, next16.b);
+  const __m256i words = _mm256_packs_epi32(first16.a, first16.b),
+                more = _mm256_packs_epi32(next16.a, next16.b);
   // Within each word the order is that of the two halves of the registers; the permutation below restores it.
   const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, more),
                                                     _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));

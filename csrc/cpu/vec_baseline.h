@@ -1,7 +1,8 @@
-// Vectors of 16 floats, 16 ints and 8 doubles in portable C++; compilers turn the loops into what the target has.
+// Vectors of 16 floats, 16 ints and 8 doubles in portable C++; compilers turn the loops into what the target
+// has.
 //
-// The vec_<isa>.h headers offer the same operations, lane for lane with the same rounding, so a kernel gives the same codes on every
-// CPU. Only muladd may differ: fused where the hardware fuses.
+// The vec_<isa>.h headers offer the same operations, lane for lane with the same rounding, so a kernel gives
+// the same codes on every CPU. Only muladd may differ: fused where the hardware fuses.
 #pragma once
 
 #include <stdint.h>
@@ -25,7 +26,8 @@ using Mask = I32;  // -1 or 0 in each lane
 template <class Out, class Function>
 inline __attribute__((always_inline)) Out lanes(Function function) {
   Out out;
-  for (int i = 0; i < static_cast<int>(sizeof(out.lane) / sizeof(out.lane[0])); i++) out.lane[i] = function(i);
+  for (int i = 0; i < static_cast<int>(sizeof(out.lane) / sizeof(out.lane[0])); i++)
+    out.lane[i] = function(i);
   return out;
 }
 
@@ -137,7 +139,8 @@ inline Mask greater(const F32& x, const F32& y) {
   return lanes<Mask>([&](int i) { return -static_cast<int32_t>(x.lane[i] > y.lane[i]); });
 }
 inline Mask finite(const F32& x) {
-  return lanes<Mask>([&](int i) { return -static_cast<int32_t>(__builtin_fabsf(x.lane[i]) <= 3.402823466e+38f); });
+  return lanes<Mask>(
+      [&](int i) { return -static_cast<int32_t>(__builtin_fabsf(x.lane[i]) <= 3.402823466e+38f); });
 }
 inline Mask both(const Mask& m, const Mask& n) {
   return lanes<Mask>([&](int i) { return m.lane[i] & n.lane[i]; });
@@ -201,7 +204,8 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
   }
 }
 
-// One stage of the Hadamard transform within the vector: lanes i and i + kHalf become their sum and difference.
+// One stage of the Hadamard transform within the vector: lanes i and i + kHalf become their sum and
+// difference.
 template <int kHalf>
 inline F32 butterfly(const F32& x) {
   return lanes<F32>([&](int i) {

@@ -1,13 +1,14 @@
 """Streaming moments: what one pass over data leaves behind, how two such summaries merge, and what is read off them.
 
-A state is float64 [..., 8]: count, mean, M2, M3, M4, min, max, nonfinite, where M_p is the sum of (x - mean)^p. Everything
-but the last entry is over the finite elements. States merge by the pairwise formulas of Chan, Golub & LeVeque (1979) and
-Pebay (2008, SAND2008-6212); raw powers are never summed, since they cancel when the mean is far from zero.
+A state is float64 [..., 8]: count, mean, M2, M3, M4, min, max, nonfinite, where M_p is the sum of (x - mean)^p.
+Everything but the last entry is over the finite elements. States merge by the pairwise formulas of Chan, Golub &
+LeVeque (1979) and Pebay (2008, SAND2008-6212); raw powers are never summed, since they cancel when the mean is far
+from zero.
 
-A histogram is int64 [..., 258, 2] over |x| in log-linear bins read off the float32 bits: bin 0 holds |x| < 2^-16 (zeros too),
-bins 1 to 256 cut each octave from 2^-16 to 2^16 into 8 equal parts, bin 257 holds |x| >= 2^16. The last axis is (count,
-sum of the low 20 mantissa bits): integers, so histograms add up exactly in any order, and still give the sum of |x| in
-each inner bin exactly for float32 data.
+A histogram is int64 [..., 258, 2] over |x| in log-linear bins read off the float32 bits: bin 0 holds |x| < 2^-16
+(zeros too), bins 1 to 256 cut each octave from 2^-16 to 2^16 into 8 equal parts, bin 257 holds |x| >= 2^16. The last
+axis is (count, sum of the low 20 mantissa bits): integers, so histograms add up exactly in any order, and still give
+the sum of |x| in each inner bin exactly for float32 data.
 
 Needs NumPy alone.
 """
@@ -39,8 +40,8 @@ def histogram_edges() -> Float64:
 def histogram_sums(histogram: Int64) -> Float64:
     """The sum of |x| in each bin, float64 [..., 258], of an int64 [..., 258, 2] histogram.
 
-    Exact for the 256 inner bins of float32, bfloat16 or float16 data. Bin 0 takes the middle of its interval, count * 2^-17;
-    bin 257, which has no upper edge, takes the lower bound count * 2^16.
+    Exact for the 256 inner bins of float32, bfloat16 or float16 data. Bin 0 takes the middle of its interval, count *
+    2^-17; bin 257, which has no upper edge, takes the lower bound count * 2^16.
     """
     histogram = _checked_histogram(histogram)
     count, low = histogram[..., 0].astype(np.float64), histogram[..., 1].astype(np.float64)
@@ -89,11 +90,11 @@ def empty_state(shape: tuple[int, ...] = ()) -> Float64:
 
 
 class Moments:
-    """Mean, variance, skewness, kurtosis, extremes and optionally a histogram of |x|, for one sample or an array of samples.
+    """Mean, variance, skewness, kurtosis, extremes, optionally a histogram of |x|: of one sample or of an array of samples.
 
-    Properties have the shape of the array of samples and follow SciPy: population (biased) moments, excess kurtosis, NaN for
-    skewness and kurtosis of a constant or empty sample. `a + b` is the union of two samples, `m[i]` picks from the array,
-    `m.pool(axis)` is the union over an axis.
+    Properties have the shape of the array of samples and follow SciPy: population (biased) moments, excess kurtosis,
+    NaN for skewness and kurtosis of a constant or empty sample. `a + b` is the union of two samples, `m[i]` picks from
+    the array, `m.pool(axis)` is the union over an axis.
 
     nan_policy says what NaN and infinities in the data do: "propagate" makes every statistic of that sample NaN, "omit"
     describes the finite elements, "raise" refuses with ValueError. They are counted in `.nonfinite` in any case.
@@ -116,7 +117,8 @@ class Moments:
     ) -> "Moments":
         """Wraps a float64 [..., 8] state and an int64 [..., 258, 2] histogram of the same leading shape.
 
-        Raises ValueError for other shapes, for an unknown nan_policy, and with "raise" if there is a non-finite element.
+        Raises ValueError for other shapes, for an unknown nan_policy, and with "raise" if there is a non-finite
+        element.
         """
         check_nan_policy(nan_policy)
         state = np.asarray(state, dtype=np.float64)
@@ -125,9 +127,8 @@ class Moments:
         if histogram is not None:
             histogram = _checked_histogram(np.asarray(histogram))
             if histogram.shape[:-2] != state.shape[:-1]:
-                raise ValueError(
-                    f"histogram: expected shape {[*state.shape[:-1], HISTOGRAM_BINS, 2]} to match state, got {list(histogram.shape)}"
-                )
+                expected = [*state.shape[:-1], HISTOGRAM_BINS, 2]
+                raise ValueError(f"histogram: expected shape {expected} to match state, got {list(histogram.shape)}")
         bad = int(state[..., NONFINITE].sum())
         if nan_policy == "raise" and bad:
             raise ValueError(f"x: expected finite values with nan_policy='raise', got {bad} NaN or infinite elements")
@@ -272,8 +273,7 @@ def check_nan_policy(nan_policy: str) -> None:
 
 def _checked_histogram(histogram: Any) -> Int64:
     if histogram.shape[-2:] != (HISTOGRAM_BINS, 2) or histogram.dtype.kind not in "iu":
-        raise ValueError(
-            f"histogram: expected integers of shape [..., {HISTOGRAM_BINS}, 2], got {histogram.dtype} {list(histogram.shape)}"
-        )
+        got = f"{histogram.dtype} {list(histogram.shape)}"
+        raise ValueError(f"histogram: expected integers of shape [..., {HISTOGRAM_BINS}, 2], got {got}")
     counts: Int64 = histogram.astype(np.int64, copy=False)
     return counts

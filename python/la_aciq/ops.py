@@ -1,12 +1,13 @@
 """The operations: input checks, choice of backend, and the shapes torch.compile needs.
 
-csrc/ops.cpp declares `torch.ops.la_aciq.*`; the compiled core attaches kernels per device; reference.py defines the results.
-The functions here are what `la_aciq.quantize` and its siblings are. They work inside torch.compile(fullgraph=True).
+csrc/ops.cpp declares `torch.ops.la_aciq.*`; the compiled core attaches kernels per device; reference.py defines the
+results. The functions here are what `la_aciq.quantize` and its siblings are. They work inside
+torch.compile(fullgraph=True).
 
-Shapes: x is [..., K]; each index of the leading dimensions is a row. `language` holds int32 row numbers of the table of clips,
-matched with the leading dimensions of x from the left (a [batch] tensor for x [batch, tokens, K]; a dimension may be 1);
-None reads row 0. A table is float32 [languages, groups] with groups = ceil(K / group_size) and group_size None for one
-group per row; [languages] or a Python float stands for the same clip in every group.
+Shapes: x is [..., K]; each index of the leading dimensions is a row. `language` holds int32 row numbers of the table
+of clips, matched with the leading dimensions of x from the left (a [batch] tensor for x [batch, tokens, K]; a
+dimension may be 1); None reads row 0. A table is float32 [languages, groups] with groups = ceil(K / group_size) and
+group_size None for one group per row; [languages] or a Python float stands for the same clip in every group.
 """
 
 import os
@@ -77,8 +78,8 @@ def why_unavailable(backend: str) -> str | None:
 def use_backend(backend: Backend) -> Iterator[None]:
     """Runs the operations called inside by this thread on one backend: "reference", "cpu", "cuda" or "triton".
 
-    The environment variable LA_ACIQ_BACKEND sets the same for a whole process. Raises RuntimeError if the backend cannot run
-    here, ValueError if there is none of that name.
+    The environment variable LA_ACIQ_BACKEND sets the same for a whole process. Raises RuntimeError if the backend
+    cannot run here, ValueError if there is none of that name.
     """
     reason = why_unavailable(backend)
     if reason is not None:
@@ -118,8 +119,8 @@ def moments(
     """Moments of a tensor or NumPy array in one pass over memory, in float64.
 
     x: tensor or array of float32, float64, bfloat16 or float16 [..., K]; integer and boolean data are read as float64.
-    language, languages: int32 row numbers as for `quantize`, and how many rows the result has; the result then is an array of
-        samples of shape [languages], else a single sample.
+    language, languages: int32 row numbers as for `quantize`, and how many rows the result has; the result then is an
+        array of samples of shape [languages], else a single sample.
     histogram: also count |x| in log-linear bins (see la_aciq.Moments.histogram).
     nan_policy: "propagate", "omit" or "raise", as in SciPy.
 
@@ -172,13 +173,14 @@ def quantize(
     alpha: clips, a table as described on top of this module.
     language: int32 rows of the table.
     group_size: elements along K that share a clip, even; None for all of them.
-    codebook: "midrise" (values (q - 7.5) Delta, ends exactly +-alpha) or "midtread" ((q - 8) Delta, zero exact), Delta = 2 alpha / 15.
+    codebook: "midrise" (values (q - 7.5) Delta, ends exactly +-alpha) or "midtread" ((q - 8) Delta, zero exact);
+        Delta = 2 alpha / 15.
     signs, block_size: quantize rotate(x, signs, block_size) instead of x.
     tail_sums: also return float64 [languages, groups, 4]: finite elements, those with |x| > alpha, the sum of |x| over
         those, non-finite elements.
 
-    Returns uint8 [..., ceil(K / 2)], two codes per byte, the even index in the low nibble; with tail_sums a pair. NaN takes the
-    code nearest zero, +-Inf the end codes.
+    Returns uint8 [..., ceil(K / 2)], two codes per byte, the even index in the low nibble; with tail_sums a pair. NaN
+    takes the code nearest zero, +-Inf the end codes.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
     size, block = _checked_x(x, group_size, signs, block_size)
@@ -201,11 +203,11 @@ def quantize_dynamic(
     signs: Tensor | None = None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """INT4 codes of x under clips measured on x itself: alpha = shape * rms (or absmax) of the finite elements of each group.
+    """INT4 codes of x under clips measured on x: alpha = shape * rms (or absmax) of the finite elements of each group.
 
     shape: factors, a table as described on top of this module. The other arguments are those of `quantize`.
-    Returns codes uint8 [..., ceil(K / 2)] and the clips, float32 [..., groups], which `dequantize` takes as scales. A group of
-    zeros has clip 0 and dequantizes to zeros.
+    Returns codes uint8 [..., ceil(K / 2)] and the clips, float32 [..., groups], which `dequantize` takes as scales. A
+    group of zeros has clip 0 and dequantizes to zeros.
     """
     size, block = _checked_x(x, group_size, signs, block_size)
     _check_choice("statistic", statistic, Statistic)
@@ -266,8 +268,9 @@ def dequantize(
 def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
     """Randomized block Hadamard transform: y = H_b (signs * x) / sqrt(b) in each block of b along the last dimension.
 
-    x: float32, bfloat16 or float16 [..., K]. signs: +-1 as float32 or int8 [K]. block_size: a power of two that divides K; None for
-    the largest. The transform is orthogonal; H_b is symmetric (Sylvester's order), so signs * rotate(y, ones) undoes it.
+    x: float32, bfloat16 or float16 [..., K]. signs: +-1 as float32 or int8 [K]. block_size: a power of two that
+    divides K; None for the largest. The transform is orthogonal; H_b is symmetric (Sylvester's order), so signs *
+    rotate(y, ones) undoes it.
     """
     _, block = _checked_x(x, None, signs, block_size)
     function = torch.ops.la_aciq.rotate if _use_core(x) else reference.rotate
@@ -295,11 +298,12 @@ def linear(
     """x times INT4 weights: [..., N] in the dtype of x.
 
     x: float32, bfloat16 or float16 [..., K].
-    weight: codes uint8 [N, ceil(K / 2)] of group_size along K; weight_scale: their clips, float32 [N, groups]; bias: [N].
+    weight: codes uint8 [N, ceil(K / 2)] of group_size along K. weight_scale: their clips, float32 [N, groups].
+    bias: [N].
     signs, block_size: x is rotated first (the weights must have been rotated alike).
     activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook, with
-        activation_clip "static": clip is the table of clips; "rms", "absmax": clip is the table of factors on the statistic of
-        each row's group of activation_group_size elements.
+        activation_clip "static": clip is the table of clips; "rms", "absmax": clip is the table of factors on the
+        statistic of each row's group of activation_group_size elements.
     language: int32 rows of the clip table.
     """
     activation_size, block = _checked_x(x, activation_group_size, signs, block_size)
@@ -425,8 +429,11 @@ def _checked_table(name: str, table: Tensor | float, x: Tensor, group_size: int)
 
 
 def _checked_language(language: Tensor | None, languages: int, lead: torch.Size, device: torch.device) -> Tensor | None:
-    """language as int32 that matches the leading dimensions. Ids are compared with the table on the CPU only, where looking at
-    them costs no synchronisation, and not while a graph is captured; elsewhere an id out of range reads row 0."""
+    """language as int32 that matches the leading dimensions.
+
+    Ids are compared with the table on the CPU only, where looking at them costs no synchronisation, and not while a
+    graph is captured; elsewhere an id out of range reads row 0.
+    """
     if language is None:
         return None
     if language.dtype not in (torch.int32, torch.int64):
@@ -478,65 +485,72 @@ def _tensor_from_array(x: Any) -> Tensor:
 
 # --- Shapes for torch.compile ---------------------------------------------------------------------------------------
 
+
+def _fake_moments(
+    x: Tensor, language: Tensor | None = None, languages: int = 1, histogram: bool = False
+) -> tuple[Tensor, Tensor]:
+    bins = HISTOGRAM_BINS if histogram else 0
+    return (
+        x.new_empty((languages, STATE_SIZE), dtype=torch.float64),
+        x.new_empty((languages, bins, 2), dtype=torch.int64),
+    )
+
+
+def _fake_quantize(
+    x: Tensor,
+    alpha: Tensor,
+    language: Tensor | None = None,
+    group_size: int = 0,
+    codebook: str = "midrise",
+    signs: Tensor | None = None,
+    block_size: int = 0,
+    tail_sums: bool = False,
+) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
+    languages = alpha.shape[0] if tail_sums else 0
+    return codes, x.new_empty((languages, alpha.shape[1], 4), dtype=torch.float64)
+
+
+def _fake_quantize_dynamic(
+    x: Tensor,
+    shape: Tensor,
+    language: Tensor | None = None,
+    group_size: int = 0,
+    statistic: str = "rms",
+    codebook: str = "midrise",
+    signs: Tensor | None = None,
+    block_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
+    return codes, x.new_empty((*x.shape[:-1], shape.shape[1]), dtype=torch.float32)
+
+
+def _fake_dequantize(
+    codes: Tensor,
+    alpha: Tensor,
+    language: Tensor | None = None,
+    *,
+    k: int,
+    group_size: int = 0,
+    codebook: str = "midrise",
+    per_row: bool = False,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
+
+
+def _fake_rotate(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 if _WHY_NO_CORE is None:
-
-    @torch.library.register_fake("la_aciq::moments")
-    def _(
-        x: Tensor, language: Tensor | None = None, languages: int = 1, histogram: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        bins = HISTOGRAM_BINS if histogram else 0
-        return (
-            x.new_empty((languages, STATE_SIZE), dtype=torch.float64),
-            x.new_empty((languages, bins, 2), dtype=torch.int64),
-        )
-
-    @torch.library.register_fake("la_aciq::quantize")
-    def _(
-        x: Tensor,
-        alpha: Tensor,
-        language: Tensor | None = None,
-        group_size: int = 0,
-        codebook: str = "midrise",
-        signs: Tensor | None = None,
-        block_size: int = 0,
-        tail_sums: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
-        languages = alpha.shape[0] if tail_sums else 0
-        return codes, x.new_empty((languages, alpha.shape[1], 4), dtype=torch.float64)
-
-    @torch.library.register_fake("la_aciq::quantize_dynamic")
-    def _(
-        x: Tensor,
-        shape: Tensor,
-        language: Tensor | None = None,
-        group_size: int = 0,
-        statistic: str = "rms",
-        codebook: str = "midrise",
-        signs: Tensor | None = None,
-        block_size: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
-        return codes, x.new_empty((*x.shape[:-1], shape.shape[1]), dtype=torch.float32)
-
-    @torch.library.register_fake("la_aciq::dequantize")
-    def _(
-        codes: Tensor,
-        alpha: Tensor,
-        language: Tensor | None = None,
-        *,
-        k: int,
-        group_size: int = 0,
-        codebook: str = "midrise",
-        per_row: bool = False,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
-
-    @torch.library.register_fake("la_aciq::rotate")
-    def _(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    @torch.library.register_fake("la_aciq::linear")
-    def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    torch.library.register_fake("la_aciq::moments", _fake_moments)
+    torch.library.register_fake("la_aciq::quantize", _fake_quantize)
+    torch.library.register_fake("la_aciq::quantize_dynamic", _fake_quantize_dynamic)
+    torch.library.register_fake("la_aciq::dequantize", _fake_dequantize)
+    torch.library.register_fake("la_aciq::rotate", _fake_rotate)
+    torch.library.register_fake("la_aciq::linear", _fake_linear)

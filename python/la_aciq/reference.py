@@ -1,7 +1,7 @@
 """What every operation computes, in float64 and plain PyTorch: the oracle of the tests and the fallback without a core.
 
-Shapes, dtypes and arguments are those of the schemas in csrc/ops.cpp; the wrappers in ops.py have checked them. Everything
-runs on any device and traces under torch.compile(fullgraph=True).
+Shapes, dtypes and arguments are those of the schemas in csrc/ops.cpp; the wrappers in ops.py have checked them.
+Everything runs on any device and traces under torch.compile(fullgraph=True).
 
 The codebook of B bits has N = 2^B levels and step Delta = 2 alpha / (N - 1):
 
@@ -68,8 +68,8 @@ def to_values(codes: Tensor, alpha: Tensor, bits: int, codebook: str) -> Tensor:
     """float64 values of codes for clips alpha that broadcast against them."""
     levels = 2**bits
     zero = (levels - 1) / 2 if codebook == "midrise" else levels // 2
-    step = 2 * torch.where(_valid(alpha), alpha, 0.0) / (levels - 1)
-    return (codes.to(torch.float64) - zero) * step
+    step = torch.where(_valid(alpha), alpha, 0.0) * 2 / (levels - 1)
+    return torch.mul(codes.to(torch.float64) - zero, step)
 
 
 def fake_quantize(x: Tensor, alpha: Tensor, bits: int = 4, codebook: str = "midrise") -> Tensor:
@@ -79,7 +79,7 @@ def fake_quantize(x: Tensor, alpha: Tensor, bits: int = 4, codebook: str = "midr
 
 
 def pack(codes: Tensor) -> Tensor:
-    """uint8 [..., ceil(K / 2)] of codes [..., K] in 0 .. 15: the even index in the low nibble, an odd K padded with 0."""
+    """uint8 [..., ceil(K / 2)] of codes [..., K] in 0 .. 15: the even index in the low nibble, odd K padded with 0."""
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, codes.shape[-1] % 2))
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
@@ -99,14 +99,14 @@ def _rotate64(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
         return x.to(torch.float64)
     k = x.shape[-1]
     block = block_size or largest_power_of_two_divisor(k)
-    y = (x.to(torch.float64) * signs.to(torch.float64)).unflatten(-1, (k // block, block))
+    y = (x.to(torch.float64) * signs.to(torch.float64)).reshape(*x.shape[:-1], k // block, block)
     half = 1
     while half < block:
-        pairs = y.unflatten(-1, (block // (2 * half), 2, half))
+        pairs = y.reshape(*x.shape[:-1], k // block, block // (2 * half), 2, half)
         even, odd = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack([even + odd, even - odd], dim=-2).flatten(-3)
+        y = torch.stack([even + odd, even - odd], dim=-2)
         half *= 2
-    return y.flatten(-2) / math.sqrt(block)
+    return torch.div(y.reshape(x.shape), math.sqrt(block))
 
 
 def moments(
@@ -163,8 +163,8 @@ def quantize(
     block_size: int = 0,
     tail_sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [..., ceil(K / 2)] and, per language and group, float64 [languages or 0, groups, 4]: the finite elements,
-    those with |x| > alpha, the sum of |x| over those, the non-finite elements (all after rotation)."""
+    """Codes uint8 [..., ceil(K / 2)]; tail sums float64 [languages or 0, groups, 4]: the finite elements, those with
+    |x| > alpha, the sum of |x| over those, the non-finite elements (all after rotation)."""
     k = x.shape[-1]
     x = _rotate64(x, signs, block_size)
     clip = per_element(clip_per_group(alpha, language, x.shape[:-1]), k, group_size)
@@ -188,15 +188,19 @@ def dynamic_clip(x: Tensor, shape_per_group: Tensor, group_size: int, statistic:
     k = x.shape[-1]
     groups = group_count(k, group_size)
     size = group_size or k
+
+    def grouped(values: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(values, (0, groups * size - k))
+        return padded.reshape(*x.shape[:-1], groups, size)
+
     finite = torch.isfinite(x)
-    padding = (0, groups * size - k)
-    clean = torch.nn.functional.pad(torch.where(finite, x, 0.0), padding).unflatten(-1, (groups, size))
+    clean = grouped(torch.where(finite, x, 0.0))
     if statistic == "absmax":
         measured = clean.abs().amax(-1)
     else:
-        count = torch.nn.functional.pad(finite.to(torch.float64), padding).unflatten(-1, (groups, size)).sum(-1)
+        count = grouped(finite.to(torch.float64)).sum(-1)
         measured = (clean.square().sum(-1) / count.clamp(min=1.0)).sqrt()
-    return (shape_per_group * measured).to(torch.float32)
+    return torch.mul(shape_per_group, measured).to(torch.float32)
 
 
 def quantize_dynamic(
@@ -228,7 +232,7 @@ def dequantize(
     per_row: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Values [..., k] in dtype. per_row: alpha is [..., groups], one clip per row and group, as quantize_dynamic returns."""
+    """Values [..., k] in dtype. With per_row alpha is [..., groups], the clips that quantize_dynamic returns."""
     clip = alpha.to(torch.float64) if per_row else clip_per_group(alpha, language, codes.shape[:-1])
     return to_values(unpack(codes, k), per_element(clip, k, group_size), 4, codebook).to(dtype)
 
@@ -250,7 +254,7 @@ def linear(
     activation_group_size: int = 0,
     activation_codebook: str = "midrise",
 ) -> Tensor:
-    """x [..., K], rotated where signs are given and quantized to activation_bits, times INT4 weights [N, K]; [..., N]."""
+    """[..., N]: x [..., K], rotated if signs are given and rounded to activation_bits, times INT4 weights [N, K]."""
     k = x.shape[-1]
     y = _rotate64(x, signs, block_size)
     if activation_bits < 16 and clip is not None:
