@@ -1,7 +1,6 @@
 """Hugging Face causal language models: loading them with errors one can act on, and telling them apart."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +92,26 @@ def _locate(name: str) -> dict[str, str]:
         if not (path / "config.json").is_file():
             raise LaAciqError(f"model folder {name!r} has no config.json; expected a folder made by save_pretrained")
         return {"pretrained_model_name_or_path": str(path)}
-    # A hub id is "owner/name"; anything else with a separator, or starting as a path does, is meant as one.
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name or "\\" in name:
-        raise LaAciqError(f"model path {name!r} does not exist")
+    _check_hub(name)
     return {"pretrained_model_name_or_path": name}
+
+
+def _check_hub(name: str) -> None:
+    """Ask once whether there is such a model, before transformers asks six times and waits in between."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            model_info(name, timeout=10)
+    except HFValidationError as error:
+        raise LaAciqError(f"model path {name!r} does not exist") from error
+    except RepositoryNotFoundError as error:
+        raise LaAciqError(f"model {name!r} is neither a local folder nor on the Hugging Face hub") from error
+    except Exception as error:  # whatever the HTTP client of the day raises
+        raise LaAciqError(
+            f"model {name!r} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached"
+        ) from error
 
 
 def _check_causal(name: str, config: Any) -> None:

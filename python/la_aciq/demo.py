@@ -1,0 +1,98 @@
+"""The demo: what INT4 costs a real model in twelve languages, with clips that know the language and without."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._files import new_folder
+from .calibration import calibrate
+from .evaluation import Report, evaluate_configurations
+from .nn import QuantConfig
+
+# Twelve languages in eight scripts; the embedded texts have 38.
+LANGUAGES = ("en", "de", "fr", "tr", "sw", "ru", "ar", "he", "hi", "th", "zh", "ko")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much text is read: tokens per language for calibration and for evaluation, in windows of seqlen."""
+
+    languages: tuple[str, ...]
+    seqlen: int
+    calibration_tokens: int
+    evaluation_tokens: int
+
+
+FULL = Size(LANGUAGES, seqlen=512, calibration_tokens=1024, evaluation_tokens=1024)
+QUICK = Size(("en", "sw", "th"), seqlen=128, calibration_tokens=256, evaluation_tokens=256)
+
+
+def configurations(group_size: int = 64, codebook: str = "midrise", kv: bool = True) -> dict[str, QuantConfig]:
+    """What a user chooses between, by name: bits first, then who the clips of the activations belong to.
+
+    kv: also an INT4 key and value cache, which needs a model with k_proj and v_proj layers.
+    """
+    common: dict[str, Any] = {"group_size": group_size, "codebook": codebook}
+    four: dict[str, Any] = {"weights": 4, "activations": 4, **common}
+    chosen = {
+        "W4A16": QuantConfig(weights=4, activations=16, **common),
+        "W4A8 static, per language": QuantConfig(weights=4, activations=8, **common),
+        "W4A4 static, pooled": QuantConfig(sharing="pooled", **four),
+        "W4A4 static, per language": QuantConfig(sharing="language", **four),
+        "W4A4 dynamic absmax, per token": QuantConfig(clip="absmax", granularity="token", **four),
+        "W4A4 dynamic rms, per token": QuantConfig(clip="rms", granularity="token", sharing="pooled", **four),
+        "W4A4 dynamic absmax, per group": QuantConfig(clip="absmax", **four),
+    }
+    if kv:
+        chosen["KV4 static, pooled"] = QuantConfig(weights=16, activations=16, kv=4, sharing="pooled", **common)
+        chosen["KV4 static, per language"] = QuantConfig(weights=16, activations=16, kv=4, sharing="language", **common)
+    return chosen
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """report.json, report.md and the plots, into an existing folder; returns the plots' paths."""
+    from .evaluation.plots import draw
+
+    report.save(folder / "report.json")
+    (folder / "report.md").write_text(report.markdown(), "utf-8")
+    return draw(report, folder)
+
+
+def run(
+    model: Any, tokenizer: Any, texts: Mapping[str, str], folder: Path, *, size: Size = FULL, force: bool = False
+) -> None:
+    """Calibrate with and without rotation, evaluate every configuration, print the report and write it to `folder`."""
+    start = time.monotonic()
+    kv = any(name.endswith("k_proj") for name, _ in model.named_modules())
+    chosen = configurations(kv=kv)
+    chosen["W4A4 static, per language, no rotation"] = QuantConfig(weights=4, activations=4, rotate=False)
+    with new_folder(folder, "report.json", force) as temporary:
+        print(f"1/3  Calibrating on {size.calibration_tokens} tokens in each of {len(texts)} languages", flush=True)
+        settings: dict[str, Any] = {"seqlen": size.seqlen, "tokens": size.calibration_tokens}
+        profile = calibrate(model, texts, tokenizer, **settings)
+        unrotated = calibrate(model, texts, tokenizer, rotate=False, **settings)
+        profile.save(temporary / "profile")
+
+        print(
+            f"2/3  Evaluating {len(chosen)} configurations on the next {size.evaluation_tokens} tokens of each",
+            flush=True,
+        )
+        report = evaluate_configurations(
+            model,
+            [profile, unrotated],
+            chosen,
+            texts=texts,
+            tokenizer=tokenizer,
+            seqlen=size.seqlen,
+            tokens=size.evaluation_tokens,
+        )
+        print("3/3  Drawing the plots", flush=True)
+        plots = write_report(report, temporary)
+    print(f"\n{report.terminal()}\n")
+    minutes = (time.monotonic() - start) / 60
+    print(f"Done in {minutes:.1f} minutes.")
+    print(f"Profile  {folder / 'profile'}")
+    print(f"Report   {folder / 'report.json'} and {folder / 'report.md'}")
+    print("Plots    " + "\n         ".join(str(folder / plot.name) for plot in plots))
