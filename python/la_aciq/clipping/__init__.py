@@ -1,6 +1,8 @@
 """Clips for integer quantizers: laws, objectives and optima. NumPy and SciPy only."""
 
 from .histogram import HistogramLaw, histogram_mse, optimal_histogram
+from .kurtosis import KurtosisFit, fit_kurtosis_rule, kurtosis_rule
+from .languages import ParetoFront, SharedOptimum, pareto, shared
 from .laws import (
     Empirical,
     Gaussian,
@@ -18,27 +20,34 @@ from .table import ClipTable, table
 
 __all__ = [
     "Certificate",
-    "Octav",
-    "Optimum",
-    "minimum_samples",
-    "octav",
-    "optimal",
-    "samples_for_interval",
     "ClipTable",
     "Empirical",
     "Gaussian",
     "GeneralizedGaussian",
     "HistogramLaw",
+    "KurtosisFit",
     "Laplace",
     "Law",
     "Logistic",
     "Mixture",
+    "Octav",
+    "Optimum",
+    "ParetoFront",
+    "SharedOptimum",
     "StudentT",
     "Uniform",
     "curvature",
+    "fit_kurtosis_rule",
     "histogram_mse",
+    "kurtosis_rule",
+    "minimum_samples",
     "mse",
+    "octav",
+    "optimal",
     "optimal_histogram",
+    "pareto",
+    "samples_for_interval",
+    "shared",
     "slope",
     "table",
 ]

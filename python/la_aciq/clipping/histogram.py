@@ -78,7 +78,7 @@ class Bins:
         bin_of = np.searchsorted(_geometry()[0], x, side="right") - 1
         counts = np.bincount(bin_of, minlength=BINS).astype(np.float64)
         # The last bin is a point at its lower edge.
-        sums = np.bincount(bin_of, weights=np.minimum(x, _geometry()[0][-1]), minlength=BINS)
+        sums = np.bincount(bin_of, weights=np.minimum(x, _geometry()[0][-1]), minlength=BINS).astype(np.float64)
         return cls._from_sums(counts[None], sums[None])
 
     @classmethod
@@ -183,6 +183,37 @@ class HistogramLaw(Law):
         h = np.where(half[i] > 0, half[i], 1)
         inside = self.bins.weight[rows, i] + 3 * self.bins.offset[rows, i] * (a - middle[i]) / h
         return np.where(half[i] > 0, inside / (4 * h), 0.0)
+
+    @property
+    def edges(self) -> Array:
+        """Edges of the bins of |x|: [259], the last two equal (the last bin is a point)."""
+        low, middle, half = _geometry()
+        return np.append(low, middle[-1] + half[-1])
+
+    @property
+    def bin_probabilities(self) -> Array:
+        """Probability of each bin of |x|: [..., 258]."""
+        return np.asarray(self.bins.weight[self._rows])
+
+    def quantiles(self, level: Array) -> Array:
+        """|x| below which a share `level` [R, n] of each of R laws lies (of |X|: the law of X is symmetric)."""
+        _, middle, half = _geometry()
+        rows = np.broadcast_to(self._rows.ravel(), (len(level),))[:, None]
+        cumulative = np.cumsum(self.bins.weight[rows[:, 0]], axis=-1)
+        # One search for all rows: shifted apart, they are one ascending array.
+        shift = 2.0 * np.arange(len(level))[:, None]
+        i = np.searchsorted((cumulative + shift).ravel(), (level + shift).ravel(), side="left").reshape(level.shape)
+        i = np.clip(i - BINS * np.arange(len(level))[:, None], 0, BINS - 1)
+        weight, offset = self.bins.weight[rows, i], self.bins.offset[rows, i]
+        before = np.take_along_axis(cumulative, i, axis=-1) - weight
+        # Inside the bin, with d the relative offset: (1 + u) / 2 + 3 d (u^2 - 1) / 4 = share, solved for u without
+        # cancellation.
+        positive = np.where(weight > 0, weight, 1)
+        share = np.clip((level - before) / positive, 0, 1)
+        d = offset / positive
+        c = 0.5 - 0.75 * d - share
+        u = -2 * c / (0.5 + np.sqrt(np.maximum(0.25 - 3 * d * c, 0)))
+        return np.asarray(middle[i] + half[i] * np.clip(u, -1, 1))
 
     @property
     def mean(self) -> Array:

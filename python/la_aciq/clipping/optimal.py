@@ -119,13 +119,18 @@ def optimal(law: Law, bits: int = 4, codebook: str = "midrise", objective: str =
         alpha, certificate = _global_scan(flat, convex, bits, codebook, objective)
     error = mse_unchecked(flat, alpha, bits, codebook, objective)
     interval = None if samples is None else _interval(samples, float(alpha[0]), bits, codebook, objective)
-    shaped = [np.reshape(x, law.shape)[()] for x in (alpha, error, error / flat.power)]
-    return Optimum(*shaped, certificate=_shaped(certificate, law.shape), interval=interval)
+    return Optimum(
+        alpha=np.reshape(alpha, law.shape)[()],
+        mse=np.reshape(error, law.shape)[()],
+        normalized_mse=np.reshape(error / flat.power, law.shape)[()],
+        certificate=_shaped(certificate, law.shape),
+        interval=interval,
+    )
 
 
 def minimum_samples(bits: int) -> int:
     """The fewest samples `optimal` accepts: four per level."""
-    return 4 * 2 ** check_bits(bits)
+    return 4 << check_bits(bits)
 
 
 def samples_for_interval(law: Law, relative_half_width: float, bits: int = 4) -> Array:
@@ -140,7 +145,7 @@ def samples_for_interval(law: Law, relative_half_width: float, bits: int = 4) ->
     alpha = optimal(law, bits, objective="aciq").alpha
     spread = 4 * (law.tail(alpha, 2) - law.tail(alpha, 1) ** 2)
     bend = curvature(law, alpha, bits, objective="aciq")
-    return np.ceil(1.959964**2 * spread / (bend * alpha * relative_half_width) ** 2)
+    return np.asarray(np.ceil(1.959964**2 * spread / (bend * alpha * relative_half_width) ** 2))
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ def _sign_change(
     return (lo, hi), slopes
 
 
-class _Intervals:
+class Intervals:
     """Intervals of clips under examination: problem number, ends and the values of the objective's parts at the
     ends.
     """
@@ -247,13 +252,13 @@ class _Intervals:
         self.problem, self.left, self.right = problem, left, right
         self.at_left, self.at_right = at_left, at_right  # [parts, intervals]; part 0 is the error
 
-    def select(self, mask: NDArray[np.bool_]) -> _Intervals:
-        return _Intervals(
+    def select(self, mask: NDArray[np.bool_]) -> Intervals:
+        return Intervals(
             self.problem[mask], self.left[mask], self.right[mask], self.at_left[:, mask], self.at_right[:, mask]
         )
 
-    def halves(self, middle: Array, at_middle: Array) -> _Intervals:
-        return _Intervals(
+    def halves(self, middle: Array, at_middle: Array) -> Intervals:
+        return Intervals(
             np.concatenate([self.problem, self.problem]),
             np.concatenate([self.left, middle]),
             np.concatenate([middle, self.right]),
@@ -262,15 +267,20 @@ class _Intervals:
         )
 
 
-def _parts(law: Law, alpha: Array, bits: int, codebook: str, objective: str) -> Array:
-    """The error and, for the in-range model, what its bound needs besides: tail mass, excess and square."""
+def parts(law: Law, alpha: Array, bits: int, codebook: str, objective: str) -> Array:
+    """The error at alpha and, for the two models, what their bounds need besides: [1 or 4, clips].
+
+    Those are the probability of no rounding noise, and the clipping error's excess E(|X| - alpha)+ and value.
+    """
     if objective == "exact":
         return mse_unchecked(law, alpha, bits, codebook, objective)[None]
-    mass, excess, square = (law.tail(alpha, k) for k in range(3))
-    return np.stack([square + noise_factor(bits) * alpha**2 * (1 - mass), mass, excess, square])
+    silent, excess, square = (law.tail(alpha, k) for k in range(3))
+    if objective == "aciq":
+        silent = np.zeros_like(silent)
+    return np.stack([square + noise_factor(bits) * alpha**2 * (1 - silent), silent, excess, square])
 
 
-def _bounds(intervals: _Intervals, rms: Array, bits: int, codebook: str, objective: str) -> Array:
+def bounds(intervals: Intervals, rms: Array, bits: int, codebook: str, objective: str) -> Array:
     """Proved lower bound of the objective on every interval."""
     left, right = intervals.left, intervals.right
     if objective == "exact":
@@ -282,11 +292,12 @@ def _bounds(intervals: _Intervals, rms: Array, bits: int, codebook: str, objecti
         best = np.clip(np.divide(excess, c, out=np.full_like(c, np.inf), where=c > 0), lo, hi)
         return np.asarray(square - 2 * excess * (best - start) + c * best**2)
 
+    # Noise at least c a^2 with c of the left end; a clipping error above its tangents.
     from_left = tangent(left, intervals.at_left[3], intervals.at_left[2], left, right)
     from_right = tangent(right, intervals.at_right[3], intervals.at_right[2], left, right)
     # Rounding in the tail sums must not push the bound above the values at the ends.
     ends = np.minimum(intervals.at_left[0], intervals.at_right[0])
-    return np.minimum(np.maximum(from_left, from_right), ends)
+    return np.asarray(np.minimum(np.maximum(from_left, from_right), ends))
 
 
 def chord_bound(
@@ -319,25 +330,25 @@ def cap(law: Law, error: Array, bits: int, codebook: str, objective: str) -> Arr
         if not short.any():
             break
         a = np.where(short, 2 * a, a)
-    return a
+    return np.asarray(a)
 
 
 def _global_scan(law: Law, convex: Array, bits: int, codebook: str, objective: str) -> tuple[Array, Certificate]:
     problems = np.arange(len(convex))
     rms, power = (np.broadcast_to(x, convex.shape) for x in (law.rms, law.power))
 
-    def parts(problem: NDArray[np.intp], alpha: Array) -> Array:
-        return _parts(law.take(problem), alpha, bits, codebook, objective)
+    def at(problem: NDArray[np.intp], alpha: Array) -> Array:
+        return parts(law.take(problem), alpha, bits, codebook, objective)
 
-    end = np.maximum(cap(law, parts(problems, convex)[0], bits, codebook, objective), 2 * convex)
+    end = np.maximum(cap(law, at(problems, convex)[0], bits, codebook, objective), 2 * convex)
     # First knots: 0, then even in log alpha from 1/8 of the convex model's optimum to the cap.
     relative = np.linspace(0, 1, 33)
     knots = np.concatenate([np.zeros((1, len(convex))), convex / 8 * (8 * end / convex) ** relative[:, None]])
-    grid = parts(np.tile(problems, len(knots)), knots.ravel()).reshape(-1, *knots.shape)
+    grid = at(np.tile(problems, len(knots)), knots.ravel()).reshape(-1, *knots.shape)
     seen = [(np.tile(problems, len(knots)), knots.ravel(), grid[0].ravel())]
     best = grid[0].min(0)
     best_alpha = knots[grid[0].argmin(0), problems]
-    active = _Intervals(
+    active = Intervals(
         np.tile(problems, len(knots) - 1),
         knots[:-1].ravel(),
         knots[1:].ravel(),
@@ -346,7 +357,7 @@ def _global_scan(law: Law, convex: Array, bits: int, codebook: str, objective: s
     )
     lower = np.full(len(convex), np.inf)
     for _ in range(_MAX_HALVINGS):
-        bound = _bounds(active, rms[active.problem], bits, codebook, objective)
+        bound = bounds(active, rms[active.problem], bits, codebook, objective)
         slack = np.maximum(_TOLERANCE[objective] * best, _NEGLIGIBLE * power)
         todo = bound < (best - slack)[active.problem]
         # Halving further would not change the ends in float64.
@@ -356,7 +367,7 @@ def _global_scan(law: Law, convex: Array, bits: int, codebook: str, objective: s
             break
         active = active.select(todo)
         middle = (active.left + active.right) / 2
-        at_middle = parts(active.problem, middle)
+        at_middle = at(active.problem, middle)
         seen.append((active.problem, middle, at_middle[0]))
         order = np.argsort(at_middle[0], kind="stable")[::-1]
         improved = order[at_middle[0][order] < best[active.problem[order]]]
@@ -364,7 +375,7 @@ def _global_scan(law: Law, convex: Array, bits: int, codebook: str, objective: s
         best[active.problem[improved]], best_alpha[active.problem[improved]] = at_middle[0][improved], middle[improved]
         active = active.halves(middle, at_middle)
     else:
-        np.minimum.at(lower, active.problem, _bounds(active, rms[active.problem], bits, codebook, objective))
+        np.minimum.at(lower, active.problem, bounds(active, rms[active.problem], bits, codebook, objective))
 
     problem, alpha, value = (np.concatenate(x) for x in zip(*seen, strict=True))
     order = np.lexsort((alpha, problem))

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .histogram import Bins, optimal_bins
+from .language_objectives import LANGUAGE_OBJECTIVES, language_weights_array, shared_bins
 from .laws import Array
 from .objectives import CODEBOOKS, OBJECTIVES, check_bits, check_choice, check_problem
-from .shared import LANGUAGE_OBJECTIVES, language_weights_array, shared_bins
 
 GRANULARITIES = ("group", "layer", "model")
 SHARINGS = ("language", "pooled")

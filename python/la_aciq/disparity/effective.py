@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .._moments import COUNT, M2, M3, M4, MEAN
+from ..clipping.language_objectives import normalized_weights
 from ..clipping.laws import Array, Law
-from ..clipping.shared import normalized_weights
 
 
 class EffectiveLaw:

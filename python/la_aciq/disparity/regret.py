@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..clipping.histogram import Bins, HistogramLaw, optimal_bins
+from ..clipping.language_objectives import language_weights_array, shared_bins
 from ..clipping.laws import Array
 from ..clipping.objectives import check_problem, mse_unchecked
-from ..clipping.shared import language_weights_array, shared_bins
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,267 @@
+"""One clip for several laws, with a proof that it is the best one: the certified counterpart of what tables do with
+histograms.
+
+For the convex model each normalized error e_i is strictly convex, and so are their mean and their maximum. The mean's
+minimizer is the root of its derivative. The maximum's is found by bisection on the slope of the active language; where
+two languages of opposite slope meet, multipliers mu >= 0 with sum_i mu_i e_i' = 0 prove it optimal: the minimum of
+sum_i mu_i e_i is a lower bound of the maximum, and equals it. Everything else (other objectives, variance) is a branch
+and bound over intervals of clips, with the bounds of `clipping.optimal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize
+
+from .language_objectives import LANGUAGE_OBJECTIVES, combine, normalized_weights
+from .laws import Array, Law
+from .objectives import check_choice, check_problem, mse_unchecked, slope
+from .optimal import Intervals, bounds, cap, optimal, parts
+
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class SharedOptimum:
+    """The clip `alpha` shared by languages, their normalized `errors` there [languages], and the `value` of the
+    objective.
+
+    `lower_bound` is proved: no clip does better. `multipliers` [languages] prove it for the convex model's mean and
+    minimax (their weighted derivatives cancel), else None.
+    """
+
+    alpha: float
+    errors: Array
+    value: float
+    lower_bound: float
+    multipliers: Array | None
+
+
+def shared(
+    laws: Sequence[Law],
+    bits: int = 4,
+    codebook: str = "midrise",
+    objective: str = "exact",
+    language_objective: str = "mean",
+    weights: ArrayLike | None = None,
+    penalty: float = 1.0,
+) -> SharedOptimum:
+    """The clip that minimizes a language objective (`mean`, `weighted`, `minimax`, `variance`) over single laws, one
+    per language.
+
+    `weights` (>= 0, normalized here) are equal unless given; `penalty` multiplies the variance. Errors are MSE / E X^2.
+    """
+    bits, codebook, objective = check_problem(bits, codebook, objective)
+    check_choice("language_objective", language_objective, LANGUAGE_OBJECTIVES)
+    if not laws:
+        raise ValueError("laws must hold at least one law, got an empty sequence")
+    if any(law.shape != () for law in laws):
+        raise ValueError("laws must be single laws of shape (), one per language")
+    if language_objective == "weighted" and weights is None:
+        raise ValueError("weights must be given for language_objective='weighted', got None")
+    if not (np.isfinite(penalty) and penalty >= 0):
+        raise ValueError(f"penalty must be finite and not negative, got {penalty}")
+    w = normalized_weights("weights", np.ones(len(laws)) if weights is None else weights)
+    if w.shape != (len(laws),):
+        raise ValueError(f"weights must have shape [{len(laws)}], got {list(w.shape)}")
+    problem = _Problem(laws, w, bits, codebook, objective, language_objective, float(penalty))
+    if objective == "aciq" and language_objective != "variance":
+        return problem.solve_convex()
+    return problem.solve_by_bounds()
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """Clips from the mean's optimum to the worst case's, each better than all others in one of the two: [points]
+    each.
+    """
+
+    alpha: Array
+    mean: Array
+    worst: Array
+
+
+def pareto(
+    laws: Sequence[Law],
+    bits: int = 4,
+    codebook: str = "midrise",
+    objective: str = "exact",
+    weights: ArrayLike | None = None,
+    points: int = 33,
+) -> ParetoFront:
+    """The front between the mean and the worst normalized error.
+
+    For the convex model it is exactly the interval between the two minimizers (on either side both errors grow). For
+    the other objectives that interval is sampled and dominated points are dropped.
+    """
+    if points < 2:
+        raise ValueError(f"points must be at least 2, got {points}")
+    kind = "mean" if weights is None else "weighted"
+    ends = [shared(laws, bits, codebook, objective, what, weights).alpha for what in (kind, "minimax")]
+    w = normalized_weights("weights", np.ones(len(laws)) if weights is None else weights)
+    alpha = np.linspace(ends[0], ends[1], points)
+    errors = np.stack([mse_unchecked(law, alpha, bits, codebook, objective) / law.power for law in laws])
+    mean, worst = (combine(errors, w[:, None], what) for what in ("mean", "minimax"))
+    # Walking from the mean's end the mean grows: a point stays if its worst case beats all before it.
+    keep = worst < np.concatenate([[np.inf], np.minimum.accumulate(worst)[:-1]])
+    order = np.maximum.accumulate(mean) == mean
+    return ParetoFront(alpha[keep & order], mean[keep & order], worst[keep & order])
+
+
+@dataclass(frozen=True)
+class _Problem:
+    laws: Sequence[Law]
+    weights: Array
+    bits: int
+    codebook: str
+    objective: str
+    language_objective: str
+    penalty: float
+
+    def errors(self, alpha: Array | float) -> Array:
+        a = np.asarray(alpha, dtype=np.float64)
+        return np.stack(
+            [mse_unchecked(law, a, self.bits, self.codebook, self.objective) / law.power for law in self.laws]
+        )
+
+    def slopes(self, alpha: float) -> Array:
+        return np.array(
+            [float(slope(law, alpha, self.bits, self.codebook, self.objective) / law.power) for law in self.laws]
+        )
+
+    def value(self, errors: Array) -> Array:
+        w = self.weights.reshape(-1, *[1] * (errors.ndim - 1))
+        return combine(errors, w, self.language_objective, self.penalty)
+
+    def solve_convex(self) -> SharedOptimum:
+        used = [law for law, weight in zip(self.laws, self.weights, strict=True) if weight > 0]
+        own = [float(optimal(law, self.bits, self.codebook, "aciq").alpha) for law in used]
+        lo, hi = min(own), max(own)
+        if self.language_objective == "minimax":
+            multipliers, lo, hi = self._meet(lo, hi)
+        else:
+            multipliers = self.weights
+        alpha = self._root(multipliers, lo, hi)
+        errors = self.errors(alpha)
+        # Convexity of the weighted sum: its minimum is above the tangent here, within the bracket of the languages'
+        # own optima.
+        residual = abs(float(multipliers @ self.slopes(alpha))) * (max(own) - min(own))
+        return SharedOptimum(
+            alpha, errors, float(self.value(errors)), float(multipliers @ errors) - residual, multipliers
+        )
+
+    def _root(self, multipliers: Array, lo: float, hi: float) -> float:
+        def derivative(a: float) -> float:
+            return float(multipliers @ self.slopes(a))
+
+        if lo == hi or derivative(lo) >= 0:
+            return lo
+        if derivative(hi) <= 0:
+            return hi
+        return float(optimize.brentq(derivative, lo, hi, xtol=1e-300, rtol=1e-15, maxiter=500))
+
+    def _meet(self, lo: float, hi: float) -> tuple[Array, float, float]:
+        """Multipliers of the maximum's minimizer and a bracket of it."""
+
+        def active(a: float) -> int:
+            return int(np.where(self.weights > 0, self.errors(a), -np.inf).argmax())
+
+        for _ in range(200):
+            middle = (lo + hi) / 2
+            if not lo < middle < hi:
+                break
+            if self.slopes(middle)[active(middle)] > 0:
+                hi = middle
+            else:
+                lo = middle
+        left, right = active(lo), active(hi)
+        falling, rising = -self.slopes(lo)[left], self.slopes(hi)[right]
+        multipliers = np.zeros(len(self.laws))
+        if left == right or falling <= 0 or rising <= 0:
+            multipliers[left if falling <= 0 else right] = 1.0
+            return multipliers, lo, hi
+        multipliers[left], multipliers[right] = rising / (falling + rising), falling / (falling + rising)
+        return multipliers, lo, hi
+
+    def solve_by_bounds(self) -> SharedOptimum:
+        start = [float(optimal(law, self.bits, self.codebook, self.objective).alpha) for law in self.laws]
+        best_alpha = start[int(np.argmin(self.value(self.errors(np.asarray(start)))))]
+        best = float(self.value(self.errors(best_alpha)))
+        end = self._cap(best, 2 * max(start))
+        knots = np.concatenate([[0.0], np.geomspace(min(start) / 8, end, 65)])
+        at = self._parts(knots)
+        left, right, at_left, at_right = knots[:-1], knots[1:], at[..., :-1], at[..., 1:]
+        lower = np.inf
+        for _ in range(_MAX_HALVINGS):
+            bound = self._bounds(left, right, at_left, at_right)
+            todo = (bound < best * (1 - _TOLERANCE)) & (right - left > 1e-14 * right)
+            lower = min(lower, float(bound[~todo].min(initial=np.inf)))
+            if not todo.any():
+                break
+            left, right, at_left, at_right = left[todo], right[todo], at_left[..., todo], at_right[..., todo]
+            middle = (left + right) / 2
+            at_middle = self._parts(middle)
+            values = self.value(at_middle[:, 0] / self._power)
+            if values.min() < best:
+                best, best_alpha = float(values.min()), float(middle[values.argmin()])
+            left, right = np.concatenate([left, middle]), np.concatenate([middle, right])
+            at_left = np.concatenate([at_left, at_middle], axis=-1)
+            at_right = np.concatenate([at_middle, at_right], axis=-1)
+        else:
+            lower = min(lower, float(self._bounds(left, right, at_left, at_right).min()))
+        return SharedOptimum(best_alpha, self.errors(best_alpha), best, min(lower, best), None)
+
+    @property
+    def _power(self) -> Array:
+        return np.array([float(law.power) for law in self.laws])[:, None]
+
+    def _parts(self, alpha: Array) -> Array:
+        """[languages, parts, clips]"""
+        return np.stack([parts(law, alpha, self.bits, self.codebook, self.objective) for law in self.laws])
+
+    def _cap(self, best: float, start: float) -> float:
+        """Beyond it no clip is better: every language's error exceeds `best` there, or the mean's of those that
+        count.
+        """
+        return max(
+            start,
+            max(
+                float(cap(law, np.asarray(best * law.power), self.bits, self.codebook, self.objective))
+                for law in self.laws
+            ),
+        )
+
+    def _bounds(self, left: Array, right: Array, at_left: Array, at_right: Array) -> Array:
+        problem: NDArray[np.intp] = np.zeros(len(left), dtype=np.intp)
+        low, high = np.empty((len(self.laws), len(left))), np.empty((len(self.laws), len(left)))
+        for i, law in enumerate(self.laws):
+            ends = Intervals(problem, left, right, at_left[i], at_right[i])
+            rms = np.full(len(left), float(law.rms))
+            low[i] = bounds(ends, rms, self.bits, self.codebook, self.objective)
+            high[i] = self._highest(ends)
+        low, high = np.maximum(low, 0) / self._power, high / self._power
+        if self.language_objective != "variance":
+            return self.value(low)
+        gaps = np.maximum(low[:, None] - high[None, :], 0)
+        variance = np.einsum("i,j,ijk->k", self.weights, self.weights, gaps**2)
+        return np.asarray(self.weights @ low + self.penalty * variance)
+
+    def _highest(self, ends: Intervals) -> Array:
+        """Upper bound of the error on each interval."""
+        at_left, at_right = ends.at_left, ends.at_right
+        if self.objective == "aciq":
+            return np.asarray(np.maximum(at_left[0], at_right[0]))
+        if self.objective == "in_range":
+            # The clipping error falls with alpha, the noise grows.
+            return np.asarray(at_left[3] + at_right[0] - at_right[3])
+        # sqrt(MSE) is the distance of X to a codebook whose values move by at most (N / (N - 1)) per unit of alpha.
+        n = 2**self.bits
+        reach = (1.0 if self.codebook == "midrise" else n / (n - 1)) * (ends.right - ends.left)
+        return np.asarray((np.sqrt(np.minimum(at_left[0], at_right[0])) + reach) ** 2)
+
+
+_MAX_HALVINGS = 60

@@ -1,0 +1,269 @@
+"""How far apart the errors of languages can be: what holds, what does not, and numbers for a deployment.
+
+The claim `max MSE - min MSE <= C sqrt(Var kappa)` is false: laws of equal kurtosis have different errors, so no C
+works.
+
+>>> for case in equal_kurtosis_examples():
+...     print(f"{case.name}: kurtosis {case.kurtosis:.1f}, MSE {case.mse[0]:.5f} and {case.mse[1]:.5f}")
+N(0, 1) and N(0, 4): kurtosis 0.0, MSE 0.01154 and 0.04617
+three points and Laplace: kurtosis 3.0, MSE 0.00000 and 0.02526
+
+(The second pair has equal variance too, under `midtread`.) What holds, with e = MSE / E X^2 the normalized error:
+
+- inside one family where e* is L-Lipschitz in kappa, max e* - min e* <= L sqrt(2 n) sd(kappa) over n languages:
+  `family_bound`, attained by `two_point_kurtoses`;
+- under shared clips, a difference of expectations of one loss: `total_variation_bound`;
+- nearest rounding to a codebook, sqrt(MSE) is a distance in L2: abs(sqrt(MSE_P) - sqrt(MSE_Q)) <= W_2(P, Q), for one
+  clip and for each law's best clip: `wasserstein2`, `wasserstein_bound`;
+- the convex model's optimum is at most sigma^2 sqrt((kappa + 3) / 12) / (2^bits - 1): `kurtosis_bound`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..clipping.histogram import BINS, Bins, HistogramLaw, optimal_bins
+from ..clipping.language_objectives import language_weights_array, shared_bins
+from ..clipping.laws import Array, Empirical, Gaussian, Laplace, Law
+from ..clipping.objectives import check_bits, check_problem, mse_unchecked, quantize, thresholds
+from ..clipping.optimal import optimal
+
+
+@dataclass(frozen=True)
+class EqualKurtosis:
+    """Two laws of one kurtosis whose best errors differ."""
+
+    name: str
+    kurtosis: float
+    mse: tuple[float, float]
+    normalized_mse: tuple[float, float]
+
+
+def equal_kurtosis_examples(bits: int = 4) -> tuple[EqualKurtosis, EqualKurtosis]:
+    """The two counterexamples to any bound by the spread of kurtosis, computed (see the module's text)."""
+    # {0, +-sqrt 6} with probabilities 10/12, 1/12, 1/12: variance 1, fourth moment 6. Repeated, so that it is a sample
+    # large enough to fit.
+    points = Empirical(np.tile(np.sqrt(6) * np.array([-1, 1] + [0] * 10), 2 ** check_bits(bits)))
+    pairs: list[tuple[str, Law, Law, str]] = [
+        ("N(0, 1) and N(0, 4)", Gaussian(1.0), Gaussian(2.0), "midrise"),
+        ("three points and Laplace", points, Laplace(1.0), "midtread"),
+    ]
+    cases = []
+    for name, first, second, codebook in pairs:
+        best = [optimal(law, bits, codebook) for law in (first, second)]
+        cases.append(
+            EqualKurtosis(
+                name,
+                float(second.kurtosis),
+                (float(best[0].mse), float(best[1].mse)),
+                (float(best[0].normalized_mse), float(best[1].normalized_mse)),
+            )
+        )
+    return cases[0], cases[1]
+
+
+def family_slope(
+    law_of_kurtosis: Callable[[float], Law], kappas: ArrayLike, bits: int = 4, codebook: str = "midrise"
+) -> float:
+    """L: the largest difference quotient of the best normalized error over a grid of kurtoses (ascending, at least
+    two).
+    """
+    k = np.asarray(kappas, dtype=np.float64)
+    if k.ndim != 1 or len(k) < 2 or np.any(np.diff(k) <= 0):
+        raise ValueError(f"kappas must be ascending and at least two, got {k.tolist()}")
+    errors = np.array([float(optimal(law_of_kurtosis(float(x)), bits, codebook).normalized_mse) for x in k])
+    return float(np.max(np.abs(np.diff(errors) / np.diff(k))))
+
+
+def family_bound(kappas: ArrayLike, slope: float) -> float:
+    """Largest possible max e* - min e* of languages whose laws share one L-Lipschitz family: L sqrt(2 n) sd(kappa).
+
+    max - min <= sqrt(2 n) sd for any n numbers (population sd): the two extremes alone contribute (max - min)^2 / 2 to
+    n sd^2.
+    """
+    k = np.asarray(kappas, dtype=np.float64).ravel()
+    if not len(k) or not np.all(np.isfinite(k)):
+        raise ValueError("kappas must be finite and at least one")
+    if not (np.isfinite(slope) and slope >= 0):
+        raise ValueError(f"slope must be finite and not negative, got {slope}")
+    return float(slope * np.sqrt(2 * len(k)) * np.std(k))
+
+
+def two_point_kurtoses(languages: int, centre: float, distance: float) -> Array:
+    """Kurtoses [languages] that attain sqrt(2 n): one language at each of centre +- distance, all others at the
+    centre.
+    """
+    if languages < 2:
+        raise ValueError(f"languages must be at least 2, got {languages}")
+    k = np.full(languages, float(centre))
+    k[0], k[-1] = centre - distance, centre + distance
+    return k
+
+
+def kurtosis_bound(law: Law, bits: int = 4) -> Array:
+    """Upper bound of min MSE for the convex model: E X^2 sqrt(E X^4 / (E X^2)^2 / 12) / (2^bits - 1), moments about
+    zero.
+
+    From (x - a)+^2 <= x^4 / (16 a^2), minimized over a together with a^2 / (3 K).
+    """
+    mu = law.mean
+    fourth = law.fourth_moment + 4 * mu * law.third_moment + 6 * mu**2 * law.variance + mu**4
+    return np.asarray(np.sqrt(fourth / 12) / (2 ** check_bits(bits) - 1))
+
+
+def total_variation_bound(p: ArrayLike, q: ArrayLike, losses: ArrayLike) -> float:
+    """abs(sum p e - sum q e) <= TV(p, q) (max e - min e) for two probability vectors over cells (layers, say) of
+    losses e.
+    """
+    a, b, e = (np.asarray(x, dtype=np.float64) for x in (p, q, losses))
+    if not a.shape == b.shape == e.shape or a.ndim != 1:
+        raise ValueError(f"p, q and losses must be vectors of one length, got shapes {a.shape}, {b.shape}, {e.shape}")
+    for name, x in (("p", a), ("q", b)):
+        if np.any(x < 0) or not np.isclose(x.sum(), 1, rtol=0, atol=1e-9):
+            raise ValueError(f"{name} must not be negative and must sum to one, got sum {x.sum()}")
+    used = (a > 0) | (b > 0)
+    return float(0.5 * np.abs(a - b).sum() * np.ptp(e[used]))
+
+
+def wasserstein2(p: HistogramLaw, q: HistogramLaw, scaled: bool = False) -> Array:
+    """W_2 of pairs of symmetric histogram laws of one shape [pairs] or (): root mean square distance of equal
+    quantiles.
+
+    In units of X, or with scaled=True of the two laws brought to unit power. Relative accuracy 1e-6.
+    """
+    if p.shape != q.shape:
+        raise ValueError(f"p and q must have one shape, got {p.shape} and {q.shape}")
+    laws = [law.take(np.arange(law.size)) for law in (p, q)]
+    cumulative = [np.cumsum(np.broadcast_to(law.bin_probabilities, (p.size, BINS)), axis=-1) for law in laws]
+    # Both quantile functions are smooth between the merged breakpoints: Gauss-Legendre there.
+    steps = np.sort(np.concatenate([np.zeros((p.size, 1)), *cumulative], axis=-1), axis=-1).clip(0, 1)
+    nodes, weights = np.polynomial.legendre.leggauss(4)
+    width = np.diff(steps, axis=-1)[..., None]
+    level = steps[:, :-1, None] + width * (nodes + 1) / 2
+    first, second = (law.quantiles(level.reshape(p.size, -1)).reshape(level.shape) for law in laws)
+    if scaled:
+        first, second = (x / np.reshape(law.rms, (-1, 1, 1)) for x, law in zip((first, second), laws, strict=True))
+    return np.asarray(np.sqrt(((first - second) ** 2 * weights * width / 2).sum((-1, -2))).reshape(p.shape))
+
+
+def wasserstein_bound(error_p: ArrayLike, distance: ArrayLike) -> tuple[Array, Array]:
+    """The interval that MSE_Q must lie in, given MSE_P and W_2(P, Q) >= the true one: ((sqrt - W)+^2, (sqrt + W)^2)."""
+    root, w = np.sqrt(np.asarray(error_p, dtype=np.float64)), np.asarray(distance, dtype=np.float64)
+    if np.any(w < 0) or np.any(np.isnan(root)):
+        raise ValueError("error_p and distance must not be negative")
+    return np.maximum(root - w, 0) ** 2, (root + w) ** 2
+
+
+@dataclass(frozen=True)
+class DeploymentBounds:
+    """Gaps between languages of a deployment with one clip per layer, and proved bounds of them.
+
+    Errors [languages] are means over layer inputs. `shared` errors use one clip for all languages and are divided by
+    the power pooled over languages; `own` errors use each language's best clip and are divided by its own power.
+    Bounds are of max - min: `total_variation` and `cells` of the shared gap, `wasserstein_shared` and
+    `wasserstein_own` of either.
+    """
+
+    languages: tuple[str, ...]
+    shared: Array
+    own: Array
+    total_variation: float
+    cells: float
+    wasserstein_shared: float
+    wasserstein_own: float
+
+    @property
+    def shared_gap(self) -> float:
+        """max - min of the shared errors."""
+        return float(np.ptp(self.shared))
+
+    @property
+    def own_gap(self) -> float:
+        """max - min of the own errors."""
+        return float(np.ptp(self.own))
+
+
+def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") -> DeploymentBounds:
+    """Bounds for the laws that a profile holds (histograms with densities linear in each bin), over its layer inputs.
+
+    With the layer's law of language l written P_l and its error under the shared clip e(x):
+
+    - `total_variation`: sum over layers of TV(P_l, P_m) (max e - min e over the support);
+    - `cells`: sum over the bins of P_l(bin) max e - P_m(bin) min e, which holds whatever the law does inside bins;
+    - Wasserstein: abs(D_l - D_m) <= W (sqrt D_l + sqrt D_m), where W^2 is the mean over layers of W_2^2 (for own
+      clips, of the laws scaled to unit power). All layers weigh the same for every language, so errors and distances
+      add up layer by layer.
+    """
+    bits, codebook, _ = check_problem(bits, codebook, "exact")
+    languages = tuple(profile.languages)
+    if len(languages) < 2:
+        raise ValueError(f"profile must hold at least two languages, got {len(languages)}")
+    rows = [tuple(profile.rows).index(language) for language in languages]
+    weights = language_weights_array("mean", languages, None)[:, None]
+    pairs = list(combinations(range(len(languages)), 2))
+    left, right = (np.asarray(x, dtype=np.intp) for x in zip(*pairs, strict=True))
+    layers = 0
+    shared, own = np.zeros(len(languages)), np.zeros(len(languages))
+    variation, cells, square_shared, square_own = (np.zeros(len(pairs)) for _ in range(4))
+    for site in profile.sites.values():
+        if site.kind != "input":
+            continue
+        histogram = np.asarray(site.moments.histogram)[rows].sum(axis=1)
+        if not np.all(histogram[..., 0].sum(-1) > 0):
+            continue
+        layers += 1
+        bins = Bins.from_histogram(histogram)
+        law = HistogramLaw.from_bins(bins)
+        clip = shared_bins(Bins(bins.weight[:, None], bins.offset[:, None]), weights, bits, codebook, "exact", "mean")
+        power = float(law.power.mean())
+        shared += mse_unchecked(law, np.broadcast_to(clip, law.shape), bits, codebook, "exact") / power
+        own += optimal_bins(bins, bits, codebook, "exact")[1] / law.power
+        low, high = _error_range(law.edges, float(clip[0]), bits, codebook)
+        used = bins.weight.any(0)
+        # A bin's difference in density is at most its difference in mass plus what the two slopes can move (3/4 of the
+        # offsets').
+        difference = np.abs(bins.weight[left] - bins.weight[right]) / 2
+        difference += 0.75 * np.abs(bins.offset[left] - bins.offset[right])
+        variation += np.minimum(difference.sum(-1), 1) * (high[used].max() - low[used].min()) / power
+        one_way = bins.weight @ high, bins.weight @ low
+        cells += np.maximum(one_way[0][left] - one_way[1][right], one_way[0][right] - one_way[1][left]) / power
+        square_shared += wasserstein2(law.take(left), law.take(right)) ** 2 / power
+        square_own += wasserstein2(law.take(left), law.take(right), scaled=True) ** 2
+    if not layers:
+        raise ValueError("profile must hold an input site with values of every language, got none")
+    shared, own = shared / layers, own / layers
+
+    def by_distance(errors: Array, square: Array) -> float:
+        return float(np.max(np.sqrt(square / layers) * (np.sqrt(errors[left]) + np.sqrt(errors[right]))))
+
+    return DeploymentBounds(
+        languages,
+        shared,
+        own,
+        float(variation.max() / layers),
+        float(cells.max() / layers),
+        by_distance(shared, square_shared),
+        by_distance(own, square_own),
+    )
+
+
+def _error_range(edges: Array, clip: float, bits: int, codebook: str) -> tuple[Array, Array]:
+    """Least and largest squared error over each bin of |x| (either sign of x): two arrays [258]."""
+    n = 2**bits
+    delta = 2 * clip / (n - 1)
+    # Both sides' turning points: |x| of values (error 0) and of thresholds (error Delta / 2).
+    cuts = delta * np.concatenate([[0.0] if codebook == "midrise" else [], thresholds(bits, codebook)])
+    values = delta * (np.arange(n // 2) + (0.5 if codebook == "midrise" else 0.0))
+    if codebook == "midtread":
+        cuts, values = np.append(cuts, clip), np.append(values, delta * n / 2)
+    lower, upper = edges[:-1], edges[1:]
+    at_ends = np.stack([(x - quantize(x, clip, bits, codebook)) ** 2 for x in (lower, upper, -lower, -upper)])
+    low, high = at_ends.min(0), at_ends.max(0)
+    has_cut, has_value = (((lower[:, None] <= x) & (x <= upper[:, None])).any(1) for x in (cuts, values))
+    return np.where(has_value, 0.0, low), np.where(has_cut, np.maximum(high, delta**2 / 4), high)

@@ -1,0 +1,240 @@
+"""How small the error can be at all: rate-distortion limits and the best scalar quantizer, for any law.
+
+All functions take a law and give errors in units of X squared. For squared error and B bits per value:
+
+- `gaussian_distortion`  D(B) = sigma^2 4^-B: the rate-distortion function of a Gaussian, and an upper bound for every
+  law of that variance;
+- `shannon_lower_bound`  e^(2 h) / (2 pi e) 4^-B <= D(B), with h the differential entropy (Cover & Thomas, ch. 10);
+- `lloyd_max`            the best quantizer with 2^B values placed freely (Lloyd 1982, Max 1960);
+- `panter_dite`          (integral of f^(1/3))^3 / 12 4^-B, what Lloyd-Max tends to for many levels (Panter & Dite
+  1951).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from scipy import integrate, linalg
+
+from ..clipping.histogram import HistogramLaw
+from ..clipping.laws import Array, Law
+from ..clipping.objectives import check_bits
+from ..clipping.optimal import optimal
+
+
+def gaussian_distortion(law: Law, bits: int) -> Array:
+    """Variance x 4^-bits: each bit quarters the distortion. No law of this variance is harder to code."""
+    return np.asarray(law.variance * 4.0 ** -check_bits(bits))
+
+
+def shannon_lower_bound(law: Law, bits: int) -> Array:
+    """No code of `bits` bits per value has a smaller error (0 for point masses); equality for a Gaussian."""
+    return np.asarray(entropy_power(law) * 4.0 ** -check_bits(bits))
+
+
+def entropy_power(law: Law) -> Array:
+    """e^(2 h) / (2 pi e): the variance of the Gaussian of equal entropy, at most the law's variance."""
+    return np.asarray(np.exp(2 * law.entropy()) / (2 * np.pi * np.e))
+
+
+def panter_dite(law: Law, bits: int) -> float:
+    """High-resolution error of the best quantizer of a single law, by quadrature (relative 1e-8); infinite if the
+    integral is.
+    """
+    _single(law)
+    return _cube_root_mass(law) ** 3 / 12 * 4.0 ** -check_bits(bits)
+
+
+def panter_dite_constant(law: Law) -> float:
+    """(integral of f^(1/3))^3 / (12 variance): 2.72 for a Gaussian, 4.5 for a Laplace law, 1 for a uniform one."""
+    _single(law)
+    return _cube_root_mass(law) ** 3 / 12 / float(law.variance)
+
+
+def _single(law: Law) -> None:
+    if law.size != 1:
+        raise ValueError(f"law must be a single law, got {law.size} of them")
+
+
+def _cube_root_mass(law: Law) -> float:
+    if isinstance(law, HistogramLaw):
+        # Constant inside bins.
+        edges, p = law.edges, law.bin_probabilities
+        inside = p[:-1] > 0
+        width = np.diff(edges)[:-1]
+        return float(2 * np.sum((p[:-1][inside] / (2 * width[inside])) ** (1 / 3) * width[inside]))
+
+    def integrand(x: float) -> float:
+        return float(np.ravel(law.density(x))[0]) ** (1 / 3)
+
+    return float(sum(_integrate(integrand, lo, hi) for lo, hi in pairwise([-np.inf, *_nodes(law), np.inf])))
+
+
+def _integrate(function: Any, lo: float, hi: float) -> float:
+    return float(integrate.quad(function, lo, hi, epsabs=0, epsrel=1e-10, limit=500)[0])
+
+
+def _nodes(law: Law) -> list[float]:
+    """Where the density may bend: scales around the centre of the law and of its parts."""
+    parts = getattr(law, "laws", (law,))
+    marks = (0.0, 0.1, 0.5, 1.0, float(np.sqrt(3)), 4.0, 12.0, 50.0)
+    points = {
+        float(np.ravel(part.mean)[0]) + sign * mark * float(np.ravel(part.std)[0])
+        for part in parts
+        for mark in marks
+        for sign in (-1, 1)
+    }
+    return sorted(points)
+
+
+@dataclass(frozen=True)
+class LloydMax:
+    """A quantizer with free values: `values` [2^bits] ascending, and its `mse`. `residual`: largest |value -
+    centroid| / std.
+    """
+
+    values: Array
+    mse: float
+    residual: float
+
+
+def lloyd_max(law: Law, bits: int = 4) -> LloydMax:
+    """The quantizer whose values are the centroids of their nearest-value cells, for a single law with a density.
+
+    Newton's method on the centroid conditions (a tridiagonal system), from the companded quantizer of Panter and Dite.
+    The stationary point is the global optimum for log-concave densities (Fleischer 1964); for others it is a local
+    one.
+    """
+    bits = check_bits(bits)
+    _single(law)
+    values = _companded(law, 2**bits)
+    residual = np.inf
+    for _ in range(200):
+        cell = _Cells(law, values)
+        move = cell.centroids - values
+        residual = float(np.max(np.abs(move)) / law.std)
+        if residual < 1e-12:
+            break
+        step = cell.newton_step()
+        for _ in range(30):
+            trial = values + step
+            if np.all(np.diff(trial) > 0) and _Cells(law, trial).mse <= cell.mse * (1 + 1e-15):
+                break
+            step = step / 2
+        else:
+            trial = cell.centroids  # Lloyd's own step never makes the error larger.
+        if np.array_equal(trial, values):
+            break
+        values = trial
+    cell = _Cells(law, values)
+    return LloydMax(values, cell.mse, float(np.max(np.abs(cell.centroids - values)) / law.std))
+
+
+class _Cells:
+    """The cells of nearest values: their mass and centroid, by differences of the law's partial moments."""
+
+    def __init__(self, law: Law, values: Array) -> None:
+        self.law, self.values = law, values
+        self.cuts = (values[1:] + values[:-1]) / 2
+        mass_above = np.ravel(law.above(self.cuts, 0))
+        first_above = np.ravel(law.above(self.cuts, 1)) + self.cuts * mass_above
+        mean = float(np.ravel(law.mean)[0])
+        self.mass = -np.diff(np.concatenate([[1.0], mass_above, [0.0]]))
+        self.first = -np.diff(np.concatenate([[mean], first_above, [0.0]]))
+
+    @property
+    def centroids(self) -> Array:
+        return np.where(self.mass > 1e-300, self.first / np.where(self.mass > 1e-300, self.mass, 1), self.values)
+
+    @property
+    def mse(self) -> float:
+        y = self.values
+        return float(np.ravel(self.law.power)[0] - 2 * y @ self.first + y**2 @ self.mass)
+
+    def newton_step(self) -> Array:
+        """Solution of J step = -F with F_i = integral over cell i of (y_i - x) f(x) dx."""
+        y, f = self.values, np.ravel(self.law.density(self.cuts))
+        to_upper, to_lower = (y[:-1] - self.cuts) * f / 2, (y[1:] - self.cuts) * f / 2
+        bands = np.zeros((3, len(y)))
+        bands[1] = self.mass
+        bands[1, :-1] += to_upper
+        bands[1, 1:] -= to_lower
+        bands[0, 1:] = to_upper
+        bands[2, :-1] = -to_lower
+        with np.errstate(all="ignore"):
+            try:
+                step = linalg.solve_banded((1, 1), bands, self.first - y * self.mass)
+            except (linalg.LinAlgError, ValueError):
+                return self.centroids - y
+        return np.asarray(step) if np.all(np.isfinite(step)) else self.centroids - y
+
+
+def _companded(law: Law, levels: int) -> Array:
+    """Quantiles of the density proportional to f^(1/3), on a grid out to where the tail mass is below 1e-9."""
+    mean, std = float(np.ravel(law.mean)[0]), float(np.ravel(law.std)[0])
+    reach = std
+    while float(np.ravel(law.tail(abs(mean) + reach, 0))[0]) > 1e-9 and reach < 1e6 * std:
+        reach *= 1.3
+    x = np.unique(np.concatenate([mean + s * std * np.geomspace(1e-3, reach / std, 4000) for s in (-1, 1)] + [[mean]]))
+    weight = np.cbrt(np.ravel(law.density(x)))
+    total = np.concatenate([[0.0], np.cumsum((weight[1:] + weight[:-1]) / 2 * np.diff(x))])
+    return np.asarray(np.interp((np.arange(levels) + 0.5) / levels * total[-1], total, x))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Errors of one law at one number of bits, all divided by its power E X^2, from the least to the largest
+    reachable.
+    """
+
+    shannon: float
+    gaussian: float
+    lloyd_max: float
+    panter_dite: float
+    quantizer: float
+
+    def decibels(self) -> dict[str, float]:
+        """How far the clipped uniform quantizer is above each of the others, in dB (inf where that one is 0)."""
+        names = ("shannon", "gaussian", "lloyd_max", "panter_dite")
+        with np.errstate(divide="ignore"):
+            return {name: float(10 * np.log10(np.divide(self.quantizer, getattr(self, name)))) for name in names}
+
+
+def limits(law: Law, bits: int = 4, codebook: str = "midrise") -> Limits:
+    """The clipped uniform quantizer at its best clip beside the limits, for a single law with a density."""
+    _single(law)
+    power = float(np.ravel(law.power)[0])
+    return Limits(
+        shannon=float(np.ravel(shannon_lower_bound(law, bits))[0]) / power,
+        gaussian=float(np.ravel(gaussian_distortion(law, bits))[0]) / power,
+        lloyd_max=lloyd_max(law, bits).mse / power,
+        panter_dite=panter_dite(law, bits) / power,
+        quantizer=float(np.ravel(optimal(law, bits, codebook).normalized_mse)[0]),
+    )
+
+
+def language_limits(profile: Any, bits: int = 4, codebook: str = "midrise") -> dict[str, Limits]:
+    """`limits` of every language, averaged over the layer inputs of a profile: D_lambda(bits) beside what could be
+    reached.
+
+    Each layer input counts once, as the law of all its values of that language (its histogram summed over groups).
+    """
+    names = [name for name, site in profile.sites.items() if site.kind == "input"]
+    if not names:
+        raise ValueError("profile must hold at least one site of kind 'input', got none")
+    result = {}
+    for language in profile.languages:
+        row = tuple(profile.rows).index(language)
+        found = []
+        for name in names:
+            histogram = np.asarray(profile.sites[name].moments.histogram)[row].sum(0)
+            if histogram[..., 0].sum() > 0:
+                found.append(limits(HistogramLaw(histogram), bits, codebook))
+        if not found:
+            raise ValueError(f"profile must hold values of every language, got none of {language!r}")
+        means = {name: float(np.mean([getattr(x, name) for x in found])) for name in Limits.__dataclass_fields__}
+        result[language] = Limits(**means)
+    return result
