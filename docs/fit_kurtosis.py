@@ -1,4 +1,5 @@
-"""Refits the kurtosis rules and rewrites python/la_aciq/clipping/kurtosis_coefficients.py (minutes: run it when a rule's form changes).
+"""Refits the kurtosis rules and rewrites python/la_aciq/clipping/kurtosis_coefficients.py (minutes: run it when a
+rule's form changes).
 
     python docs/fit_kurtosis.py
 """
@@ -26,10 +27,22 @@ def main() -> None:
     for (kind, bits), fit in fits.items():
         c, d = fit.linear
         lines.append(f'    ("{kind}", {bits}): ({c:.4f}, {d:.4f}, {fit.linear_excess:.4f}),')
-    lines += ["}", "", "# alpha* / sigma at the knots in kappa.", "SPLINE = {"]
+    lines += ["}", "", "# alpha* / sigma at the knots in kappa.", "# fmt: off", "SPLINE = {"]
     for (kind, bits), fit in fits.items():
-        lines.append(f'    ("{kind}", {bits}): ({", ".join(f"{a:.4f}" for a in fit.spline)}),')
-    lines += ["}", "", "# Worst-case excess error of the spline, and of the best function of kappa there is, on -1.2 <= kappa <= 22.2."]
+        values = [f"{a:.4f}" for a in fit.spline]
+        half = len(values) // 2
+        lines += [
+            f'    ("{kind}", {bits}): (',
+            f"        {', '.join(values[:half])},",
+            f"        {', '.join(values[half:])},",
+            "    ),",
+        ]
+    lines += [
+        "}",
+        "# fmt: on",
+        "",
+        "# Worst-case excess error of the spline, and of the best function of kappa, on -1.2 <= kappa <= 22.2.",
+    ]
     lines.append("SPLINE_EXCESS = {")
     for (kind, bits), fit in fits.items():
         lines.append(f'    ("{kind}", {bits}): ({fit.spline_excess:.4f}, {fit.floor:.4f}),')

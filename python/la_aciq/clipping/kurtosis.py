@@ -41,7 +41,7 @@ def kurtosis_rule(
     - `fitted`     c + d ln(1 + max(0, kappa)), fitted on 0 <= kappa <= 22.2 per bits and codebook;
     - `published`  the same form with (2.5, 0.3), INT4 only: too flat, 14 % excess error for a Laplace law, 124 % for a
       uniform one;
-    - `spline`     a monotone cubic through 18 knots, fitted on -1.2 <= kappa <= 22.2; constant outside.
+    - `spline`     a shape-preserving cubic through 18 knots, fitted on -1.2 <= kappa <= 22.2; constant outside.
 
     Fits are of the exact error of a codebook, or with objective="aciq" of the convex model, which does not know
     codebooks.
@@ -168,6 +168,10 @@ def _excess_curve(law: Law, bits: int, codebook: str, objective: str) -> Callabl
     # Interpolated in log alpha: 1e-6 accurate, and the fits evaluate it thousands of times.
     curve = interpolate.CubicSpline(np.log(grid), mse(law, grid, bits, codebook, objective) / best.mse - 1)
     lo, hi = float(grid[0]), float(grid[-1])
-    return lambda a: (
-        float(curve(np.log(min(max(a, lo), hi)))) + (0 if lo <= a <= hi else abs(np.log(a / min(max(a, lo), hi))))
-    )
+
+    def excess(a: float) -> float:
+        inside = min(max(a, lo), hi)
+        # Outside the grid any growing function keeps the search from going there.
+        return float(curve(np.log(inside))) + abs(float(np.log(a / inside)))
+
+    return excess

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..clipping.histogram import BINS, Bins, HistogramLaw, optimal_bins
+from .._moments import HISTOGRAM_BINS
+from ..clipping.histogram import Bins, HistogramLaw, optimal_bins
 from ..clipping.language_objectives import language_weights_array, shared_bins
 from ..clipping.laws import Array, Empirical, Gaussian, Laplace, Law
 from ..clipping.objectives import check_bits, check_problem, mse_unchecked, quantize, thresholds
@@ -140,7 +141,7 @@ def wasserstein2(p: HistogramLaw, q: HistogramLaw, scaled: bool = False) -> Arra
     if p.shape != q.shape:
         raise ValueError(f"p and q must have one shape, got {p.shape} and {q.shape}")
     laws = [law.take(np.arange(law.size)) for law in (p, q)]
-    cumulative = [np.cumsum(np.broadcast_to(law.bin_probabilities, (p.size, BINS)), axis=-1) for law in laws]
+    cumulative = [np.cumsum(np.broadcast_to(law.bin_probabilities, (p.size, HISTOGRAM_BINS)), axis=-1) for law in laws]
     # Both quantile functions are smooth between the merged breakpoints: Gauss-Legendre there.
     steps = np.sort(np.concatenate([np.zeros((p.size, 1)), *cumulative], axis=-1), axis=-1).clip(0, 1)
     nodes, weights = np.polynomial.legendre.leggauss(4)

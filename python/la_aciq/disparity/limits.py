@@ -45,7 +45,7 @@ def panter_dite(law: Law, bits: int) -> float:
     integral is.
     """
     _single(law)
-    return _cube_root_mass(law) ** 3 / 12 * 4.0 ** -check_bits(bits)
+    return float(_cube_root_mass(law) ** 3 / 12 * 4.0 ** -check_bits(bits))
 
 
 def panter_dite_constant(law: Law) -> float:
@@ -65,7 +65,7 @@ def _cube_root_mass(law: Law) -> float:
         edges, p = law.edges, law.bin_probabilities
         inside = p[:-1] > 0
         width = np.diff(edges)[:-1]
-        return float(2 * np.sum((p[:-1][inside] / (2 * width[inside])) ** (1 / 3) * width[inside]))
+        return 2 * float(np.sum((p[:-1][inside] / (2 * width[inside])) ** (1 / 3) * width[inside]))
 
     def integrand(x: float) -> float:
         return float(np.ravel(law.density(x))[0]) ** (1 / 3)
