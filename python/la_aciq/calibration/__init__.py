@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from .texts import TokenizedText, Window, load_texts, tokenize
 
 _HOME = {
-    "TokenizedText": "texts",
-    "Window": "texts",
-    "calibrate": "collect",
+    "TokenizedText": ".texts",
+    "Window": ".texts",
+    "calibrate": ".collect",
     "fingerprint": "..models",
-    "load_texts": "texts",
-    "tokenize": "texts",
+    "load_texts": ".texts",
+    "tokenize": ".texts",
 }
 
 __all__ = [
@@ -39,6 +39,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
     globals()[name] = value
     return value

@@ -1,0 +1,316 @@
+"""Calibration against the same statistics worked out in float64 from what the layers were given."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from torch import nn
+
+import la_aciq
+from conftest import byte_llama
+from la_aciq import rotation
+from la_aciq.calibration import Profile, fingerprint
+from la_aciq.errors import LaAciqError
+
+TAGS = ("en", "sw", "th")
+SEQLEN, TOKENS, GROUP = 24, 60, 16
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def random_ids(tags=TAGS, n=400):
+    """Token ids by language, each from its own part of the vocabulary."""
+    random = np.random.default_rng(7)
+    return {tag: random.integers(80 * i, 80 * i + 90, n) % 256 for i, tag in enumerate(tags)}
+
+
+def calibrated(model=None, texts=None, **changes):
+    arguments = {"seqlen": SEQLEN, "tokens": TOKENS, "group_size": GROUP, "progress": False} | changes
+    return la_aciq.calibrate(
+        byte_llama() if model is None else model, random_ids() if texts is None else texts, **arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return calibrated()
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What each layer was given and gave, float64 [tokens, K] by language, collected by running the whole model."""
+    model = byte_llama()
+    record = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            record.setdefault(name, []).append(args[0][0].double().numpy())
+            record.setdefault(f"{name}.output", []).append(output[0].double().numpy())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(keep(name))
+    result = {}
+    for tag, ids in random_ids().items():
+        record.clear()
+        for start in range(0, TOKENS, SEQLEN):
+            with torch.no_grad():
+                model(torch.from_numpy(ids[start : min(start + SEQLEN, TOKENS)])[None])
+        result[tag] = {name: [chunk.copy() for chunk in chunks] for name, chunks in record.items()}
+    return result
+
+
+def rotated(x, seed=0):
+    """H diag(s) x / sqrt(b) by SciPy's Hadamard matrix, block by block."""
+    k = x.shape[-1]
+    b = rotation.block_size(k)
+    y = (x * rotation.signs(k, seed)).reshape(-1, k // b, b)
+    return (y @ scipy.linalg.hadamard(b).T / np.sqrt(b)).reshape(x.shape)
+
+
+def groups_of(x, size):
+    return [x[:, start : start + size].ravel() for start in range(0, x.shape[1], size)]
+
+
+def check_row(moments, values):
+    """Moments [groups] against the values of each group."""
+    assert moments.count.tolist() == [v.size for v in values]
+    # Inputs were float32, rotated in float32: errors of a few 1e-7 of the largest element.
+    scale = [np.abs(v).max() for v in values]
+    np.testing.assert_allclose(moments.mean, [v.mean() for v in values], rtol=0, atol=1e-6 * max(scale))
+    np.testing.assert_allclose(moments.variance, [v.var() for v in values], rtol=1e-5)
+    np.testing.assert_allclose(moments.kurtosis, [scipy.stats.kurtosis(v) for v in values], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(moments.max, [v.max() for v in values], atol=1e-6 * max(scale))
+    np.testing.assert_allclose(moments.min, [v.min() for v in values], atol=1e-6 * max(scale))
+    counts = moments.histogram[..., 0]
+    assert counts.sum(-1).tolist() == [v.size for v in values]
+    edges = la_aciq._moments.histogram_edges()
+    for group, v in zip(counts, values, strict=True):
+        exact = np.histogram(np.abs(v), edges)[0]
+        # An element within rounding of an edge may fall on its other side.
+        assert np.abs(np.cumsum(group) - np.cumsum(exact)).max() <= 2
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("layer", [LAYER, "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"])
+def test_every_row_and_group_has_the_statistics_of_its_tokens(seen, profile, layer, rotate):
+    own = profile if rotate else calibrated(rotate=False)
+    basis = rotated if rotate else lambda x: x
+    site = own.sites[own.layers[layer]]
+    assert own.rows == ("und", *TAGS, "sink")
+    assert site.moments.shape == (len(own.rows), -(-site.k // GROUP))
+    rest = {tag: np.concatenate([basis(chunk)[1:] for chunk in seen[tag][layer]]) for tag in TAGS}
+    for tag in TAGS:
+        check_row(site.moments[own.rows.index(tag)], groups_of(rest[tag], GROUP))
+    check_row(site.moments[0], groups_of(np.concatenate(list(rest.values())), GROUP))
+    first = np.concatenate([basis(chunk)[:1] for tag in TAGS for chunk in seen[tag][layer]])
+    check_row(site.moments[-1], groups_of(first, GROUP))
+
+
+@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
+def test_outputs_of_key_and_value_projections_by_head_and_never_rotated(seen, profile, projection):
+    name = f"model.layers.1.self_attn.{projection}.output"
+    site = profile.sites[name]
+    assert (site.kind, site.layer_kind, site.k, site.group_size) == (
+        {"k_proj": "key", "v_proj": "value"}[projection],
+        projection,
+        20,
+        10,
+    )
+    for tag in TAGS:
+        values = np.concatenate([chunk[1:] for chunk in seen[tag][name]])
+        check_row(site.moments[profile.rows.index(tag)], groups_of(values, 10))
+
+
+def test_layers_that_read_the_same_tensor_share_a_site(profile):
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    assert {profile.layers[attention + p] for p in ("q_proj", "k_proj", "v_proj")} == {attention + "q_proj"}
+    assert {profile.layers[mlp + p] for p in ("gate_proj", "up_proj")} == {mlp + "gate_proj"}
+    assert profile.layers[attention + "o_proj"] == attention + "o_proj"
+    assert len(profile.sites) == 2 * 6
+    assert "lm_head" not in profile.layers
+
+
+def test_the_head_is_measured_where_it_is_not_ignored(seen):
+    own = calibrated(ignore=["model.layers.*"])
+    assert list(own.layers) == ["lm_head"]
+    values = np.concatenate([rotated(chunk)[1:] for chunk in seen["en"]["lm_head"]])
+    check_row(own.sites["lm_head"].moments[1], groups_of(values, GROUP))
+
+
+def test_group_size_zero_is_one_group_per_token():
+    own = calibrated(group_size=0)
+    assert own.sites[LAYER].group_size == 100
+    assert own.sites[LAYER].moments.shape == (5, 1)
+
+
+def test_the_model_is_left_as_it_was():
+    model = byte_llama().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calibrated(model)
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_bfloat16_models_are_measured_in_float32():
+    site = calibrated(byte_llama().to(torch.bfloat16)).sites[LAYER]
+    assert np.isfinite(site.moments.state[..., :5]).all()
+
+
+def test_memory_does_not_grow_with_the_text():
+    model, texts = byte_llama(), random_ids(n=6000)
+
+    def peak(tokens):
+        tracemalloc.start()
+        calibrated(model, texts, tokens=tokens)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(240)  # whatever is made once
+    assert peak(4800) < 1.2 * peak(240)
+
+
+class TestResuming:
+    @staticmethod
+    def interrupt_in_pass(model, number):
+        passes = iter(range(1, number + 1))
+
+        def hook(module, args, kwargs):
+            if next(passes) == number:
+                raise KeyboardInterrupt
+
+        return model.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def test_an_interrupted_calibration_goes_on_and_ends_bit_for_bit_the_same(self, tmp_path):
+        model = byte_llama()
+        calibrated(model).save(tmp_path / "uninterrupted")
+        # Three windows per language: the eighth pass is in the middle of the third language.
+        handle = self.interrupt_in_pass(model, 8)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(model, resume=tmp_path / "partial")
+        handle.remove()
+        assert Profile.load(tmp_path / "partial").languages == ("en", "sw")
+        passes = []
+        handle = model.model.register_forward_pre_hook(lambda module, args: passes.append(1))
+        resumed = calibrated(model, resume=tmp_path / "partial")
+        handle.remove()
+        assert len(passes) == 3
+        resumed.save(tmp_path / "resumed")
+        for name in ("profile.json", "profile.safetensors"):
+            assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes()
+
+    def test_an_interruption_in_the_first_language_leaves_nothing(self, tmp_path):
+        model = byte_llama()
+        self.interrupt_in_pass(model, 2)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(model, resume=tmp_path / "partial")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("changes", "what"),
+        [
+            ({"seqlen": 20}, "seqlen"),
+            ({"group_size": 20}, "group_size"),
+            ({"seed": 1}, "rotation"),
+            ({"tokens": 48}, "the text for 'en'"),
+            ({"texts": {**random_ids(), "sw": random_ids(n=401)["sw"][1:]}}, "the text for 'sw'"),
+            ({"texts": {"en": random_ids()["en"]}}, "the text for 'sw'"),
+            ({"model": byte_llama(1)}, "fingerprint"),
+        ],
+    )
+    def test_what_was_made_otherwise_is_not_continued(self, tmp_path, changes, what):
+        calibrated(resume=tmp_path / "partial")
+        with pytest.raises(LaAciqError, match=f"differs in {what}"):
+            calibrated(resume=tmp_path / "partial", **changes)
+
+
+class TestRefused:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite(self, value):
+        model = byte_llama()
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+        with pytest.raises(LaAciqError, match=r"weight 'model\.layers\.1\.mlp\.up_proj\.weight' has 1 NaN or infinite"):
+            calibrated(model)
+
+    def test_activations_that_overflow_name_the_layer(self):
+        model = byte_llama()
+        model.model.layers[0].mlp.up_proj.weight.data *= 1e30
+        model.model.layers[0].mlp.gate_proj.weight.data *= 1e30
+        with pytest.raises(LaAciqError, match=r"the input of layer 'model\.layers\.0\.mlp\.down_proj' has \d+ NaN"):
+            calibrated(model)
+
+    def test_outputs_that_overflow_name_the_layer(self):
+        model = byte_llama()
+        model.model.layers[1].self_attn.v_proj.weight.data *= 1e38
+        with pytest.raises(LaAciqError, match=r"the output of layer 'model\.layers\.1\.self_attn\.v_proj' has"):
+            calibrated(model)
+
+    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+    def test_a_layer_without_inputs(self):
+        model = byte_llama()
+        model.model.layers[0].mlp.empty = nn.Linear(0, 4)
+        with pytest.raises(LaAciqError, match=r"'model\.layers\.0\.mlp\.empty' has no input features \(K = 0\)"):
+            calibrated(model)
+
+    def test_a_layer_that_gets_no_rows_has_no_statistics(self):
+        model = byte_llama()
+        mlp = model.model.layers[0].mlp
+        mlp.expert = nn.Linear(40, 8)
+        plain = mlp.forward
+        mlp.forward = lambda x: plain(x) + mlp.expert(x[:, :0]).sum()
+        own = calibrated(model)
+        site = own.sites[own.layers["model.layers.0.mlp.expert"]]
+        assert site.moments.count.sum() == 0
+        assert np.array_equal(own.sites[LAYER].moments.state, calibrated().sites[LAYER].moments.state)
+
+    def test_a_model_without_linear_layers(self):
+        with pytest.raises(LaAciqError, match="no linear layers"):
+            calibrated(ignore=["*"])
+
+    def test_token_ids_outside_the_vocabulary(self):
+        with pytest.raises(LaAciqError, match="token ids from 0 to 256; the model knows 0 to 255"):
+            calibrated(texts={"en": np.arange(257)})
+
+    def test_too_short_a_text(self):
+        with pytest.raises(LaAciqError, match="'sw' is too short: 60 tokens are needed, and it has 59"):
+            calibrated(texts={"en": np.zeros(60, dtype=int), "sw": np.zeros(59, dtype=int)})
+
+    def test_more_positions_than_the_model_has(self):
+        with pytest.raises(LaAciqError, match="seqlen = 513 is longer than the 512 positions"):
+            calibrated(seqlen=513)
+
+    @pytest.mark.parametrize("group_size", [-2, 7])
+    def test_an_odd_group(self, group_size):
+        with pytest.raises(LaAciqError, match=f"group_size = {group_size}"):
+            calibrated(group_size=group_size)
+
+    def test_something_else_than_a_language_model(self):
+        with pytest.raises(LaAciqError, match="is not a Hugging Face causal language model"):
+            calibrated(nn.Sequential(nn.Linear(4, 4)))
+
+
+class TestFingerprint:
+    def test_it_is_the_models_own(self):
+        assert fingerprint(byte_llama(0)) == fingerprint(byte_llama(0)) == fingerprint(byte_llama(0).train())
+        assert fingerprint(byte_llama(0)) != fingerprint(byte_llama(1))
+
+    def test_weights_dtype_and_settings_change_it(self):
+        model, plain = byte_llama(), fingerprint(byte_llama())
+        assert fingerprint(byte_llama().to(torch.bfloat16)) != plain
+        model.model.norm.weight.data[0] += 1
+        assert fingerprint(model) != plain
+        model = byte_llama()
+        model.config.hidden_act = "gelu"
+        assert fingerprint(model) != plain
+
+    def test_what_a_config_says_of_its_place_does_not(self):
+        model = byte_llama()
+        model.config.name_or_path = "somewhere/else"
+        model.config.transformers_version = "9"
+        assert fingerprint(model) == fingerprint(byte_llama())
