@@ -107,7 +107,7 @@ def evaluate_configurations(
             if isinstance(config, QuantConfig):
                 candidate = quantize_model(model, chosen[name], config, progress=False)
             else:
-                candidate = copy.deepcopy(model).to(config)
+                candidate = _cast(model, config)
             results[name] = data.losses(candidate, bar), _describe(candidate)
             del candidate
     first = next((c for c in configurations.values() if isinstance(c, QuantConfig)), QuantConfig())
@@ -178,6 +178,14 @@ def _profile_for(config: QuantConfig, profiles: Sequence[Profile]) -> Profile:
         if bool(made["rotation"]["enabled"]) == config.rotate and made["group_size"] == config.group_size:
             return profile
     return profiles[0]  # quantize_model says whether it will do
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with its parameters in dtype; buffers stay, as transformers keeps its rotary tables in float32."""
+    candidate = copy.deepcopy(model)
+    for parameter in candidate.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return candidate
 
 
 def _describe(model: nn.Module) -> _Description:

@@ -103,8 +103,9 @@ class Comparison:
         alone += [f"worse in {', '.join(worse)}"] if worse else []
         return (
             f"{self.name} against {self.baseline}: {verdict} ({self.mean.difference:+.4f} bits per {unit}, 95 % "
-            f"interval {self.mean.low:+.4f} to {self.mean.high:+.4f}, mean of {len(self.by_language)} languages, paired "
-            f"over {self.segments} segments); by each language's own interval {' and '.join(alone) or 'no difference in any'}."
+            f"interval {self.mean.low:+.4f} to {self.mean.high:+.4f}, mean of {len(self.by_language)} languages, "
+            f"paired over {self.segments} segments); by each language's own interval "
+            f"{' and '.join(alone) or 'no difference in any'}."
         )
 
 

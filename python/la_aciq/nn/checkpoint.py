@@ -237,6 +237,10 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> Non
 
 
 def _check_layer(name: str, module: LanguageAwareLinear | RoundedProjection) -> None:
+    for buffer in ("clip", "weight_scale"):
+        table = getattr(module, buffer, None)
+        if table is not None and table.dtype != torch.float32:
+            raise LaAciqError(f"layer {name!r}: {buffer} is {table.dtype}, expected torch.float32")
     if module.clip is not None:
         check_clips(module.clip, tuple(module.clip.shape), name)
     scale = getattr(module, "weight_scale", None)

@@ -78,7 +78,7 @@ class QuantConfig:
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.granularity == "token" and self.clip == "static":
             raise LaAciqError(
-                "granularity = 'token' needs clip = 'rms' or 'absmax'; got clip = 'static', which has no scale per token"
+                "granularity = 'token' needs clip = 'rms' or 'absmax'; got clip = 'static', without a scale per token"
             )
         if self.weights == 16 and self.activations == 8:
             raise LaAciqError(

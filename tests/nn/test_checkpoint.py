@@ -1,0 +1,233 @@
+"""Quantized models on disk: identical after loading, refused when anything was changed."""
+
+import hashlib
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_llama import random_texts, tiny_llama
+
+import la_aciq
+from la_aciq.errors import LaAciqError
+from la_aciq.nn import QuantConfig, load_quantized, quantize_model, save_quantized
+
+IDS = torch.arange(1, 25).reshape(2, 12)
+
+
+def made(dtype):
+    model = tiny_llama(dtype=dtype)
+    return model, la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, group_size=16, progress=False)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return made(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def setting_in_16_bits():
+    return made(torch.bfloat16)
+
+
+def quantized(setting, **changes):
+    model, profile = setting
+    return quantize_model(model, profile, QuantConfig(**({"group_size": 16, "kv": 4} | changes)), progress=False)
+
+
+@pytest.fixture
+def saved(setting, tmp_path):
+    save_quantized(quantized(setting), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def logits(model):
+    with torch.no_grad(), la_aciq.languages(["sw", "th"]):
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kv": 16, "activations": 8, "codebook": "midtread"},
+        {"weights": 16, "activations": 16},
+        {"weights": 16, "clip": "rms", "granularity": "token"},
+        {"activations": 16, "rotate": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loaded_model_computes_the_same_bits(setting, setting_in_16_bits, tmp_path, changes, dtype):
+    model = quantized(setting if dtype == torch.float32 else setting_in_16_bits, **changes)
+    save_quantized(model, tmp_path / "model")
+    loaded = load_quantized(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    assert not loaded.training
+    assert next(loaded.parameters()).dtype == dtype
+    assert loaded.la_aciq.config == model.la_aciq.config
+    assert loaded.la_aciq.state.rows == model.la_aciq.state.rows
+    assert loaded.la_aciq.skipped == model.la_aciq.skipped
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    # And it can be saved again.
+    save_quantized(loaded, tmp_path / "again")
+    assert torch.equal(logits(load_quantized(tmp_path / "again")), logits(model))
+
+
+def test_nothing_in_the_folder_executes(saved):
+    assert {file.name for file in saved.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "la_aciq.json",
+        "model.safetensors",
+    }
+
+
+def test_untied_heads(tmp_path):
+    model = tiny_llama(tie=False)
+    profile = la_aciq.calibrate(
+        model, random_texts(), seqlen=64, tokens=128, group_size=16, ignore=(), progress=False
+    )
+    out = quantize_model(model, profile, QuantConfig(group_size=16, ignore=()), progress=False)
+    save_quantized(out, tmp_path / "model")
+    assert torch.equal(logits(load_quantized(tmp_path / "model")), logits(out))
+
+
+def test_an_existing_folder_is_refused_and_left_alone(setting, saved):
+    before = (saved / "la_aciq.json").read_bytes()
+    model = quantized(setting, kv=16)
+    with pytest.raises(LaAciqError, match="exists"):
+        save_quantized(model, saved)
+    assert (saved / "la_aciq.json").read_bytes() == before
+    save_quantized(model, saved, force=True)
+    assert (saved / "la_aciq.json").read_bytes() != before
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_nothing(setting, tmp_path):
+    model = quantized(setting)
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_quantized(model, tmp_path / "model", Tokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_quantized_models_are_saved(setting, tmp_path):
+    with pytest.raises(LaAciqError, match="quantize_model or load_quantized"):
+        save_quantized(setting[0], tmp_path / "model")
+
+
+def edit_settings(folder, change):
+    file = folder / "la_aciq.json"
+    settings = json.loads(file.read_text("utf-8"))
+    change(settings)
+    file.write_text(json.dumps(settings), "utf-8")
+
+
+def edit_tensors(folder, change):
+    """Change tensors and make the checksum fit again, as somebody with intent would."""
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit_settings(folder, lambda settings: settings.update(sha256=digest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("schema"), "no schema number"),
+        (lambda s: s.update(schema=2, version="9.1"), r"newer LA-ACIQ \(9.1\)"),
+        (lambda s: s.pop("rows"), "'rows' is missing"),
+        (lambda s: s.update(rows=["en", "und"]), "'rows' is"),
+        (lambda s: s["rows"].append("ja"), r"clip.*shape"),
+        (lambda s: s["config"].update(weights=3), "weights = 3"),
+        (lambda s: s["config"].update(bits=3), "unknown quantization setting 'bits'"),
+        (lambda s: s["config"].update(group_size=32), "down_proj.*shape"),
+        (lambda s: s["config"].update(rotate=False), "signs"),
+        (lambda s: s["layers"].append("model.layers.7.mlp.up_proj"), r"model\.layers\.7\.mlp\.up_proj"),
+        (lambda s: s["layers"].append("model.norm"), "no linear layer"),
+        (lambda s: s["layers"].pop(), "does not fit"),
+        (lambda s: s["projections"].update({"model.layers.0.self_attn.k_proj": 5}), "heads of 5"),
+        (lambda s: s.update(layers="all"), "'layers' is missing or not a JSON list"),
+    ],
+)
+def test_edited_settings_are_refused(saved, change, message):
+    edit_settings(saved, change)
+    with pytest.raises(LaAciqError, match=message):
+        load_quantized(saved)
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def set_to(name, index, value):
+    def change(tensors):
+        tensors[name][index] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_to(f"{LAYER}.clip", (1, 0), float("nan")), f"{LAYER}.*clip table.*not finite and positive"),
+        (set_to(f"{LAYER}.clip", (1, 0), 0.0), f"{LAYER}.*clip table.*not finite and positive"),
+        (set_to(f"{LAYER}.weight_scale", (1, 0), -1.0), f"{LAYER}.*clips of its weight"),
+        (set_to(f"{LAYER}.signs", 3, 2), f"{LAYER}.*signs"),
+        (lambda t: t.pop(f"{LAYER}.clip"), "lacks"),
+        (lambda t: t.update(extra=torch.zeros(1)), "has 'extra'"),
+        (lambda t: t.update({f"{LAYER}.clip": t[f"{LAYER}.clip"][:-1].clone()}), "shape"),
+        (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].to(torch.int8)}), "int8"),
+        (lambda t: t.update({f"{LAYER}.clip": t[f"{LAYER}.clip"].to(torch.bfloat16)}), "bfloat16"),
+    ],
+)
+def test_edited_tensors_are_refused(saved, change, message):
+    edit_tensors(saved, change)
+    with pytest.raises(LaAciqError, match=message):
+        load_quantized(saved)
+
+
+def test_a_flipped_bit_is_noticed(saved):
+    file = saved / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(LaAciqError, match="edited or cut short"):
+        load_quantized(saved)
+
+
+def test_truncated_or_missing_files(saved, tmp_path):
+    tensors = saved / "model.safetensors"
+    data = tensors.read_bytes()
+    tensors.write_bytes(data[: len(data) // 2])
+    with pytest.raises(LaAciqError, match="edited or cut short"):
+        load_quantized(saved)
+    tensors.unlink()
+    with pytest.raises(LaAciqError, match=r"model\.safetensors' cannot be read"):
+        load_quantized(saved)
+    (saved / "la_aciq.json").write_text("{", "utf-8")
+    with pytest.raises(LaAciqError, match="not valid JSON"):
+        load_quantized(saved)
+    with pytest.raises(LaAciqError, match="not a model quantized by LA-ACIQ"):
+        load_quantized(tmp_path / "nowhere")
+
+
+def test_a_tensor_file_that_is_not_one(saved):
+    file = saved / "model.safetensors"
+    file.write_bytes(b"\x00" * 100)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit_settings(saved, lambda settings: settings.update(sha256=digest))
+    with pytest.raises(LaAciqError, match="not a valid safetensors file"):
+        load_quantized(saved)
+
+
+def test_a_config_that_is_not_a_causal_model(saved):
+    (saved / "config.json").write_text(json.dumps({"model_type": "no-such-model"}), "utf-8")
+    with pytest.raises(LaAciqError, match="does not describe a causal language model"):
+        load_quantized(saved)

@@ -1,0 +1,72 @@
+"""QuantConfig: what it accepts, what it refuses, and how it travels as JSON."""
+
+import json
+
+import pytest
+
+from la_aciq.errors import LaAciqError
+from la_aciq.nn import QuantConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("weights", 3),
+        ("weights", True),
+        ("activations", 5),
+        ("kv", 8),
+        ("group_size", 63),
+        ("group_size", -2),
+        ("group_size", 64.0),
+        ("codebook", "nf4"),
+        ("clip", "percentile"),
+        ("sharing", "global"),
+        ("granularity", "channel"),
+        ("objective", "kl"),
+        ("rotate", 1),
+        ("ignore", "lm_head"),
+        ("ignore", (1,)),
+    ],
+)
+def test_values_outside_the_choices_are_refused_by_name(field, value):
+    with pytest.raises(LaAciqError, match=rf"^{field} = "):
+        QuantConfig(**{field: value})
+
+
+def test_combinations_without_meaning_or_kernel():
+    with pytest.raises(LaAciqError, match="granularity = 'token' needs clip"):
+        QuantConfig(granularity="token")
+    with pytest.raises(LaAciqError, match="activations = 8 needs weights = 4"):
+        QuantConfig(weights=16, activations=8)
+
+
+def test_json_round_trip():
+    config = QuantConfig(activations=8, kv=4, clip="rms", granularity="token", rotate=False, ignore=["lm_head", "*.0.*"])
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(QuantConfig.from_dict(config.to_dict()))
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(LaAciqError, match="unknown quantization setting 'bits'"):
+        QuantConfig.from_dict({"bits": 4})
+
+
+def test_ignore_takes_names_last_components_and_patterns():
+    config = QuantConfig(ignore=("lm_head", "model.layers.1.mlp.up_proj", "model.layers.0.*"))
+    ignored = {"lm_head", "model.lm_head", "model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"}
+    kept = {"model.layers.1.mlp.down_proj", "model.layers.10.mlp.up_proj", "lm_head.0"}
+    assert {name for name in ignored | kept if config.ignores(name)} == ignored
+
+
+@pytest.mark.parametrize(
+    ("config", "groups"),
+    [
+        (QuantConfig(group_size=64), 3),
+        (QuantConfig(group_size=64, granularity="layer"), 1),
+        (QuantConfig(group_size=64, granularity="model", clip="rms"), 3),
+        (QuantConfig(group_size=64, granularity="token", clip="absmax"), 1),
+        (QuantConfig(group_size=0), 1),
+    ],
+)
+def test_columns_of_the_clip_table(config, groups):
+    assert config.groups(130) == groups

@@ -1,0 +1,272 @@
+"""Which row of the clip tables each token of a forward pass reads."""
+
+import asyncio
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from la_aciq.errors import LaAciqError
+from la_aciq.nn import LanguageState, language, languages
+
+ROWS = ("und", "en", "sw", "pt", "sink")
+UND, EN, SW, PT, SINK = range(5)
+
+
+class Cache:
+    """As much of a transformers cache as the state asks for."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def get_seq_length(self):
+        return self.length
+
+
+class Spy(nn.Module):
+    """A model that keeps the ids its layers would read, and does what `inside` says in the middle of its pass."""
+
+    def __init__(self, inside=None):
+        super().__init__()
+        self.state = LanguageState(ROWS)
+        self.state.attach(self)
+        self.inside = inside
+
+    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, past_key_values=None):
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        ids = self.state.ids_for(torch.zeros(*given.shape[:2], 3))
+        if self.inside is not None:
+            self.inside()
+        return ids.clone()
+
+
+def ids(batch=1, tokens=4):
+    return torch.zeros(batch, tokens, dtype=torch.int64)
+
+
+def test_no_context_reads_the_pooled_row_and_the_sink():
+    assert Spy()(ids(2)).tolist() == [[SINK, UND, UND, UND]] * 2
+
+
+def test_one_language_for_the_batch():
+    with language("sw"):
+        out = Spy()(ids(2))
+    assert out.tolist() == [[SINK, SW, SW, SW]] * 2
+    assert out.dtype == torch.int32
+
+
+def test_a_language_per_row_and_embeddings_as_input():
+    with languages(["sw", "en"]):
+        assert Spy()(inputs_embeds=torch.zeros(2, 3, 8)).tolist() == [[SINK, SW, SW], [SINK, EN, EN]]
+
+
+def test_left_padding_moves_the_sink():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+    with languages(["sw", "en", "pt"]):
+        out = Spy()(ids(3), attention_mask=mask)
+    assert out.tolist() == [[SW, SW, SINK, SW], [SINK, EN, EN, EN], [PT, PT, PT, SINK]]
+
+
+def test_decode_steps_and_later_chunks_have_no_sink():
+    model = Spy()
+    with language("sw"):
+        assert model(ids(1, 1), past_key_values=Cache(7)).tolist() == [[SW]]
+        assert model(ids(1, 2), past_key_values=Cache(torch.tensor(7))).tolist() == [[SW, SW]]
+        assert model(ids(1, 2), past_key_values=Cache(0)).tolist() == [[SINK, SW]]
+
+
+def test_first_token_in_a_later_chunk_after_long_padding():
+    mask = torch.tensor([[0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]])
+    out = Spy()(ids(2, 2), attention_mask=mask, past_key_values=Cache(4))
+    assert out.tolist() == [[UND, SINK], [UND, UND]]
+
+
+def test_rows_without_a_sink():
+    state = LanguageState(("und", "en"))
+    model = nn.Module()
+    model.forward = lambda input_ids: state.ids_for(torch.zeros(1, 2, 3)).clone()
+    state.attach(model)
+    with language("en"):
+        assert model(ids(1, 2)).tolist() == [[1, 1]]
+
+
+def test_regional_tags_are_served_by_their_language_and_unknown_ones_counted():
+    model = Spy()
+    with language("pt-br"):
+        assert model(ids())[0, 1] == PT
+    with languages(["th", "en"]):
+        assert model(ids(2))[:, 1].tolist() == [UND, EN]
+    with language("th"):
+        model(ids(3))
+    with language("und"):
+        model(ids())
+    assert model.state.unserved == {"th": 4}
+
+
+def test_contexts_nest_and_end():
+    model = Spy()
+    with language("sw"):
+        with language("en"):
+            assert model(ids())[0, 1] == EN
+        assert model(ids())[0, 1] == SW
+    assert model(ids())[0, 1] == UND
+
+
+def test_ids_of_a_shape_keep_their_address():
+    state = LanguageState(ROWS)
+    model = nn.Module()
+    model.forward = lambda input_ids: state.ids_for(torch.zeros(*input_ids.shape, 3)).data_ptr()
+    state.attach(model)
+    first = {shape: model(ids(*shape)) for shape in [(1, 4), (2, 9), (1, 700)]}
+    with language("sw"):
+        assert {shape: model(ids(*shape)) for shape in reversed(first)} == first
+    # Many lengths share few buffers: at most two entries per token of the longest.
+    for tokens in range(1, 300):
+        model(ids(1, tokens))
+    assert sum(buffer.numel() for buffer in state._buffers.values()) <= 2 * 1024
+
+
+def test_flattened_and_shortened_inputs():
+    seen = []
+    state = LanguageState(ROWS)
+    model = nn.Module()
+
+    def forward(input_ids):
+        seen.append(state.ids_for(torch.zeros(6, 5)))
+        seen.append(state.ids_for(torch.zeros(2, 1, 5)))
+        seen.append(state.ids_for(torch.zeros(2, 3, 4, 5)))
+        state.ids_for(torch.zeros(7, 5))
+
+    model.forward = forward
+    state.attach(model)
+    with languages(["sw", "en"]), pytest.raises(RuntimeError, match=r"\[7, 5\].*\[2, 3\]"):
+        model(ids(2, 3))
+    assert seen[0].tolist() == [SINK, SW, SW, SINK, EN, EN]
+    assert seen[1].tolist() == [[SW], [EN]]
+    assert seen[2].tolist() == [[SINK, SW, SW], [SINK, EN, EN]]
+
+
+def test_outside_a_pass_there_are_no_ids():
+    assert LanguageState(ROWS).ids_for(torch.zeros(1, 4, 3)) is None
+
+
+def test_two_threads_at_once_are_refused_and_never_mixed():
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait():
+        inside.set()
+        assert go_on.wait(20)
+
+    model = Spy(wait)
+    results = []
+
+    def run():
+        with language("sw"):
+            results.append(model(ids()))
+
+    thread = threading.Thread(target=run, name="first-caller")
+    thread.start()
+    assert inside.wait(20)
+    with language("en"), pytest.raises(RuntimeError, match="two threads.*first-caller"):
+        model(ids())
+    go_on.set()
+    thread.join()
+    assert results[0].tolist() == [[SINK, SW, SW, SW]]
+    # Once the first is through, the second may go.
+    with language("en"):
+        assert model(ids())[0, 1] == EN
+
+
+def test_a_thread_does_not_inherit_the_language():
+    model, results = Spy(), []
+    with language("sw"):
+        thread = threading.Thread(target=lambda: results.append(model(ids())))
+        thread.start()
+        thread.join()
+    assert results[0][0, 1] == UND
+
+
+def test_asyncio_tasks_keep_their_own_language():
+    model = Spy()
+
+    async def serve(tag):
+        with language(tag):
+            await asyncio.sleep(0.001)
+            return int(model(ids())[0, 1])
+
+    async def all_of_them():
+        return await asyncio.gather(*(serve(tag) for tag in ("sw", "en", "pt") * 4))
+
+    assert asyncio.run(all_of_them()) == [SW, EN, PT] * 4
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
+def test_a_pass_that_fails_does_not_block_the_next(error):
+    def fail():
+        raise error
+
+    model = Spy(fail)
+    with pytest.raises(type(error)):
+        model(ids())
+    model.inside = None
+    with language("sw"):
+        assert model(ids())[0, 1] == SW
+
+
+def test_an_interrupted_thread_that_has_ended_does_not_block_others():
+    def fail():
+        raise KeyboardInterrupt
+
+    model = Spy(fail)
+
+    def run():
+        with pytest.raises(KeyboardInterrupt):
+            model(ids())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    model.inside = None
+    assert model(ids())[0, 1] == UND
+
+
+def test_a_copy_has_a_state_of_its_own():
+    model = Spy()
+    with language("th"):
+        model(ids())
+    twin = copy.deepcopy(model)
+    assert twin.state is not model.state
+    with language("sw"):
+        assert twin(ids())[0, 1] == SW
+    assert twin.state.unserved == {}
+    assert model.state.unserved == {"th": 1}
+
+
+def test_another_batch_size_is_refused():
+    with languages(["sw", "en"]), pytest.raises(LaAciqError, match="2 tags for a batch of 3"):
+        Spy()(ids(3))
+
+
+@pytest.mark.parametrize("tag", ["", "x y", "klingon-language", "e" * 100])
+def test_tags_that_are_not_bcp47_are_refused_at_the_with_statement(tag):
+    with pytest.raises(LaAciqError, match="tag"), language(tag):
+        pass
+    with pytest.raises(LaAciqError, match="tag"), languages(["en", tag]):
+        pass
+
+
+def test_languages_of_a_single_string_is_a_type_error():
+    with pytest.raises(TypeError, match="one tag per row"), languages("sw"):
+        pass
+
+
+def test_a_call_without_tokens_is_refused():
+    with pytest.raises(LaAciqError, match="input_ids"):
+        Spy()(torch.zeros(3))
+
+
+def test_rows_must_start_with_und():
+    with pytest.raises(ValueError, match="must start with 'und'"):
+        LanguageState(("en", "und"))

@@ -1,0 +1,274 @@
+"""Quantizing a small real Llama: what is swapped, what is left alone, and what a mixed batch computes."""
+
+import copy
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tiny_llama import random_texts, tiny_llama
+from torch import nn
+
+import la_aciq
+from la_aciq import clipping
+from la_aciq.errors import LaAciqError
+from la_aciq.nn import LanguageAwareLinear, QuantConfig, RoundedProjection, bits_per_weight, languages, quantize_model
+
+GROUP = 16
+LAYERS = 7 * 2
+
+
+def config_of(**changes):
+    return QuantConfig(**({"group_size": GROUP} | changes))
+
+
+def calibrated(model, **settings):
+    return la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=256, group_size=GROUP, progress=False, **settings)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def profile(model):
+    return calibrated(model)
+
+
+def quantized(model, profile, **changes):
+    return quantize_model(model, profile, config_of(**changes), progress=False)
+
+
+def logits(model, ids, **settings):
+    with torch.no_grad():
+        return model(input_ids=ids, **settings).logits
+
+
+IDS = torch.from_numpy(np.random.default_rng(5).integers(1, 60, (3, 12)))
+
+
+def test_layers_are_swapped_and_the_original_is_left_alone(model, profile):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = logits(model, IDS)
+    out = quantized(model, profile, kv=4)
+    kinds = [type(module) for module in out.modules()]
+    assert kinds.count(LanguageAwareLinear) == LAYERS
+    assert kinds.count(RoundedProjection) == 4
+    assert len(out.la_aciq.layers) == LAYERS
+    assert set(out.la_aciq.projections.values()) == {8}
+    assert out.la_aciq.skipped == {"lm_head": "ignored by the configuration"}
+    assert not hasattr(model, "la_aciq")
+    assert torch.equal(logits(model, IDS), expected)
+    own = {tensor.data_ptr() for tensor in out.state_dict().values()}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.data_ptr() not in own
+    # Tied before, tied after.
+    assert out.lm_head.weight is out.model.embed_tokens.weight
+
+
+def test_in_place_gives_the_same_model(model, profile):
+    target = copy.deepcopy(model)
+    out = quantize_model(target, profile, config_of(kv=4), inplace=True, progress=False)
+    assert out is target
+    assert torch.equal(logits(out, IDS), logits(quantized(model, profile, kv=4), IDS))
+
+
+def test_clips_are_the_tables(model, profile):
+    table = clipping.table(profile, bits=4)
+    out = quantized(model, profile, kv=4)
+    name = "model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(out.get_submodule(name).clip.numpy(), table.alpha[name])
+    key = "model.layers.1.self_attn.k_proj"
+    np.testing.assert_array_equal(out.get_submodule(key).clip.numpy(), table.alpha[key + ".output"])
+    np.testing.assert_array_equal(out.get_submodule(key).linear.clip.numpy(), table.alpha[key])
+    dynamic = quantized(model, profile, clip="rms", sharing="pooled")
+    shape = clipping.table(profile, bits=4, sharing="pooled").shape[name]
+    np.testing.assert_array_equal(dynamic.get_submodule(name).clip.numpy(), shape)
+    token = quantized(model, profile, clip="rms", granularity="token")
+    layer = clipping.table(profile, bits=4, granularity="layer").shape[name]
+    np.testing.assert_array_equal(token.get_submodule(name).clip.numpy(), layer[:, :1])
+    eight = quantized(model, profile, activations=8)
+    np.testing.assert_array_equal(eight.get_submodule(name).clip.numpy(), clipping.table(profile, bits=8).alpha[name])
+    assert bool((quantized(model, profile, clip="absmax").get_submodule(name).clip == 1).all())
+
+
+CONFIGS = {
+    "static": {"kv": 4},
+    "pooled": {"sharing": "pooled"},
+    "layer": {"granularity": "layer"},
+    "rms": {"clip": "rms", "granularity": "token", "kv": 4},
+    "absmax": {"clip": "absmax", "kv": 4},
+    "W4A8": {"activations": 8},
+    "W4A16": {"activations": 16},
+    "W16A4": {"weights": 16},
+    "KV4": {"weights": 16, "activations": 16, "kv": 4},
+}
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_mixed_batches_equal_each_row_alone(model, profile, changes):
+    out = quantized(model, profile, **changes)
+    with languages(["th", "en", "sw"]):
+        mixed = logits(out, IDS)
+    for row, tag in enumerate(["th", "en", "sw"]):
+        with la_aciq.language(tag):
+            torch.testing.assert_close(logits(out, IDS[row : row + 1])[0], mixed[row], rtol=1e-4, atol=1e-4)
+    # The check has teeth: where the clips depend on the language, another language computes something else.
+    if changes.get("clip") != "absmax" and changes.get("sharing") != "pooled" and out.la_aciq.config.activations < 16:
+        with la_aciq.language("en"):
+            assert not torch.allclose(logits(out, IDS[:1])[0], mixed[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [CONFIGS["static"], CONFIGS["layer"], CONFIGS["absmax"]], ids=["static", "layer", "absmax"])
+def test_left_padding_and_cached_decoding_change_nothing(model, profile, changes):
+    out = quantized(model, profile, **changes)
+    padded = torch.cat([torch.zeros(3, 4, dtype=IDS.dtype), IDS], dim=1)
+    mask = torch.cat([torch.zeros(3, 4, dtype=torch.int64), torch.ones_like(IDS)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with languages(["th", "en", "sw"]):
+        full = logits(out, IDS)
+        with_padding = logits(out, padded, attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(with_padding[:, 4:], full, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            first = out(input_ids=IDS[:, :8], use_cache=True)
+            steps = [first.logits]
+            for place in range(8, 12):
+                step = out(input_ids=IDS[:, place : place + 1], past_key_values=first.past_key_values, use_cache=True)
+                steps.append(step.logits)
+        torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-3, atol=1e-3)
+
+
+def test_the_sink_row_is_used_for_the_first_token_only(model, profile):
+    out = quantized(model, profile)
+    sink = len(profile.rows) - 1
+    with la_aciq.language("en"):
+        before = logits(out, IDS[:1])
+        for module in out.modules():
+            if isinstance(module, LanguageAwareLinear):
+                module.clip[sink] *= 0.2
+        after = logits(out, IDS[:1])
+        decoded = logits(out, IDS[:1, :1], past_key_values=out(input_ids=IDS[:1, :3], use_cache=True).past_key_values)
+        for module in out.modules():
+            if isinstance(module, LanguageAwareLinear):
+                module.clip[sink] *= 25
+        assert not torch.allclose(before[:, 0], after[:, 0], atol=1e-2)
+        cache = out(input_ids=IDS[:1, :3], use_cache=True).past_key_values
+    assert torch.isfinite(decoded).all()
+    assert cache.get_seq_length() == 3
+
+
+def test_generate_under_a_language(model, profile):
+    out = quantized(model, profile, kv=4)
+    with la_aciq.languages(["th", "en", "sw"]):
+        together = out.generate(IDS, max_new_tokens=5, do_sample=False)
+    with la_aciq.language("en"):
+        alone = out.generate(IDS[1:2], max_new_tokens=5, do_sample=False)
+    assert together.shape == (3, 17)
+    assert torch.equal(together[1], alone[0])
+
+
+def test_a_language_the_profile_lacks_is_pooled_and_counted(model, profile):
+    out = quantized(model, profile)
+    pooled = logits(out, IDS[:1])
+    with la_aciq.language("ja"):
+        assert torch.equal(logits(out, IDS[:1]), pooled)
+    assert out.la_aciq.state.unserved == {"ja": 1}
+
+
+def test_error_falls_with_more_bits(model, profile):
+    exact = logits(model, IDS)
+
+    def error(**changes):
+        with la_aciq.languages(["th", "en", "sw"]):
+            return float((logits(quantized(model, profile, **changes), IDS) - exact).square().mean())
+
+    w4a4, w4a8, w4a16, w16a4 = error(), error(activations=8), error(activations=16), error(weights=16)
+    assert w4a4 > w4a8
+    assert w4a4 > w16a4 > 0
+    assert w4a8 < 2 * w4a16
+
+
+def test_bits_per_weight(model, profile):
+    # Per row of K weights: K / 2 bytes of codes and a float32 per group of 16 (three groups of 32, four of 54).
+    sizes = [(32, 32), (16, 32), (16, 32), (32, 32), (54, 32), (54, 32), (32, 54)]
+    bits = sum(n * (8 * (k // 2) + 32 * -(-k // GROUP)) for n, k in sizes)
+    assert bits_per_weight(quantized(model, profile)) == pytest.approx(bits / sum(n * k for n, k in sizes))
+    assert bits_per_weight(quantized(model, profile, weights=16)) == 32
+    assert bits_per_weight(model) == 32
+
+
+def test_layers_that_cannot_be_quantized_are_named(profile, model):
+    class Odd(nn.Linear):
+        pass
+
+    target = copy.deepcopy(model)
+    mlp = target.model.layers[0].mlp
+    odd = Odd(32, 54, bias=False)
+    odd.weight = mlp.up_proj.weight
+    mlp.up_proj = odd
+    part = dataclasses.replace(profile, layers={k: v for k, v in profile.layers.items() if k != "model.layers.1.mlp.up_proj"})
+    with pytest.warns(UserWarning, match=r"2 layers.*layers\.0\.mlp\.up_proj.*Odd.*layers\.1\.mlp\.up_proj \(not in") as caught:
+        out = quantize_model(target, part, config_of(), progress=False)
+    assert len(caught) == 1
+    assert set(out.la_aciq.skipped) == {"lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
+    assert type(out.model.layers[0].mlp.up_proj) is Odd
+    assert type(out.model.layers[1].mlp.up_proj) is nn.Linear
+
+
+def test_tied_heads_are_left_alone_and_untied_ones_need_the_profile(model, profile):
+    out = quantized(model, profile, ignore=())
+    assert out.la_aciq.skipped == {"lm_head": "its weight is tied to another layer's"}
+    untied = tiny_llama(tie=False)
+    measured = calibrated(untied, ignore=())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = quantize_model(untied, measured, config_of(ignore=()), progress=False)
+    assert isinstance(out.lm_head, LanguageAwareLinear)
+    # Generation reads the last position's logits alone: the head's input is shorter than the pass.
+    with la_aciq.language("sw"):
+        last = logits(out, IDS[:1], logits_to_keep=1)
+        torch.testing.assert_close(last, logits(out, IDS[:1])[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_profile_of_another_model_is_refused(profile):
+    with pytest.raises(LaAciqError, match="another model"):
+        quantized(tiny_llama(seed=1), profile)
+
+
+def test_a_quantized_model_is_not_quantized_again(model, profile):
+    with pytest.raises(LaAciqError, match="quantized already"):
+        quantized(quantized(model, profile), profile)
+
+
+def test_settings_that_are_not_the_profiles(model, profile):
+    with pytest.raises(LaAciqError, match="group_size = 8.*16"):
+        quantized(model, profile, group_size=8)
+    with pytest.raises(LaAciqError, match="rotate = False.*rotate = True"):
+        quantized(model, profile, rotate=False)
+    # Without a table there is nothing to disagree about.
+    quantized(model, profile, group_size=8, rotate=False, clip="absmax")
+    quantized(model, profile, group_size=8, rotate=False, activations=16)
+
+
+def test_a_broken_weight_is_found_before_anything_is_changed(model):
+    target = copy.deepcopy(model)
+    profile = calibrated(target)
+    with torch.no_grad():
+        target.model.layers[1].mlp.down_proj.weight[1, 1] = float("nan")  # not among the values of the fingerprint
+    with pytest.raises(LaAciqError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        quantize_model(target, profile, config_of(), inplace=True, progress=False)
+    assert not any(isinstance(module, LanguageAwareLinear) for module in target.modules())
+
+
+def test_nothing_left_to_quantize(model, profile):
+    with pytest.raises(LaAciqError, match="no layer to quantize"):
+        quantized(model, profile, ignore=("*",))
+
+
+def test_kv_without_projections(model, profile):
+    part = dataclasses.replace(profile, sites={k: v for k, v in profile.sites.items() if not k.endswith(".output")})
+    with pytest.raises(LaAciqError, match="no key or value projections"):
+        quantized(model, part, kv=4)

@@ -1,0 +1,275 @@
+"""LanguageAwareLinear, weight quantization and the KV projections against float64 arithmetic written out here."""
+
+import copy
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+from la_aciq import rotation
+from la_aciq.errors import LaAciqError
+from la_aciq.nn import LanguageAwareLinear, LanguageState, QuantConfig, RoundedProjection, languages
+from la_aciq.nn.linear import quantize_weight, weight_clips
+
+ROWS = ("und", "en", "sw", "sink")
+
+
+def to_levels(x, clip, codebook, bits=4):
+    """x after quantization, float64, by the definition of the codebooks; clip broadcasts against x."""
+    half = 2 ** (bits - 1)
+    step = 2 * np.asarray(clip, dtype=np.float64) / (2 * half - 1)
+    if codebook == "midrise":
+        return (np.clip(np.floor(x / step), -half, half - 1) + 0.5) * step
+    return np.clip(np.rint(x / step), -half, half - 1) * step
+
+
+def by_element(table, k, group):
+    """A table [..., groups] spread over k elements."""
+    return np.repeat(np.asarray(table, dtype=np.float64), group or k, axis=-1)[..., :k]
+
+
+def rotated(x, seed):
+    """x [..., k] after the randomized block Hadamard transform, as a matrix product."""
+    k = x.shape[-1]
+    block = rotation.block_size(k)
+    matrix = scipy.linalg.block_diag(*[scipy.linalg.hadamard(block) / np.sqrt(block)] * (k // block))
+    return (x * rotation.signs(k, seed)) @ matrix.T
+
+
+def unpacked(codes, k):
+    codes = codes.numpy()
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)[..., :k].astype(np.float64)
+
+
+def weight_values(layer):
+    """The weights the layer's codes stand for, float64 [N, K]."""
+    k, config = layer.in_features, layer.config
+    step = by_element(layer.weight_scale.numpy(), k, config.group_size) * 2 / 15
+    return (unpacked(layer.weight, k) - (7.5 if config.codebook == "midrise" else 8)) * step
+
+
+class Running:
+    """A state in the middle of a pass over the given ids."""
+
+    def __init__(self, rows, ids):
+        self.rows, self.ids = rows, ids
+
+    def ids_for(self, x):
+        return self.ids
+
+
+def make(k, n, config, seed=0, bias=True):
+    torch.manual_seed(seed)
+    linear = nn.Linear(k, n, bias=bias)
+    clip = None
+    if config.activations < 16:
+        clip = 0.5 + 2.5 * torch.rand(len(ROWS), config.groups(k))
+    ids = torch.tensor([[3, 1, 1], [3, 2, 2]], dtype=torch.int32)
+    layer = LanguageAwareLinear.from_linear(linear, config, Running(ROWS, ids), clip, seed=11)
+    return linear, layer, torch.randn(2, 3, k), ids.numpy()
+
+
+def expected_output(linear, layer, x, ids):
+    config, k = layer.config, layer.in_features
+    x = x.double().numpy()
+    if config.rotate:
+        x = rotated(x, 11)
+    if config.activations < 16:
+        group = config.activation_group_size or k
+        table = layer.clip.double().numpy()[ids]  # [2, 3, groups]
+        if config.clip != "static":
+            groups = [x[..., i : i + group] for i in range(0, k, group)]
+            if config.clip == "rms":
+                table = table * np.stack([np.sqrt(np.mean(g**2, axis=-1)) for g in groups], axis=-1)
+            else:
+                table = table * np.stack([np.abs(g).max(axis=-1) for g in groups], axis=-1)
+        x = to_levels(x, by_element(table, k, group), config.codebook, config.activations)
+    if config.weights == 4:
+        weight = weight_values(layer)
+    else:
+        weight = rotated(linear.weight.detach().double().numpy(), 11) if config.rotate else linear.weight.detach().double().numpy()
+    bias = 0 if linear.bias is None else linear.bias.detach().double().numpy()
+    return x @ weight.T + bias
+
+
+CONFIGS = [
+    QuantConfig(activations=16, group_size=16),
+    QuantConfig(activations=16, group_size=16, codebook="midtread", rotate=False),
+    QuantConfig(activations=8, group_size=16),
+    QuantConfig(activations=8, clip="absmax", granularity="token", group_size=32),
+    QuantConfig(group_size=16),
+    QuantConfig(group_size=16, codebook="midtread"),
+    QuantConfig(group_size=16, rotate=False, granularity="layer"),
+    QuantConfig(group_size=16, clip="rms"),
+    QuantConfig(group_size=16, clip="absmax", codebook="midtread"),
+    QuantConfig(group_size=0, clip="rms", granularity="token"),
+    QuantConfig(weights=16, group_size=16),
+    QuantConfig(weights=16, group_size=16, clip="rms", granularity="token"),
+    QuantConfig(weights=16, group_size=16, clip="absmax", rotate=False),
+]
+
+
+@pytest.mark.parametrize("shape", [(64, 24), (48, 7), (33, 5), (50, 1)], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"W{c.weights}A{c.activations}-{c.clip}-{c.granularity}-{c.codebook}-{'rot' if c.rotate else 'as-is'}")
+def test_forward(shape, config):
+    k, n = shape
+    linear, layer, x, ids = make(k, n, config, seed=k, bias=n != 5)
+    out = layer(x)
+    assert out.dtype == torch.float32
+    np.testing.assert_allclose(out.numpy(), expected_output(linear, layer, x, ids), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_in_16_bits(dtype):
+    linear, layer, x, ids = make(64, 24, QuantConfig(activations=8, group_size=16))
+    layer = layer.to(dtype)
+    assert layer.clip.dtype == layer.weight_scale.dtype == torch.float32
+    assert layer.bias.dtype == dtype
+    x = x.to(dtype)
+    out = layer(x)
+    assert out.dtype == dtype
+    expected = expected_output(linear, layer, x, ids)
+    assert np.abs(out.double().numpy() - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_the_clips_survive_a_change_of_dtype_bit_for_bit():
+    _, layer, _, _ = make(64, 24, QuantConfig(group_size=16))
+    before = layer.clip.clone(), layer.weight_scale.clone()
+    layer.to(torch.bfloat16).float()
+    assert torch.equal(layer.clip, before[0])
+    assert torch.equal(layer.weight_scale, before[1])
+
+
+@pytest.mark.parametrize("codebook", ["midrise", "midtread"])
+@pytest.mark.parametrize("shape", [(5, 64, 16), (3, 50, 16), (4, 33, 0), (300, 2048, 64)], ids=str)
+def test_weight_clips_are_near_the_best_of_a_fine_scan(shape, codebook):
+    n, k, group = shape
+    torch.manual_seed(1)
+    weight = torch.randn(n, k) * torch.rand(n, 1)
+    clips = weight_clips(weight, group, codebook)
+    some = slice(0, 5)  # the long case is about chunks of rows; its last rows are looked at below
+    for rows in (some, slice(n - 2, n)):
+        w = weight[rows].double().numpy()
+        sizes = [(i, min(i + (group or k), k)) for i in range(0, k, group or k)]
+        total = np.zeros(2)
+        for g, (start, stop) in enumerate(sizes):
+            part = w[:, start:stop]
+
+            def error(clip, part=part):
+                return ((to_levels(part, clip[:, None], codebook) - part) ** 2).sum(axis=1)
+
+            largest = np.abs(part).max(axis=1)
+            best = np.min([error(largest * share) for share in np.linspace(0.3, 1.2, 901)], axis=0)
+            found = error(clips[rows, g].double().numpy())
+            assert (found <= error(largest) * 1.001).all()
+            total += found.sum(), best.sum()
+        assert total[0] <= total[1] * 1.03
+
+
+def test_weight_codes_are_those_of_the_clips():
+    torch.manual_seed(2)
+    weight = torch.randn(6, 50)
+    codes, clips = quantize_weight(weight, 16, "midrise")
+    step = by_element(clips.numpy(), 50, 16) * 2 / 15
+    values = (unpacked(codes, 50) - 7.5) * step
+    np.testing.assert_allclose(values, to_levels(weight.double().numpy(), step * 7.5, "midrise"), atol=1e-6)
+
+
+@pytest.mark.parametrize("codebook", ["midrise", "midtread"])
+def test_zero_weights_stay_zero(codebook):
+    linear = nn.Linear(32, 4, bias=False)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[0, 16:] = 1.0
+    config = QuantConfig(activations=16, group_size=16, codebook=codebook, rotate=False)
+    layer = LanguageAwareLinear.from_linear(linear, config, LanguageState(ROWS), None)
+    out = layer(torch.ones(2, 32))
+    assert torch.equal(out[:, 1:], torch.zeros(2, 3))
+    assert (out[:, 0] - 16).abs().max() < 1.0
+
+
+def test_zero_rows_of_input():
+    _, layer, _, _ = make(64, 24, QuantConfig(group_size=16))
+    layer.state = LanguageState(ROWS)
+    assert layer(torch.zeros(0, 64)).shape == (0, 24)
+    assert layer(torch.zeros(2, 0, 64)).shape == (2, 0, 24)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_name_the_layer(bad):
+    linear = nn.Linear(8, 4)
+    with torch.no_grad():
+        linear.weight[1, 2] = bad
+    with pytest.raises(LaAciqError, match=r"model\.layers\.3\.up_proj.*1 of its 32 weights"):
+        LanguageAwareLinear.from_linear(linear, QuantConfig(activations=16), LanguageState(ROWS), None, name="model.layers.3.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (None, "got none"),
+        (torch.ones(4, 3), r"\[4, 2\], got one of shape \[4, 3\]"),
+        (torch.tensor([[1.0, 1.0]] * 3 + [[1.0, 0.0]]), "not finite and positive"),
+        (torch.tensor([[1.0, 1.0]] * 3 + [[1.0, float("nan")]]), "not finite and positive"),
+    ],
+)
+def test_clip_tables_that_do_not_fit(clip, message):
+    with pytest.raises(LaAciqError, match=message):
+        LanguageAwareLinear.from_linear(nn.Linear(8, 4), QuantConfig(group_size=4), LanguageState(ROWS), clip, name="up")
+
+
+def test_a_layer_with_nothing_to_quantize_is_refused():
+    with pytest.raises(LaAciqError, match="nothing to quantize"):
+        LanguageAwareLinear(8, 4, True, QuantConfig(weights=16, activations=16), LanguageState(ROWS))
+
+
+@pytest.mark.parametrize("clip_kind", ["static", "rms", "absmax"])
+def test_key_value_projection(clip_kind):
+    torch.manual_seed(3)
+    ids = torch.tensor([[3, 1, 1], [3, 2, 2]], dtype=torch.int32)
+    config = QuantConfig(weights=16, activations=16, kv=4, clip=clip_kind)
+    linear = nn.Linear(20, 24)
+    table = 0.4 + torch.rand(len(ROWS), 3)
+    layer = RoundedProjection.from_projection(linear, 8, config, Running(ROWS, ids), table)
+    x = torch.randn(2, 3, 20)
+    with torch.no_grad():
+        plain = linear(x).double().numpy().reshape(2, 3, 3, 8)
+        out = layer(x)
+    clip = table.double().numpy()[ids.numpy()]
+    if clip_kind == "rms":
+        clip = clip * np.sqrt(np.mean(plain**2, axis=-1))
+    elif clip_kind == "absmax":
+        clip = clip * np.abs(plain).max(axis=-1)
+    expected = to_levels(plain, clip[..., None], "midrise").reshape(2, 3, 24)
+    np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
+
+
+def test_heads_that_do_not_divide_the_outputs():
+    with pytest.raises(LaAciqError, match="not a whole number of heads of an even size 7"):
+        RoundedProjection.from_projection(nn.Linear(8, 24), 7, QuantConfig(kv=4), LanguageState(ROWS), torch.ones(4, 3))
+
+
+def test_each_row_of_a_mixed_batch_gets_its_own_clip():
+    config = QuantConfig(group_size=16)
+    torch.manual_seed(4)
+    linear = nn.Linear(32, 8)
+    state = LanguageState(ROWS)
+    clip = torch.tensor([[1.0], [0.2], [3.0], [1.0]]).expand(4, 2)
+    model = nn.Sequential(LanguageAwareLinear.from_linear(linear, config, state, clip))
+    state.attach(model)
+    x = torch.randn(2, 5, 32)
+    with languages(["en", "sw"]):
+        mixed = model(x)
+    for row, tag in enumerate(["en", "sw"]):
+        with languages([tag]):
+            alone = model(x[row : row + 1])
+        torch.testing.assert_close(mixed[row], alone[0], rtol=0, atol=1e-6)
+    with languages(["sw", "en"]):
+        assert not torch.allclose(model(x)[0, 1:], mixed[0, 1:])
+
+
+def test_a_deep_copy_computes_the_same():
+    _, layer, x, _ = make(64, 24, QuantConfig(group_size=16))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
