@@ -85,9 +85,7 @@ def test_nothing_in_the_folder_executes(saved):
 
 def test_untied_heads(tmp_path):
     model = tiny_llama(tie=False)
-    profile = la_aciq.calibrate(
-        model, random_texts(), seqlen=64, tokens=128, group_size=16, ignore=(), progress=False
-    )
+    profile = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, group_size=16, ignore=(), progress=False)
     out = quantize_model(model, profile, QuantConfig(group_size=16, ignore=()), progress=False)
     save_quantized(out, tmp_path / "model")
     assert torch.equal(logits(load_quantized(tmp_path / "model")), logits(out))

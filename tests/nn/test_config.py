@@ -41,7 +41,9 @@ def test_combinations_without_meaning_or_kernel():
 
 
 def test_json_round_trip():
-    config = QuantConfig(activations=8, kv=4, clip="rms", granularity="token", rotate=False, ignore=["lm_head", "*.0.*"])
+    config = QuantConfig(
+        activations=8, kv=4, clip="rms", granularity="token", rotate=False, ignore=["lm_head", "*.0.*"]
+    )
     assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(config) == hash(QuantConfig.from_dict(config.to_dict()))
 

@@ -122,7 +122,9 @@ def test_mixed_batches_equal_each_row_alone(model, profile, changes):
             assert not torch.allclose(logits(out, IDS[:1])[0], mixed[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [CONFIGS["static"], CONFIGS["layer"], CONFIGS["absmax"]], ids=["static", "layer", "absmax"])
+@pytest.mark.parametrize(
+    "changes", [CONFIGS["static"], CONFIGS["layer"], CONFIGS["absmax"]], ids=["static", "layer", "absmax"]
+)
 def test_left_padding_and_cached_decoding_change_nothing(model, profile, changes):
     out = quantized(model, profile, **changes)
     padded = torch.cat([torch.zeros(3, 4, dtype=IDS.dtype), IDS], dim=1)
@@ -209,8 +211,12 @@ def test_layers_that_cannot_be_quantized_are_named(profile, model):
     odd = Odd(32, 54, bias=False)
     odd.weight = mlp.up_proj.weight
     mlp.up_proj = odd
-    part = dataclasses.replace(profile, layers={k: v for k, v in profile.layers.items() if k != "model.layers.1.mlp.up_proj"})
-    with pytest.warns(UserWarning, match=r"2 layers.*layers\.0\.mlp\.up_proj.*Odd.*layers\.1\.mlp\.up_proj \(not in") as caught:
+    part = dataclasses.replace(
+        profile, layers={k: v for k, v in profile.layers.items() if k != "model.layers.1.mlp.up_proj"}
+    )
+    with pytest.warns(
+        UserWarning, match=r"2 layers.*layers\.0\.mlp\.up_proj.*Odd.*layers\.1\.mlp\.up_proj \(not in"
+    ) as caught:
         out = quantize_model(target, part, config_of(), progress=False)
     assert len(caught) == 1
     assert set(out.la_aciq.skipped) == {"lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}

@@ -89,7 +89,11 @@ def expected_output(linear, layer, x, ids):
     if config.weights == 4:
         weight = weight_values(layer)
     else:
-        weight = rotated(linear.weight.detach().double().numpy(), 11) if config.rotate else linear.weight.detach().double().numpy()
+        weight = (
+            rotated(linear.weight.detach().double().numpy(), 11)
+            if config.rotate
+            else linear.weight.detach().double().numpy()
+        )
     bias = 0 if linear.bias is None else linear.bias.detach().double().numpy()
     return x @ weight.T + bias
 
@@ -112,7 +116,13 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("shape", [(64, 24), (48, 7), (33, 5), (50, 1)], ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"W{c.weights}A{c.activations}-{c.clip}-{c.granularity}-{c.codebook}-{'rot' if c.rotate else 'as-is'}")
+@pytest.mark.parametrize(
+    "config",
+    CONFIGS,
+    ids=lambda c: (
+        f"W{c.weights}A{c.activations}-{c.clip}-{c.granularity}-{c.codebook}-{'rot' if c.rotate else 'as-is'}"
+    ),
+)
 def test_forward(shape, config):
     k, n = shape
     linear, layer, x, ids = make(k, n, config, seed=k, bias=n != 5)
@@ -203,7 +213,9 @@ def test_weights_that_are_not_finite_name_the_layer(bad):
     with torch.no_grad():
         linear.weight[1, 2] = bad
     with pytest.raises(LaAciqError, match=r"model\.layers\.3\.up_proj.*1 of its 32 weights"):
-        LanguageAwareLinear.from_linear(linear, QuantConfig(activations=16), LanguageState(ROWS), None, name="model.layers.3.up_proj")
+        LanguageAwareLinear.from_linear(
+            linear, QuantConfig(activations=16), LanguageState(ROWS), None, name="model.layers.3.up_proj"
+        )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +229,9 @@ def test_weights_that_are_not_finite_name_the_layer(bad):
 )
 def test_clip_tables_that_do_not_fit(clip, message):
     with pytest.raises(LaAciqError, match=message):
-        LanguageAwareLinear.from_linear(nn.Linear(8, 4), QuantConfig(group_size=4), LanguageState(ROWS), clip, name="up")
+        LanguageAwareLinear.from_linear(
+            nn.Linear(8, 4), QuantConfig(group_size=4), LanguageState(ROWS), clip, name="up"
+        )
 
 
 def test_a_layer_with_nothing_to_quantize_is_refused():

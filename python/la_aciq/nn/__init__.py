@@ -2,8 +2,8 @@
 
 from .checkpoint import load_quantized, save_quantized
 from .config import QuantConfig
+from .context import LanguageState, language, languages
 from .kv import RoundedProjection
-from .language import LanguageState, language, languages
 from .linear import LanguageAwareLinear
 from .quantize import Quantization, bits_per_weight, quantize_model
 

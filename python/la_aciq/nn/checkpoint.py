@@ -21,8 +21,8 @@ from .._files import new_folder
 from ..errors import LaAciqError
 from ..tags import UND
 from .config import QuantConfig
+from .context import LanguageState
 from .kv import RoundedProjection
-from .language import LanguageState
 from .linear import LanguageAwareLinear, check_clips
 from .quantize import Quantization
 

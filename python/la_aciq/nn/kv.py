@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import LaAciqError
 from .config import QuantConfig
-from .language import LanguageState
+from .context import LanguageState
 from .linear import LanguageAwareLinear, LanguageAwareModule, check_clips, round_trip
 
 

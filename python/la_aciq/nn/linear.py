@@ -10,7 +10,7 @@ from .. import ops, rotation
 from ..errors import LaAciqError
 from ..ops import Codebook
 from .config import QuantConfig
-from .language import LanguageState
+from .context import LanguageState
 
 # The clips tried for a group of weights, as shares of its largest magnitude: below, clipping costs more than the finer
 # step saves; above, the step only grows. In groups of 64 Gaussian weights the best of these is within 0.3 % of the best

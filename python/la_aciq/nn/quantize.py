@@ -15,8 +15,8 @@ from ..calibration import Profile
 from ..errors import LaAciqError
 from ..models import fingerprint
 from .config import QuantConfig
+from .context import LanguageState
 from .kv import RoundedProjection
-from .language import LanguageState
 from .linear import LanguageAwareLinear, check_weight
 
 OUTPUT = ".output"  # of a projection's site in the profile and of its clips in the table
