@@ -15,10 +15,9 @@ import scipy
 import torch
 
 import la_aciq
-from benchmarks.tables import cpu_operations, replace_table
+from benchmarks import tables
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
 
 
 def cpu_name() -> str:
@@ -75,11 +74,10 @@ def main() -> int:
             return int(status)
         results = summarize(json.loads(raw.read_text()))
     name = re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")
-    target = HERE / "results" / f"{name}.json"
+    target = HERE / "results" / f"cpu-{name}.json"
     target.write_text(json.dumps(results, indent=1) + "\n")
-    replace_table(DOCS / "kernels.md", "cpu-operations", cpu_operations(results))
-    print(f"results: {target}\ntable:   {DOCS / 'kernels.md'}")
-    return 0
+    print(f"{target.relative_to(HERE.parent)}: written")
+    return tables.main([])
 
 
 if __name__ == "__main__":

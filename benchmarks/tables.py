@@ -1,20 +1,50 @@
-"""Markdown tables made from result files, and their place in the docs.
+"""The tables of the README and the docs, made from committed result files.
 
-A table stands between `<!-- name -->` and `<!-- /name -->`; a test checks that what stands there is what the committed
-result file gives.
+A table stands between `<!-- name -->` and `<!-- /name -->`. `python -m benchmarks.tables` rewrites all of them; with
+`--check` it changes nothing and fails when one is not what its file gives, which is how the test suite calls it.
 """
 
+import json
 import re
+import sys
 from pathlib import Path
 
+from la_aciq.evaluation import Report
 
-def replace_table(path: Path, name: str, table: str) -> None:
-    """Replace what stands between the markers of `name` in the Markdown file; ValueError when they are not there."""
-    text = path.read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "docs" / "demo" / "report.json"
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """Markdown with what stands between the markers of `name` replaced; ValueError when they are not there."""
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"{path} has no markers <!-- {name} --> ... <!-- /{name} -->")
-    path.write_text(pattern.sub(lambda found: found[1] + table + found[2], text), encoding="utf-8")
+        raise ValueError(f"no markers <!-- {name} --> ... <!-- /{name} -->")
+    return pattern.sub(lambda found: found[1] + table + found[2], text)
+
+
+def pages() -> dict[Path, str]:
+    """Every page with generated tables, as it should read."""
+    report = Report.load(REPORT)
+    readme, evaluation, kernels = ROOT / "README.md", ROOT / "docs" / "evaluation.md", ROOT / "docs" / "kernels.md"
+    cpu = "\n".join(
+        cpu_operations(json.loads(file.read_text(encoding="utf-8")))
+        for file in sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
+    )
+    return {
+        readme: with_table(readme.read_text(encoding="utf-8"), "demo-results", report.markdown(details=False)),
+        evaluation: with_table(evaluation.read_text(encoding="utf-8"), "evaluation", report.markdown()),
+        kernels: with_table(kernels.read_text(encoding="utf-8"), "cpu-operations", cpu),
+    }
+
+
+def main(argv: list[str]) -> int:
+    stale = {path: text for path, text in pages().items() if path.read_text(encoding="utf-8") != text}
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'differs from its result file' if argv else 'rewritten'}")
+        if not argv:
+            path.write_text(text, encoding="utf-8")
+    return 1 if argv and stale else 0
 
 
 def cpu_operations(results: dict) -> str:
@@ -38,3 +68,7 @@ def cpu_operations(results: dict) -> str:
             f"| {row['median_s'] / ours[row['operation']]:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
