@@ -42,7 +42,7 @@ ISA_FLAGS = {
         *("-mavx2", "-mfma", "-mf16c"),
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
         "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",  # GCC 12 on its own intrinsics
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own intrinsics
     ],
 }
 

@@ -60,9 +60,16 @@ inline __attribute__((always_inline)) void for_each_half(const T* x, int64_t n, 
 // n >= 1 elements, n <= kMomentsBlock.
 template <class T>
 MomentState block_moments(const T* x, int64_t n) {
-  F64 total = f64(0);
-  for_each_half(x, n, 0.0, [&](F64 v) { total = add(total, v); });
-  const double block_sum = sum(total);
+  // The last vector is filled up with the first element, which changes neither extreme; the sum is rid of it
+  // again.
+  const double first = element(x);
+  F64 total = f64(0), low_end = f64(first), high_end = f64(first);
+  for_each_half(x, n, first, [&](F64 v) {
+    total = add(total, v);
+    low_end = min(low_end, v);
+    high_end = max(high_end, v);
+  });
+  const double block_sum = sum(total) - static_cast<double>(-n & 7) * first;
   if (!is_finite(block_sum)) {
     // NaN or infinities: leave them out. (A block of huge float64 values may overflow its sum: then nothing
     // is left out, and the mean is infinite.)
@@ -81,20 +88,16 @@ MomentState block_moments(const T* x, int64_t n) {
 
   const double center = block_sum / static_cast<double>(n);
   const F64 mean = f64(center);
-  F64 s1 = f64(0), s2 = f64(0), s3 = f64(0), s4 = f64(0), low_end = f64(__builtin_huge_val()),
-      high_end = f64(-__builtin_huge_val());
-  const auto accumulate = [&](F64 v) {
+  F64 s1 = f64(0), s2 = f64(0), s3 = f64(0), s4 = f64(0);
+  // Here the mean fills it up, which adds nothing to any sum.
+  for_each_half(x, n, center, [&](F64 v) {
     const F64 d = sub(v, mean), d2 = mul(d, d);
     s1 = add(s1, d);
     s2 = add(s2, d2);
     s3 = muladd(d2, d, s3);
     s4 = muladd(d2, d2, s4);
-    low_end = min(low_end, v);
-    high_end = max(high_end, v);
-  };
-  // Padding with the mean adds nothing to any sum.
-  for_each_half(x, n, center, accumulate);
-  double lane[8], smallest = __builtin_huge_val(), largest_value = -__builtin_huge_val();
+  });
+  double lane[8], smallest = first, largest_value = first;
   store(lane, low_end);
   for (double v : lane) smallest = v < smallest ? v : smallest;
   store(lane, high_end);

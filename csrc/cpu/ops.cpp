@@ -25,7 +25,7 @@ using std::optional;
 constexpr int64_t kElementsPerTask = 32768;  // below that, handing work to a thread costs more than it saves
 constexpr int64_t kMaxChunks = 256;          // partial results of reductions
 constexpr int64_t kMaxPartialBytes = 64 << 20;
-constexpr int64_t kMatvecRows = 8;  // up to here decoding weights in registers beats a matrix product
+constexpr int64_t kMatvecRows = 16; // up to here decoding weights in registers beats a matrix product
 constexpr int64_t kWeightTileElements = 4 << 20;  // float32 weights decoded at a time for a matrix product
 
 // --- Arguments ---

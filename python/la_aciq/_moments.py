@@ -90,7 +90,7 @@ def empty_state(shape: tuple[int, ...] = ()) -> Float64:
 
 
 class Moments:
-    """Mean, variance, skewness, kurtosis, extremes, optionally a histogram of |x|: of one sample or of an array of samples.
+    """Mean, variance, skewness, kurtosis, extremes and perhaps a histogram of |x|, of one sample or an array of them.
 
     Properties have the shape of the array of samples and follow SciPy: population (biased) moments, excess kurtosis,
     NaN for skewness and kurtosis of a constant or empty sample. `a + b` is the union of two samples, `m[i]` picks from
@@ -177,12 +177,12 @@ class Moments:
     @property
     def skewness(self) -> Any:
         """E (x - mean)^3 / variance^(3/2)."""
-        return self._statistic(self._per_element(M3) / self._nonzero_variance() ** 1.5)
+        return self._statistic(self._standardized(M3, 1.5))
 
     @property
     def kurtosis(self) -> Any:
         """Excess kurtosis, E (x - mean)^4 / variance^2 - 3."""
-        return self._statistic(self._per_element(M4) / self._nonzero_variance() ** 2 - 3.0)
+        return self._statistic(self._standardized(M4, 2.0) - 3.0)
 
     @property
     def min(self) -> Any:
@@ -254,10 +254,12 @@ class Moments:
         count = self.state[..., COUNT]
         return np.where(count > 0, self.state[..., power] / np.maximum(count, 1.0), np.nan)
 
-    def _nonzero_variance(self) -> Float64:
-        """Variance, NaN where it is nothing but rounding of the mean (SciPy's criterion)."""
+    def _standardized(self, power: int, exponent: float) -> Float64:
+        """A central moment over a power of the variance; NaN where that is only rounding of the mean, as in SciPy."""
         variance = self._per_element(M2)
-        return np.where(variance > (np.finfo(np.float64).resolution * self.state[..., MEAN]) ** 2, variance, np.nan)
+        constant = ~(variance > (np.finfo(np.float64).resolution * self.state[..., MEAN]) ** 2)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return np.where(constant, np.nan, self._per_element(power) / variance**exponent)
 
     def _statistic(self, value: Float64) -> Any:
         usable = self.state[..., COUNT] > 0

@@ -20,8 +20,11 @@ from ._moments import HISTOGRAM_BINS
 
 
 def largest_power_of_two_divisor(k: int) -> int:
-    """The block of the Hadamard transform where none is given."""
-    return k & -k if k else 1
+    """The block of the Hadamard transform where none is given; k >= 1."""
+    block = 1
+    while k % (2 * block) == 0:  # not k & -k: PyTorch has no bitwise operations on symbolic sizes
+        block *= 2
+    return block
 
 
 def group_count(k: int, group_size: int) -> int:
@@ -34,7 +37,7 @@ def rows_of_table(language: Tensor | None, languages: int, lead: torch.Size) -> 
         return torch.zeros((), dtype=torch.int64).expand(lead)
     ids = language.to(torch.int64)
     ids = torch.where((ids >= 0) & (ids < languages), ids, 0)
-    return ids.reshape(*ids.shape, *[1] * (len(lead) - ids.dim())).expand(lead)
+    return ids.reshape((*ids.shape, *[1] * (len(lead) - ids.dim()))).expand(lead)
 
 
 def per_element(per_group: Tensor, k: int, group_size: int) -> Tensor:
@@ -144,10 +147,14 @@ def moments(
     if not histogram:
         return state, torch.zeros(languages, 0, 2, dtype=torch.int64, device=x.device)
 
-    bits = clean.abs().clamp(max=torch.finfo(torch.float32).max).to(torch.float32).view(torch.int32)
-    bins = ((bits >> 20) - (111 << 3) + 1).clamp(0, HISTOGRAM_BINS - 1)
-    inner = finite & (bins > 0) & (bins < HISTOGRAM_BINS - 1)
-    entries = torch.stack([finite.to(torch.int64), torch.where(inner, bits & 0xFFFFF, 0).to(torch.int64)], dim=-1)
+    magnitude = clean.abs().clamp(max=torch.finfo(torch.float32).max).to(torch.float32).to(torch.float64)
+    significand, exponent = torch.frexp(magnitude)  # 1/2 <= significand < 1
+    eighths = 16 * significand - 8
+    inner = finite & (magnitude >= 2.0**-16) & (magnitude < 2.0**16)
+    bins = torch.where(inner, 8 * (exponent + 15) + torch.floor(eighths) + 1, 0.0)
+    bins = torch.where(magnitude >= 2.0**16, HISTOGRAM_BINS - 1, bins).to(torch.int64)
+    low_bits = torch.where(inner, torch.frac(eighths) * 2**20, 0.0).to(torch.int64)
+    entries = torch.stack([finite.to(torch.int64), low_bits], dim=-1)
     counts = torch.zeros(languages * HISTOGRAM_BINS, 2, dtype=torch.int64, device=x.device)
     counts = counts.index_add(0, index * HISTOGRAM_BINS + bins, entries)
     return state, counts.reshape(languages, HISTOGRAM_BINS, 2)
