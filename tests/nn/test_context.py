@@ -128,6 +128,16 @@ def test_ids_of_a_shape_keep_their_address():
     assert sum(buffer.numel() for buffer in state._buffers.values()) <= 2 * 1024
 
 
+def test_passes_in_and_out_of_inference_mode_share_the_buffer():
+    model = Spy()
+    with torch.inference_mode(), language("sw"):
+        model(ids())
+    with language("en"):
+        assert model(ids())[0, 1] == EN
+    with torch.inference_mode(), language("sw"):
+        assert model(ids())[0, 1] == SW
+
+
 def test_flattened_and_shortened_inputs():
     seen = []
     state = LanguageState(ROWS)
@@ -169,7 +179,7 @@ def test_two_threads_at_once_are_refused_and_never_mixed():
     thread = threading.Thread(target=run, name="first-caller")
     thread.start()
     assert inside.wait(20)
-    with language("en"), pytest.raises(RuntimeError, match="two threads.*first-caller"):
+    with language("en"), pytest.raises(RuntimeError, match=r"two threads.*first-caller"):
         model(ids())
     go_on.set()
     thread.join()

@@ -7,13 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny_llama import random_texts, tiny_llama
 from torch import nn
 
 import la_aciq
 from la_aciq import clipping
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageAwareLinear, QuantConfig, RoundedProjection, bits_per_weight, languages, quantize_model
+from tiny_llama import random_texts, tiny_llama
 
 GROUP = 16
 LAYERS = 7 * 2
@@ -250,9 +250,9 @@ def test_a_quantized_model_is_not_quantized_again(model, profile):
 
 
 def test_settings_that_are_not_the_profiles(model, profile):
-    with pytest.raises(LaAciqError, match="group_size = 8.*16"):
+    with pytest.raises(LaAciqError, match=r"group_size = 8.*16"):
         quantized(model, profile, group_size=8)
-    with pytest.raises(LaAciqError, match="rotate = False.*rotate = True"):
+    with pytest.raises(LaAciqError, match=r"rotate = False.*rotate = True"):
         quantized(model, profile, rotate=False)
     # Without a table there is nothing to disagree about.
     quantized(model, profile, group_size=8, rotate=False, clip="absmax")

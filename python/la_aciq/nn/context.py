@@ -152,7 +152,9 @@ class LanguageState:
     def _write(self, batch: int, tokens: int, device: torch.device, kwargs: dict[str, Any]) -> None:
         size = 1 << max(batch * tokens - 1, 0).bit_length()
         if (device, size) not in self._buffers:
-            self._buffers[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
+            # Made in inference mode, the buffer could not be written in place outside of it.
+            with torch.inference_mode(False):
+                self._buffers[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
         ids = self._buffers[device, size][: batch * tokens].view(batch, tokens)
         requested = _requested.get()
         if isinstance(requested, tuple):

@@ -1,0 +1,174 @@
+"""Evaluation end to end on a small Llama, checked against numbers computed here by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import la_aciq
+from la_aciq.calibration import TokenizedText
+from la_aciq.errors import LaAciqError
+from la_aciq.evaluation import evaluate, evaluate_configurations
+from la_aciq.nn import QuantConfig, quantize_model
+from tiny_llama import random_texts, tiny_llama
+
+SETTINGS = {"seqlen": 200, "tokens": 500, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def profile(model):
+    return la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=256, group_size=16, progress=False)
+
+
+def with_bytes(texts):
+    """Token t adds 1 + t % 4 bytes."""
+    return {tag: TokenizedText(ids, np.cumsum(1 + np.asarray(ids) % 4)) for tag, ids in texts.items()}
+
+
+def nats(model, ids):
+    """Loss of each predicted token of one window, float64."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0].double()
+    return (torch.logsumexp(logits, -1)[:-1] - logits[:-1].gather(-1, torch.from_numpy(ids)[1:, None])[:, 0]).numpy()
+
+
+def test_bits_per_byte_by_hand(model, profile):
+    texts = with_bytes(random_texts())
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    report = evaluate(quantized, model, texts=texts, name="W4A4", **SETTINGS)
+    (configuration,) = report.configurations
+    assert report.unit == "byte"
+    assert list(configuration.by_language) == ["en", "sw", "th"]
+    for tag, result in configuration.by_language.items():
+        ids = texts[tag].ids[256:756]  # what follows the calibration's tokens
+        windows = [ids[:200], ids[200:400], ids[400:]]
+        size = sum(sum(1 + int(t) % 4 for t in window[1:]) for window in windows)
+        before = np.concatenate([nats(model, window) for window in windows])
+        with la_aciq.language(tag):
+            after = np.concatenate([nats(quantized, window) for window in windows])
+        assert result.tokens == 497
+        assert result.segments == 5  # 128 + 71, 128 + 71, 99
+        assert result.reference_bpb == pytest.approx(before.sum() / math.log(2) / size, rel=1e-5)
+        assert result.bpb == pytest.approx(after.sum() / math.log(2) / size, rel=1e-5)
+        assert result.change == pytest.approx(result.bpb - result.reference_bpb, abs=1e-9)
+        assert result.nats == pytest.approx((after - before).sum() / 497, abs=1e-5)
+        assert result.low <= result.change <= result.high
+        parts = np.split(after - before, [128, 199, 327, 398])
+        assert result.tail_rate == np.mean([part.mean() > 0.5 for part in parts])
+    changes = [result.change for result in configuration.by_language.values()]
+    errors = [result.se for result in configuration.by_language.values()]
+    assert configuration.mean == pytest.approx(np.mean(changes))
+    assert configuration.mean_se == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 3)
+    assert configuration.worst == max(changes) == configuration.by_language[configuration.worst_language].change
+    assert configuration.gap == pytest.approx(max(changes) - min(changes))
+    assert configuration.config["activations"] == 4
+
+
+def test_token_ids_without_text_give_bits_per_token(model):
+    report = evaluate(model, model, texts=random_texts(("en",)), **SETTINGS)
+    (result,) = report.configurations[0].by_language.values()
+    assert report.unit == "token"
+    windows = [random_texts(("en",))["en"][start : start + 200] for start in (0, 200, 400)]
+    losses = np.concatenate([nats(model, window[: 500 - 200 * i]) for i, window in enumerate(windows)])
+    assert result.reference_bpb == pytest.approx(losses.mean() / math.log(2), rel=1e-5)
+    assert result.change == result.low == result.high == result.tail_rate == 0
+
+
+def test_the_tokens_of_the_calibration_are_skipped_unless_told_otherwise(model, profile):
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    texts = random_texts()
+    assert evaluate(quantized, model, texts=texts, **SETTINGS).texts["sw"]["skipped"] == 256
+    report = evaluate(quantized, model, texts=texts, skip={"sw": 10}, **SETTINGS)
+    assert {tag: entry["skipped"] for tag, entry in report.texts.items()} == {"en": 0, "sw": 10, "th": 0}
+
+
+def test_a_text_that_is_too_short_is_refused_with_the_numbers(model, profile):
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    with pytest.raises(LaAciqError, match=r"'en' is too short.*756.*600"):
+        evaluate(quantized, model, texts=random_texts(tokens=600), **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def several(model, profile):
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    configurations = {
+        "bfloat16": torch.bfloat16,
+        "W4A4 language": QuantConfig(group_size=16),
+        "W4A4 pooled": QuantConfig(group_size=16, sharing="pooled"),
+        "W4A4 absmax": QuantConfig(group_size=16, clip="absmax"),
+    }
+    try:
+        report = evaluate_configurations(model, profile, configurations, texts=with_bytes(random_texts()), **SETTINGS)
+    finally:
+        handle.remove()
+    return report, calls, configurations
+
+
+def test_several_configurations_are_each_as_if_alone(model, profile, several):
+    report, calls, configurations = several
+    assert [c.name for c in report.configurations] == list(configurations)
+    # The hook counts the reference and its copies: one pass per window and model.
+    assert len(calls) == 9 * (1 + len(configurations))
+    quantized = quantize_model(model, profile, configurations["W4A4 pooled"], progress=False)
+    alone = evaluate(quantized, model, texts=with_bytes(random_texts()), name="W4A4 pooled", **SETTINGS)
+    assert report.configurations[2] == alone.configurations[0]
+    assert report.configurations[0].config == {"dtype": "bfloat16"}
+    assert report.configurations[0].bits == 16
+    assert abs(report.configurations[0].mean) < abs(report.configurations[1].mean)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_per_language_clips_are_compared_with_pooled_ones_pairwise(several):
+    report, _, _ = several
+    (comparison,) = report.comparisons
+    assert (comparison.name, comparison.baseline) == ("W4A4 language", "W4A4 pooled")
+    own, pooled = report.configurations[1], report.configurations[2]
+    for tag, difference in comparison.by_language.items():
+        expected = own.by_language[tag].change - pooled.by_language[tag].change
+        assert difference.difference == pytest.approx(expected, abs=1e-9)
+        assert difference.low <= difference.difference <= difference.high
+        # Paired: narrower than two independent intervals would give.
+        width = sum(c.by_language[tag].high - c.by_language[tag].low for c in (own, pooled))
+        assert difference.high - difference.low < width
+    assert comparison.mean.difference == pytest.approx(own.mean - pooled.mean, abs=1e-9)
+    assert comparison.segments == 15
+
+
+def test_what_the_profile_says_is_in_the_report(several, profile):
+    report, _, _ = several
+    assert list(report.regret) == ["q_proj", "key", "value", "o_proj", "gate_proj", "down_proj"]
+    assert all(value >= 0 for row in report.regret.values() for value in row.values())
+    assert len(report.clips.sites) == len(report.kurtosis.sites) == 8
+    site = profile.sites["model.layers.1.mlp.down_proj"]
+    place = report.kurtosis.sites.index("model.layers.1.mlp.down_proj")
+    assert report.kurtosis.by_language["sw"][place] == pytest.approx(site.moments[2].pool(0).kurtosis)
+    assert all(1.5 < ratio < 8 for values in report.clips.by_language.values() for ratio in values)
+    for curve in report.curves:
+        for tag, mse in curve.mse.items():
+            assert curve.optimum[tag][1] == min(mse)
+            assert curve.optimum[tag][0] == curve.ratio[mse.index(min(mse))]
+            assert 0.005 < min(mse) < 0.05  # a Gaussian's is 0.0115
+
+
+def test_each_configuration_takes_the_profile_with_its_rotation(model, profile):
+    plain = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=256, group_size=16, rotate=False, progress=False)
+    configurations = {"rotated": QuantConfig(group_size=16), "plain": QuantConfig(group_size=16, rotate=False)}
+    texts = random_texts()
+    report = evaluate_configurations(model, [profile, plain], configurations, texts=texts, **SETTINGS)
+    expected = quantize_model(model, plain, configurations["plain"], progress=False)
+    alone = evaluate(expected, model, texts=texts, name="plain", **SETTINGS)
+    assert report.configurations[1] == alone.configurations[0]
+    with pytest.raises(LaAciqError, match="rotate = False"):
+        evaluate_configurations(model, profile, configurations, texts=texts, **SETTINGS)
+
+
+def test_nothing_to_evaluate(model, profile):
+    with pytest.raises(LaAciqError, match="at least one"):
+        evaluate_configurations(model, profile, {}, texts=random_texts(), **SETTINGS)
