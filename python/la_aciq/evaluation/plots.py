@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .report import Configuration, Layers, Report
 
@@ -70,9 +71,11 @@ def draw_changes(report: Report) -> Figure:
         axes.set_title(f"{c.name}\nmean {c.mean:+.3f}, gap {c.gap:.3f}", loc="left", **_STYLE)
         axes.set_yticks(range(len(order)), order)
         axes.set_xlim(lowest - 0.03 * limit, 1.03 * limit)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.tick_params(axis="x", labelbottom=place + columns >= len(configurations))
     figure.supxlabel(
-        f"change in bits per {report.unit} against the unquantized model, 95 % interval (lower is better)", **_STYLE
+        f"change in bits per {report.unit} against the unquantized model, 95 % interval (dashed: mean, orange: worst)",
+        **_STYLE,
     )
     return figure
 
@@ -98,18 +101,27 @@ def draw_clips(report: Report) -> Figure:
         for tag in by_error:
             colour = BLUE if tag == by_error[0] else VERMILION if tag == by_error[-1] else "#808080"
             axes.plot(*curve.optimum[tag], "o", color=colour, markersize=4 if colour != "#808080" else 2.5)
-        ends = [(by_error[0], BLUE, "top", -8), (by_error[-1], VERMILION, "bottom", 8)]
-        for tag, colour, va, offset in ends if len(by_error) > 1 else ends[:1]:
-            axes.annotate(
-                f"{tag} {curve.optimum[tag][0]:.2f}", curve.optimum[tag], (0, offset), textcoords="offset points",
-                ha="center", va=va, color=colour, fontsize=8,
-            )  # fmt: skip
+        # Between the branches of the curves nothing else is drawn.
+        for tag, colour, y in [(by_error[-1], VERMILION, 0.93), (by_error[0], BLUE, 0.84)][: len(by_error)]:
+            axes.text(
+                curve.optimum[tag][0],
+                y,
+                f"{tag} {curve.optimum[tag][0]:.2f}",
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
+            )
         axes.set_xscale("log")
         axes.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
         axes.minorticks_off()
         axes.set_ylim(0.55 * best, max(2.6 * worst, 3.2 * best))
         axes.set_title(_short(curve.site), loc="left", **_STYLE)
-    figure.supxlabel("clip / rms (dots and numbers: the optimum of a language)", **_STYLE)
+    figure.supxlabel(
+        "clip / rms (dots and numbers: a language's optimum; blue and orange: the least and the largest error)",
+        **_STYLE,
+    )
     figure.supylabel("quantization error / power", **_STYLE)
     return figure
 
@@ -145,14 +157,15 @@ def draw_layers(clips: Layers, kurtosis: Layers) -> Figure:
     largest = max((v for own in kurtosis.by_language.values() for v in own if v is not None), default=0.0)
     if largest > 20:
         grid[1, 0].set_yscale("symlog", linthresh=1)
+        grid[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return figure
 
 
 def _whole_model(axes: Axes, layers: Layers, order: Sequence[str]) -> None:
-    """One dot per language, in the order of effective kurtosis, the extremes named."""
+    """One dot per language, in the order of effective kurtosis, the extremes with their numbers."""
     _plain(axes)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks(range(len(order)), order, rotation=90)
+    axes.set_xlim(-0.7, len(order) - 0.3)
     for place, tag in enumerate(order):
         value = layers.model[tag]
         if value is None:
@@ -160,10 +173,10 @@ def _whole_model(axes: Axes, layers: Layers, order: Sequence[str]) -> None:
         colour = _colour(tag, order)
         axes.plot([place], [value], "o", color="#808080" if colour == GREY else colour, markersize=4)
         if colour != GREY:
+            side = "left" if place == 0 else "right"
             axes.annotate(
-                f"{tag} {value:.2f}", (place, value), (0, 6), textcoords="offset points",
-                ha="left" if place == 0 else "right", va="bottom", color=colour, fontsize=8,
-            )  # fmt: skip
+                f"{value:.3g}", (place, value), (0, 6), textcoords="offset points", ha=side, color=colour, fontsize=8
+            )
 
 
 def _colour(tag: str, order: Sequence[str]) -> str:
