@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from tiny_llama import tiny_llama
 
 import la_aciq
 from la_aciq.calibration import Window
 from la_aciq.errors import LaAciqError
 from la_aciq.evaluation.loss import bootstrap_ratios, interval, segment_sums, tail_rate, token_losses
-from tiny_llama import tiny_llama
 
 
 def test_token_losses_are_those_of_a_float64_softmax():

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_llama import random_texts, tiny_llama
 
 import la_aciq
 from la_aciq.calibration import TokenizedText
 from la_aciq.errors import LaAciqError
 from la_aciq.evaluation import evaluate, evaluate_configurations
 from la_aciq.nn import QuantConfig, quantize_model
-from tiny_llama import random_texts, tiny_llama
 
 SETTINGS = {"seqlen": 200, "tokens": 500, "progress": False}
 

@@ -6,11 +6,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from tiny_llama import random_texts, tiny_llama
 
 import la_aciq
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import QuantConfig, load_quantized, quantize_model, save_quantized
-from tiny_llama import random_texts, tiny_llama
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 

@@ -7,13 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from tiny_llama import random_texts, tiny_llama
 from torch import nn
 
 import la_aciq
 from la_aciq import clipping
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageAwareLinear, QuantConfig, RoundedProjection, bits_per_weight, languages, quantize_model
-from tiny_llama import random_texts, tiny_llama
 
 GROUP = 16
 LAYERS = 7 * 2

@@ -1,0 +1,36 @@
+"""The order of the numbers on a real model: what should be small is small, what is known to break breaks."""
+
+import pytest
+import torch
+
+import la_aciq
+from la_aciq import embedded
+from la_aciq.evaluation import evaluate_configurations
+from la_aciq.nn import QuantConfig
+
+
+@pytest.mark.model
+def test_the_order_of_configurations_on_the_embedded_model(embedded_model):
+    model, tokenizer = embedded_model
+    texts = embedded.load_texts(["en", "th"])
+    settings = {"seqlen": 256, "progress": False}
+    profiles = [
+        la_aciq.calibrate(model, texts, tokenizer, tokens=512, rotate=rotate, **settings) for rotate in (True, False)
+    ]
+    configurations = {
+        "bfloat16": torch.bfloat16,
+        "W4A8": QuantConfig(activations=8, sharing="pooled"),
+        "W4A4": QuantConfig(sharing="pooled"),
+        "W4A4 unrotated": QuantConfig(sharing="pooled", rotate=False),
+    }
+    report = evaluate_configurations(
+        model, profiles, configurations, texts=texts, tokenizer=tokenizer, tokens=256, **settings
+    )
+    nats = {configuration.name: configuration.nats for configuration in report.configurations}
+    assert abs(nats["bfloat16"]) < 0.02
+    assert nats["bfloat16"] < nats["W4A8"] < 0.35
+    assert nats["W4A8"] + 0.1 < nats["W4A4"] < 1.2
+    assert nats["W4A4 unrotated"] > 2
+    # English of this model costs about a bit per byte: bytes, not tokens, are in the denominator.
+    assert 0.6 < report.configurations[0].by_language["en"].reference_bpb < 1.2
+    assert report.configurations[1].bits == pytest.approx(4.5)
