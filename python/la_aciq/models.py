@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .errors import LaAciqError
@@ -71,7 +72,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> t
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     except LaAciqError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if "gguf_file" in place:
         # The weights are floating-point now; what the file stored them as is of no further concern.
@@ -81,6 +82,8 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> t
 
 def _locate(name: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a folder, a .gguf file or a hub id."""
+    if not name:
+        raise LaAciqError("model '' does not exist; expected a model folder, a .gguf file or a Hugging Face model id")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
