@@ -28,13 +28,11 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -ffp-contract=off: a fused multiply-add where another CPU has none would give other codes for the same input.
 COMMON_FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
+    *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 ]
+# at::parallel_for is compiled into its caller, and runs on one thread where the caller is compiled without OpenMP.
+OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 WARNING_FLAGS = ["-Wall", "-Wextra"]
 ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -105,13 +103,13 @@ class BuildCore(build_ext):
     def build_extension(self, ext: Extension) -> None:
         def compile_one(source: str) -> str:
             torch_free = Path(source).stem.startswith("kernels_")
-            flags = COMMON_FLAGS + (WARNING_FLAGS if torch_free else []) + ISA_FLAGS.get(Path(source).stem, [])
+            flags = COMMON_FLAGS + (WARNING_FLAGS if torch_free else OPENMP_FLAGS)
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 macros=ext.define_macros,
                 include_dirs=ext.include_dirs,
-                extra_postargs=flags,
+                extra_postargs=flags + ISA_FLAGS.get(Path(source).stem, []),
                 depends=ext.depends,
             )[0]
 
@@ -124,7 +122,7 @@ class BuildCore(build_ext):
             self.get_ext_fullpath(ext.name),
             libraries=ext.libraries,
             library_dirs=ext.library_dirs,
-            extra_postargs=["-Wl,-z,now"] if sys.platform == "linux" else [],
+            extra_postargs=OPENMP_FLAGS,
             target_lang="c++",
         )
 

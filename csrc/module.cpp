@@ -35,7 +35,11 @@ PYBIND11_MODULE(_C, m) {
         for (const Kernels* kernels : available_kernels()) available.append(kernels->isa);
         info["isa"] = active_kernels().isa;
         info["available"] = available;
+#if defined(_OPENMP)
         info["threads"] = at::get_num_threads();
+#else
+        info["threads"] = 1;  // at::parallel_for works on the calling thread
+#endif
         return info;
       },
       "The instruction set in use, those this CPU has kernels for, and the number of threads.");

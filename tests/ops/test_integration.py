@@ -103,6 +103,13 @@ def every_result(x, language):
 
 
 @needs_core
+@pytest.mark.skipif(sys.platform != "linux", reason="threads need OpenMP, which the build asks for on Linux")
+def test_the_core_uses_the_threads_of_torch():
+    assert _C.cpu_info()["threads"] == torch.get_num_threads()
+    assert _C.build_info()["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+
+
+@needs_core
 def test_results_do_not_depend_on_the_number_of_threads(isa):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1500, 192, generator=generator) + 5
