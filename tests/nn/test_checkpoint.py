@@ -83,6 +83,13 @@ def test_nothing_in_the_folder_executes(saved):
     }
 
 
+def test_generation_settings_travel(setting, tmp_path):
+    model = quantized(setting)
+    model.generation_config.max_new_tokens = 7
+    save_quantized(model, tmp_path / "model")
+    assert load_quantized(tmp_path / "model").generation_config.max_new_tokens == 7
+
+
 def test_untied_heads(tmp_path):
     model = tiny_llama(tie=False)
     profile = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, group_size=16, ignore=(), progress=False)

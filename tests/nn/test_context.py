@@ -34,7 +34,7 @@ class Spy(nn.Module):
         self.state.attach(self)
         self.inside = inside
 
-    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, past_key_values=None):
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None):
         given = input_ids if inputs_embeds is None else inputs_embeds
         ids = self.state.ids_for(torch.zeros(*given.shape[:2], 3))
         if self.inside is not None:
@@ -67,6 +67,8 @@ def test_left_padding_moves_the_sink():
     with languages(["sw", "en", "pt"]):
         out = Spy()(ids(3), attention_mask=mask)
     assert out.tolist() == [[SW, SW, SINK, SW], [SINK, EN, EN, EN], [PT, PT, PT, SINK]]
+    # By position as well as by name.
+    assert Spy()(ids(1), mask[:1])[0].tolist() == [UND, UND, SINK, UND]
 
 
 def test_decode_steps_and_later_chunks_have_no_sink():

@@ -173,16 +173,19 @@ def _read_tensors(path: Path, settings: _Settings) -> dict[str, torch.Tensor]:
 def _skeleton(path: Path) -> nn.Module:
     """The unquantized architecture of the folder's config.json, with whatever values its constructor gives."""
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     except ImportError as error:
         raise LaAciqError("loading a quantized model needs transformers; install la-aciq[demo]") from error
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if (path / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
-        raise LaAciqError(
-            f"{str(path / 'config.json')!r} does not describe a causal language model: {error}"
-        ) from error
-    return model
+        reason = str(error).strip().partition("\n")[0]
+        raise LaAciqError(f"{str(path)!r} does not describe a causal language model: {reason}") from error
+    skeleton: nn.Module = model
+    return skeleton
 
 
 def _replace(model: nn.Module, name: str, done: Quantization) -> None:

@@ -6,6 +6,7 @@ writes the ids in place into a persistent buffer, which the quantized layers han
 the same from call to call, as a CUDA graph needs.
 """
 
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -133,7 +134,9 @@ class LanguageState:
                     "each thread needs a copy of the model or a lock around the call"
                 )
             self._owner = current
-        inputs = args[0] if args else kwargs.get("input_ids")
+        if args:
+            kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        inputs = kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
         if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2:
