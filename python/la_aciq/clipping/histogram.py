@@ -390,7 +390,13 @@ def errors_on_grid(law: HistogramLaw, octave: NDArray[np.int64], bits: int, code
     else:
         c = noise_factor(bits)
         result += square - 2 * a * total + a**2 * count + c * a**2 * (1 - count)
-    return np.asarray(result * scale[:, None] ** 2)
+    result *= scale[:, None] ** 2
+    # Thresholds inside the lowest bin, which has no octave: such rows are evaluated one clip at a time.
+    small = np.flatnonzero(first + _PER_OCTAVE * octave < 1)
+    if len(small):
+        clips = a * scale[small, None]
+        result[small] = mse_unchecked(law.take(small[:, None]), clips, bits, codebook, objective)
+    return np.asarray(result)
 
 
 @lru_cache(maxsize=32)

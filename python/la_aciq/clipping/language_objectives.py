@@ -93,4 +93,4 @@ def shared_bins(bins: Bins, weights: Array, bits: int, codebook: str, objective:
     return np.asarray(centre)
 
 
-_SUBDIVISIONS, _PARTS = 3, 6  # 3 % between grid clips, divided by 6 three times
+_SUBDIVISIONS, _PARTS = 4, 6  # 3 % between grid clips, divided by 6 four times

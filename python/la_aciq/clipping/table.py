@@ -23,9 +23,9 @@ from .objectives import CODEBOOKS, OBJECTIVES, check_bits, check_choice, check_p
 GRANULARITIES = ("group", "layer", "model")
 SHARINGS = ("language", "pooled")
 
-# A language's law is blended with this many values drawn from the pooled law. At INT4, 1024 values of a Gaussian leave
-# alpha* uncertain by +-9 % (95 %), which is more than languages differ by, and 100,000 by +-1 %: the prior fades
-# between the two.
+# A language's clip from n values is drawn toward `und`'s with the weight of this many values. At INT4, 1024 values of
+# a Gaussian leave alpha* uncertain by +-9 % (95 %), which is more than languages differ by, and 100,000 by +-1 %: the
+# prior fades between the two.
 PRIOR_SAMPLES = 1024
 
 
@@ -239,17 +239,14 @@ class _Choice:
         offset = np.where(with_mass[..., None], bins.offset.reshape(rows, groups, -1), 0)
         if not with_mass[0].all():
             raise ValueError(
-                f"profile must have values in every group, got none for {group_names[int(np.argmin(with_mass[0]))]!r}"
+                f"profile must have values in every group, got none for {group_names[int(np.argmin(with_mass[0]))]!r}: "
+                "calibrate on more text"
             )
 
         spoken = np.asarray([self.rows.index(language) for language in self.languages], dtype=np.intp)
-        # The pooled law stands in for the missing part of a language's sample.
         shrinkage = np.where(with_mass, 0.0, 1.0)
         shrinkage[spoken] = PRIOR_SAMPLES / (counts[spoken] + PRIOR_SAMPLES)
-        own, pooled = (1 - shrinkage)[..., None], shrinkage[..., None]
-        law_weight = own * weight + pooled * weight[0]
-        law_offset = own * offset + pooled * offset[0]
-        rms = np.sqrt(Bins(law_weight, law_offset).moment(2))
+        rms = np.sqrt(Bins(weight, offset).moment(2))
 
         if len(spoken):
             presence = self.weights[:, None] * with_mass[spoken]
@@ -265,13 +262,14 @@ class _Choice:
             shared = optimal_bins(Bins(weight[0], offset[0]), self.bits, self.codebook, self.objective)[0]
 
         alpha = np.broadcast_to(shared, (rows, groups)).copy()
-        own_rows = [r for r in range(1, rows) if self.sharing == "language" or r not in spoken]
-        if own_rows:
-            flat = Bins(
-                law_weight[own_rows].reshape(-1, weight.shape[-1]), law_offset[own_rows].reshape(-1, weight.shape[-1])
-            )
-            best = optimal_bins(flat, self.bits, self.codebook, self.objective)[0].reshape(len(own_rows), groups)
-            alpha[own_rows] = np.where(shrinkage[own_rows] < 1, best, shared)
+        own = with_mass.copy()
+        own[0] = False
+        if self.sharing == "pooled":
+            own[spoken] = False
+        alpha[own] = optimal_bins(Bins(weight[own], offset[own]), self.bits, self.codebook, self.objective)[0]
+        # In logarithms: a language of a tenth of the others' scale must not be pulled by their variance.
+        alpha = np.where(own, alpha ** (1 - shrinkage) * shared**shrinkage, shared)
+        rms = np.where(with_mass, rms, 1.0) ** (1 - shrinkage) * rms[0] ** shrinkage
         if self.sharing == "pooled":
             shrinkage[spoken] = 1
         parts = np.cumsum([h.shape[1] for h in histograms])[:-1]

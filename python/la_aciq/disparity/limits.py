@@ -62,15 +62,19 @@ def _single(law: Law) -> None:
 def _cube_root_mass(law: Law) -> float:
     if isinstance(law, HistogramLaw):
         # Constant inside bins.
-        edges, p = law.edges, law.bin_probabilities
+        edges, p = law.edges, law.bin_probabilities.ravel()
         inside = p[:-1] > 0
         width = np.diff(edges)[:-1]
-        return 2 * float(np.sum((p[:-1][inside] / (2 * width[inside])) ** (1 / 3) * width[inside]))
+        densities = p[:-1][inside] / (2 * width[inside])
+        return 2 * float(np.sum(np.cbrt(densities) * width[inside]))
 
     def integrand(x: float) -> float:
-        return float(np.ravel(law.density(x))[0]) ** (1 / 3)
+        return float(np.cbrt(np.ravel(law.density(x))[0]))
 
-    return float(sum(_integrate(integrand, lo, hi) for lo, hi in pairwise([-np.inf, *_nodes(law), np.inf])))
+    total = 0.0
+    for lo, hi in pairwise([-np.inf, *_nodes(law), np.inf]):
+        total += _integrate(integrand, lo, hi)
+    return total
 
 
 def _integrate(function: Any, lo: float, hi: float) -> float:
