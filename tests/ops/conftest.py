@@ -1,21 +1,8 @@
-"""Shared by the tests of the operations: every instruction set, poisoned outputs, when two roundings may differ."""
+"""Fixtures of the tests of the operations: every instruction set, poisoned outputs."""
 
 import pytest
 import torch
-
-from la_aciq import ops, reference
-
-try:
-    from la_aciq import _C
-except ImportError:
-    _C = None
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CODEBOOKS = ["midrise", "midtread"]
-
-
-def available_isas():
-    return _C.cpu_info()["available"] if _C else ["none"]
+from op_helpers import _C, available_isas
 
 
 @pytest.fixture(params=available_isas())
@@ -41,57 +28,3 @@ def poisoned():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(20260)
-
-
-def on_reference(function, *args, **kwargs):
-    with ops.use_backend("reference"):
-        return function(*args, **kwargs)
-
-
-def assert_codes_match(codes, x, clip, codebook, tolerance=4 * 2.0**-23):
-    """codes are those of the definition for float64 x [..., K] and clips [..., K].
-
-    A neighbouring code is right as well where x / Delta lies within the relative tolerance of the boundary between the
-    two. Below 2^-124 the float32 reciprocal of Delta overflows, and codes other than the middle are those of the ends.
-    """
-    k = x.shape[-1]
-    got = reference.unpack(codes, k).double()
-    expected = reference.to_codes(x, clip, 4, codebook)
-    scaled = x / (2 * clip / 15)
-    boundary = torch.round(scaled) if codebook == "midrise" else torch.floor(scaled) + 0.5
-    close = (scaled - boundary).abs() <= tolerance * scaled.abs().clamp(min=1.0)
-    tiny = (clip > 0) & (clip < 2.0**-124) & ((got == 0) | (got == 15))
-    wrong = (got != expected) & ~(close & ((got - expected).abs() <= 1)) & ~tiny
-    assert not wrong.any(), (got[wrong][:5], expected[wrong][:5], scaled[wrong][:5])
-    if k % 2:
-        assert (codes[..., -1] < 16).all()
-
-
-def make_inputs(op, dtype):
-    """Arguments of torch.ops.la_aciq.<op>: the plainest call, and one that uses everything."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 40, generator=generator).to(dtype)
-    table = torch.rand(4, 2, generator=generator) + 0.5
-    language = torch.tensor([1, 3], dtype=torch.int32)
-    signs = torch.ones(40)
-    codes = torch.randint(0, 256, (5, 20), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(5, 2, generator=generator)
-    groups = {"group_size": 32}
-    rotation = {"signs": signs, "block_size": 8}
-    return {
-        "moments": [((x,), {}), ((x, language, 4, True), {})],
-        "quantize": [((x, table[:, :1]), {}), ((x, table, language), {**groups, **rotation, "tail_sums": True})],
-        "quantize_dynamic": [((x, table[:, :1]), {}), ((x, table, language, 32, "absmax", "midtread"), rotation)],
-        "dequantize": [
-            ((codes, table[:, :1]), {"k": 40, "dtype": dtype}),
-            ((codes, scales), {"k": 39, **groups, "per_row": True, "codebook": "midtread", "dtype": torch.float32}),
-        ],
-        "rotate": [((x, signs), {}), ((x.transpose(0, 1), signs.to(torch.int8), 4), {})],
-        "linear": [
-            ((x, codes, scales[:, :1]), {}),
-            (
-                (x, codes, scales, torch.ones(5)),
-                {**groups, **rotation, "activation_bits": 4, "clip": table[:, :1], "language": language},
-            ),
-        ],
-    }[op]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_helpers import _C, make_inputs
 
 import la_aciq
-from conftest import _C, make_inputs
 from la_aciq import ops
 
 needs_core = pytest.mark.skipif(_C is None, reason="needs the compiled core")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_helpers import CODEBOOKS, DTYPES, assert_codes_match, on_reference
 
 import la_aciq
-from conftest import CODEBOOKS, DTYPES, assert_codes_match, on_reference
 from la_aciq import ops, reference
 
 KS = [1, 2, 31, 64, 97, 576]
