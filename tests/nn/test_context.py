@@ -256,6 +256,52 @@ def test_a_copy_has_a_state_of_its_own():
     assert model.state.unserved == {"th": 1}
 
 
+class Body(nn.Module):
+    """A model whose body can be called alone, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model = Spy()
+        self.state = self.base_model.state = LanguageState(ROWS)
+        self.base_model._forward_pre_hooks.clear()
+        self.base_model._forward_hooks.clear()
+        self.state.attach(self)
+
+    def forward(self, input_ids):
+        return self.base_model(input_ids), self.state.ids_for(torch.zeros(*input_ids.shape, 3))
+
+
+def test_the_body_alone_and_within_the_model():
+    model = Body()
+    with language("th"):
+        model(ids(2))
+    assert model.state.unserved == {"th": 2}
+    with language("sw"):
+        inside, after = model(ids())
+        assert inside.tolist() == after.tolist() == [[SINK, SW, SW, SW]]
+        assert model.base_model(ids()).tolist() == [[SINK, SW, SW, SW]]
+    assert model.state.ids_for(torch.zeros(1, 4, 3)) is None
+
+
+def test_an_interruption_in_the_body():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    model = Body()
+    model.base_model.inside = interrupt
+    with pytest.raises(KeyboardInterrupt), language("en"):
+        model(ids())
+    model.base_model.inside = None
+    with language("sw"):
+        assert model.base_model(ids())[0, 1] == SW
+        assert model(ids())[0][0, 1] == SW
+    results = []
+    thread = threading.Thread(target=lambda: results.append(model(ids())[0]))
+    thread.start()
+    thread.join()
+    assert results[0][0, 1] == UND
+
+
 def test_another_batch_size_is_refused():
     with languages(["sw", "en"]), pytest.raises(LaAciqError, match="2 tags for a batch of 3"):
         Spy()(ids(3))

@@ -77,13 +77,14 @@ class LanguageState:
         self._buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
         self._ids: torch.Tensor | None = None
         self._owner: threading.Thread | None = None
+        self._running: list[nn.Module] = []  # hooked modules in whose forward the owner is, the outermost first
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of a model: a copy has its own lock and buffers and is in no forward pass."""
         state = self.__dict__.copy()
         del state["_lock"]
-        return state | {"_buffers": {}, "_ids": None, "_owner": None, "unserved": Counter()}
+        return state | {"_buffers": {}, "_ids": None, "_owner": None, "_running": [], "unserved": Counter()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -91,8 +92,10 @@ class LanguageState:
 
     def attach(self, model: nn.Module) -> None:
         """Hook the state to a model: its forward passes set the ids first and release them at the end."""
-        model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        model.register_forward_hook(self._end, always_call=True)
+        # The body of a Hugging Face model may be called alone, for its hidden states.
+        for module in {id(module): module for module in (model, getattr(model, "base_model", model))}.values():
+            module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            module.register_forward_hook(self._end, always_call=True)
 
     def row(self, tag: str) -> int:
         """The row that serves a canonical BCP-47 tag, 0 (`und`) when no row's language is close to it."""
@@ -133,7 +136,12 @@ class LanguageState:
                     f"two threads called one quantized model at once ({self._owner.name!r} is in its forward pass): "
                     "each thread needs a copy of the model or a lock around the call"
                 )
+            if self._owner is not current:
+                self._running.clear()
             self._owner = current
+            if model in self._running:  # the earlier call was interrupted
+                del self._running[self._running.index(model) :]
+            self._running.append(model)
         if args:
             kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         inputs = kwargs.get("input_ids")
@@ -148,9 +156,10 @@ class LanguageState:
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # The hook also runs after a pass that `_begin` refused: that pass must not release another thread's.
         with self._lock:
-            if self._owner is threading.current_thread():
-                self._owner = None
-                self._ids = None
+            if self._owner is threading.current_thread() and model in self._running:
+                del self._running[self._running.index(model) :]
+                if not self._running:
+                    self._owner = self._ids = None
 
     def _write(self, batch: int, tokens: int, device: torch.device, kwargs: dict[str, Any]) -> None:
         size = 1 << max(batch * tokens - 1, 0).bit_length()
@@ -175,7 +184,7 @@ class LanguageState:
 
     def _count(self, tag: str, batch: int = 1) -> int:
         row = self.row(tag)
-        if row == 0 and tag != UND:
+        if row == 0 and tag != UND and len(self._running) == 1:
             self.unserved[tag] += batch
         return row
 
@@ -183,9 +192,8 @@ class LanguageState:
     def _first_tokens(tokens: int, device: torch.device, kwargs: dict[str, Any]) -> torch.Tensor:
         """True, [batch or 1, tokens], at each sequence's first token: after left padding, not in a continuation."""
         cache = kwargs.get("past_key_values")
-        past = (
-            cache.get_seq_length() if cache is not None else 0
-        )  # an int, or a tensor for a static cache: no synchronisation
+        # An int, or for a static cache a tensor, which is not read back.
+        past = cache.get_seq_length() if cache is not None else 0
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             first = (mask != 0).to(torch.uint8).argmax(dim=1, keepdim=True)
