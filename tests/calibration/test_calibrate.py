@@ -7,10 +7,10 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
+from conftest import byte_llama
 from torch import nn
 
 import la_aciq
-from conftest import byte_llama
 from la_aciq import rotation
 from la_aciq.calibration import Profile, fingerprint
 from la_aciq.errors import LaAciqError

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import byte_llama
 from safetensors.numpy import load_file, save_file
 
 import la_aciq
-from conftest import byte_llama
 from la_aciq._moments import HISTOGRAM_BINS, Moments, histogram_edges
 from la_aciq.calibration import Profile, SiteStats
 from la_aciq.errors import LaAciqError

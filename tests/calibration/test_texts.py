@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import byte_tokenizer, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import byte_tokenizer, sentences
 from la_aciq.calibration import TokenizedText, load_texts, tokenize
 from la_aciq.errors import LaAciqError
 

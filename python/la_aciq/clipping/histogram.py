@@ -152,9 +152,9 @@ class HistogramLaw(Law):
         i = np.clip(np.searchsorted(low, a, side="right") - 1, 0, BINS - 1)
         sums = self._suffix[:, rows, i + 1]
         # The rest of the bin that a falls into: v = distance from a to its upper edge, in half widths.
-        u = np.clip((a - middle[i]) / np.where(half[i] > 0, half[i], 1), -1, 1)
-        v = np.where(half[i] > 0, 1 - u, 0)
         weight, offset, h = self.bins.weight[rows, i], self.bins.offset[rows, i], half[i]
+        u = np.minimum((a - middle[i]) / np.where(h > 0, h, 1), 1)
+        v = np.where(h > 0, 1 - u, 0)
         if order == 0:
             return np.asarray(sums[0] + weight * v / 2 + offset * 3 * v * (2 - v) / 4)
         if order == 1:
@@ -313,9 +313,9 @@ def _convex_optimum(law: HistogramLaw, bits: int) -> Array:
         value = law.tail(a, 1) - c * a
         lo, hi = np.where(value > 0, a, lo), np.where(value > 0, hi, a)
         step = a + value / (law.tail(a, 0) + c)
-        newton = np.where((step > lo) & (step < hi), step, (lo + hi) / 2)
+        newton = np.where((step >= lo) & (step <= hi), step, (lo + hi) / 2)
         a, previous = np.where(beyond, a, newton), a
-        if np.all(np.abs(a - previous) <= 1e-14 * previous):
+        if np.all(np.abs(a - previous) <= 1e-12 * previous):
             break
     return np.asarray(a)
 
