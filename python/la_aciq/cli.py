@@ -204,7 +204,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.languages is None and arguments.texts == EMBEDDED:
         arguments.languages = list(size.languages)
     texts = _texts(arguments)
-    print(f"Loading {arguments.model} and texts in {', '.join(texts)}", flush=True)
+    name = "the embedded model" if arguments.model == EMBEDDED else arguments.model
+    print(f"Loading {name}; the texts are in {', '.join(texts)}", flush=True)
     model, tokenizer = _model(arguments)
     demo.run(model, tokenizer, texts, output, size=size, force=arguments.force)
 
