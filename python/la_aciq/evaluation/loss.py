@@ -3,6 +3,9 @@
 All differences are paired: both models read the same windows, and the bootstrap resamples segments of them. A segment
 is up to 128 consecutive predicted tokens of one window; losses within a text are correlated over short distances, and
 a segment is long enough to carry most of that correlation inside it.
+
+The intervals are about the stretch of text that was read: they say how another draw of such segments would differ, not
+how another document, let alone another language, would.
 """
 
 from collections.abc import Callable, Sequence

@@ -265,8 +265,9 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = (
-            "± is the half-width of a 95 % interval. gap: worst minus best language. tail: share of segments of "
-            f"{self.settings['segment']} tokens whose loss rose by more than {self.settings['tail_nats']} nats a token."
+            "± is the half-width of a 95 % interval for text like the one read. gap: worst minus best language. tail: "
+            f"share of segments of {self.settings['segment']} tokens whose loss rose by more than "
+            f"{self.settings['tail_nats']} nats a token."
         )
         return [notes, *(comparison.sentence(self.unit) for comparison in self.comparisons)]
 
