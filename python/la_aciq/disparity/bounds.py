@@ -74,6 +74,9 @@ def family_slope(
 ) -> float:
     """L: the largest difference quotient of the best normalized error over a grid of kurtoses (ascending, at least
     two).
+
+    A Lipschitz constant is at least this. In the families here the error is concave in kappa, so the largest quotient
+    is at the lower end: let the grid start with a small step.
     """
     k = np.asarray(kappas, dtype=np.float64)
     if k.ndim != 1 or len(k) < 2 or np.any(np.diff(k) <= 0):
