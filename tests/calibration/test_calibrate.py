@@ -173,7 +173,7 @@ def test_memory_does_not_grow_with_the_text():
         return most
 
     peak(240)  # whatever is made once
-    assert peak(4800) < 1.2 * peak(240)
+    assert peak(2400) < 1.2 * peak(240)
 
 
 class TestResuming:
