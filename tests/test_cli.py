@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import byte_llama, byte_tokenizer, sentences
+from byte_llama import byte_llama, byte_tokenizer, sentences
 
 from la_aciq import cli
 from la_aciq.calibration import Profile

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import byte_llama
+from byte_llama import byte_llama
 from transformers import BertConfig, GPT2Config, T5Config
 
 from la_aciq.errors import LaAciqError

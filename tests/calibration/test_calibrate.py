@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from conftest import byte_llama
+from byte_llama import byte_llama
 from torch import nn
 
 import la_aciq

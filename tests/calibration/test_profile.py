@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import byte_llama
+from byte_llama import byte_llama
 from safetensors.numpy import load_file, save_file
 
 import la_aciq

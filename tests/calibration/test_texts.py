@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, sentences
+from byte_llama import byte_tokenizer, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
