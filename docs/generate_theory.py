@@ -391,6 +391,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def percent(x: float) -> str:
+    if abs(x) < 1e-5:
+        return "< 0.001 %"
     return f"{100 * x:.2g} %" if abs(x) < 0.1 else f"{100 * x:.0f} %"
 
 
@@ -479,7 +481,7 @@ def tables() -> dict[str, Callable[[dict[str, Any]], str]]:
         first = table(
             ["language", "kappa_eff", "layers: least / median / most", "alpha* / rms, median", "Shannon bound",
              "Lloyd-Max",
-             "own clip", "shared clip"],
+             "own clip", "shared clip, pooled power"],
             rows,
         )  # fmt: skip
         gaps = [
@@ -612,6 +614,7 @@ def plots(n: dict[str, Any]) -> None:
         axes[0].legend()
         axes[1].plot(front[:, 1], front[:, 2], color=blue, lw=2.5)
         axes[1].margins(0.12)
+        axes[1].locator_params(axis="x", nbins=5)
         for i, label, align in ((0, "mean", "left"), (-1, "minimax", "right")):
             axes[1].plot(front[i, 1], front[i, 2], "o", color=blue, ms=7)
             place = (10, -3) if i == 0 else (-4, -16)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import LaAciqError
 from .histogram import Bins, optimal_bins
 from .language_objectives import LANGUAGE_OBJECTIVES, language_weights_array, shared_bins
 from .laws import Array
@@ -238,7 +239,7 @@ class _Choice:
         weight = np.where(with_mass[..., None], bins.weight.reshape(rows, groups, -1), 0)
         offset = np.where(with_mass[..., None], bins.offset.reshape(rows, groups, -1), 0)
         if not with_mass[0].all():
-            raise ValueError(
+            raise LaAciqError(
                 f"profile must have values in every group, got none for {group_names[int(np.argmin(with_mass[0]))]!r}: "
                 "calibrate on more text"
             )
