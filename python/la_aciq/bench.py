@@ -32,7 +32,7 @@ class Timing:
 def measure(nbytes: int | None = None, rounds: int = 7, step: Callable[[], object] | None = None) -> list[Timing]:
     """Time every operation on a float32 input of about `nbytes` bytes; the first timing is the pure read.
 
-    nbytes: None for 256 MiB with the compiled core, 4 MiB with the reference. `step` is called after each, for progress.
+    nbytes: None for 256 MiB with the compiled core, 4 MiB with the reference. step: called after each, for progress.
     """
     if nbytes is None:
         nbytes = _REFERENCE_BYTES if ops.why_unavailable("cpu") else _BYTES
@@ -79,8 +79,9 @@ def table(timings: list[Timing]) -> str:
     lines = [f"{'operation':<18}  {'time':>9}  {'bandwidth':>10}  {'of a read':>9}"]
     for timing in timings:
         bandwidth = timing.nbytes / timing.seconds
+        milliseconds, gigabytes = timing.seconds * 1e3, bandwidth / 1e9
         lines.append(
-            f"{timing.operation:<18}  {timing.seconds * 1e3:>6.1f} ms  {bandwidth / 1e9:>5.1f} GB/s  {bandwidth / read:>9.0%}"
+            f"{timing.operation:<18}  {milliseconds:>6.1f} ms  {gigabytes:>5.1f} GB/s  {bandwidth / read:>9.0%}"
         )
     return "\n".join(lines)
 

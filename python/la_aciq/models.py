@@ -1,6 +1,8 @@
 """Hugging Face causal language models: loading them with errors one can act on, and telling them apart."""
 
 import hashlib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def is_ignored(layer: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer of this full name is named by its full name, its last component, or a shell pattern."""
+    last = layer.rpartition(".")[2]
+    return any(pattern in (layer, last) or fnmatchcase(layer, pattern) for pattern in patterns)
+
+
 def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
     """A causal language model, in evaluation mode, and its tokenizer.
 
@@ -69,7 +77,11 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> t
         config = AutoConfig.from_pretrained(**place)
         _check_causal(name, config)
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            **place,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=None if "gguf_file" in place else True,  # never pickle
+        )
     except LaAciqError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:

@@ -16,15 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import rotation
 from ._moments import HISTOGRAM_BINS
-
-
-def largest_power_of_two_divisor(k: int) -> int:
-    """The block of the Hadamard transform where none is given; k >= 1."""
-    block = 1
-    while k % (2 * block) == 0:  # not k & -k: PyTorch has no bitwise operations on symbolic sizes
-        block *= 2
-    return block
 
 
 def group_count(k: int, group_size: int) -> int:
@@ -101,7 +94,7 @@ def _rotate64(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
     if signs is None:
         return x.to(torch.float64)
     k = x.shape[-1]
-    block = block_size or largest_power_of_two_divisor(k)
+    block = block_size or rotation.block_size(k)
     y = (x.to(torch.float64) * signs.to(torch.float64)).reshape(*x.shape[:-1], k // block, block)
     half = 1
     while half < block:

@@ -13,8 +13,11 @@ import numpy.typing as npt
 
 
 def block_size(k: int) -> int:
-    """The largest power of two that divides k: the block that rows of k elements are rotated in (576 -> 64)."""
-    return k & -k
+    """The largest power of two that divides k: the block that rows of k >= 1 elements are rotated in (576 -> 64)."""
+    block = 1
+    while k % (2 * block) == 0:  # not k & -k: PyTorch has no bitwise operations on symbolic sizes
+        block *= 2
+    return block
 
 
 def signs(k: int, seed: int) -> npt.NDArray[np.int8]:

@@ -278,3 +278,26 @@ def test_kv_without_projections(model, profile):
     part = dataclasses.replace(profile, sites={k: v for k, v in profile.sites.items() if not k.endswith(".output")})
     with pytest.raises(LaAciqError, match="no key or value projections"):
         quantized(model, part, kv=4)
+
+
+def test_a_model_like_another_shares_its_weights_and_nothing_else(model, profile):
+    first = quantized(model, profile, kv=4, sharing="pooled")
+    second = quantize_model(model, profile, config_of(sharing="language"), like=first, progress=False)
+    alone = quantized(model, profile, sharing="language")
+    for name in second.la_aciq.layers:
+        layer, other = second.get_submodule(name), first.get_submodule(name)
+        assert layer.weight is getattr(other, "linear", other).weight
+    with la_aciq.language("sw"):
+        torch.testing.assert_close(logits(second, IDS), logits(alone, IDS), rtol=0, atol=0)
+
+
+def test_other_weights_are_not_shared(model, profile):
+    first = quantized(model, profile)
+    other = quantize_model(model, profile, config_of(codebook="midtread"), like=first, progress=False)
+    alone = quantized(model, profile, codebook="midtread")
+    torch.testing.assert_close(logits(other, IDS), logits(alone, IDS), rtol=0, atol=0)
+
+
+def test_like_must_be_this_model_quantized(model, profile):
+    with pytest.raises(LaAciqError, match="like: it is not quantized"):
+        quantize_model(model, profile, config_of(), like=model, progress=False)

@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from .. import ops, rotation
 from .._moments import Moments
 from .._version import __version__
 from ..errors import LaAciqError
-from ..models import fingerprint
+from ..models import fingerprint, is_ignored
 from .profile import JSON_FILE, Kind, Profile
 from .texts import TokenizedText, tokenize
 
@@ -126,7 +125,7 @@ class _Collector:
         self._linears = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not _ignored(name, ignore)
+            if isinstance(module, nn.Linear) and not is_ignored(name, ignore)
         }
         if not self._linears:
             raise LaAciqError(
@@ -256,10 +255,6 @@ def _moments_by_group(x: Tensor, row: Tensor, group_size: int) -> Moments:
         states.append(moments.state.reshape(2, groups, -1))
         histograms.append(np.asarray(moments.histogram).reshape(2, groups, -1, 2))
     return Moments.from_state(np.concatenate(states, axis=1), np.concatenate(histograms, axis=1))
-
-
-def _ignored(name: str, ignore: Sequence[str]) -> bool:
-    return any(pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern) for pattern in ignore)
 
 
 def _check_ids(model: nn.Module, texts: Mapping[str, TokenizedText], seqlen: int) -> None:

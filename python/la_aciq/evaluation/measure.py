@@ -84,8 +84,8 @@ def evaluate_configurations(
 
     configurations: a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype. profile: one, or
     several (with and without rotation, say); each configuration takes the first that was measured with its rotation
-    and group size. At most one quantized copy is in memory. The other arguments are those of `evaluate`; skip is by
-    default the profile's tokens.
+    and group size. Two quantized copies at most are in memory, their equal weights once. The other arguments are those
+    of `evaluate`; skip is by default the profile's tokens.
     """
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
     if not profiles or not configurations:
@@ -97,6 +97,7 @@ def evaluate_configurations(
     }
     data = _Texts.prepare(texts, tokenizer, seqlen, tokens, profiles[0].metadata["tokens"] if skip is None else skip)
     results: dict[str, tuple[_Losses, _Description]] = {}
+    previous: nn.Module | None = None  # the last quantized copy: the next one shares the weights that are the same
     with tqdm(
         total=(1 + len(configurations)) * data.windows, desc="Evaluating", unit="window", disable=not progress
     ) as bar:
@@ -105,11 +106,10 @@ def evaluate_configurations(
         for name, config in configurations.items():
             bar.set_postfix_str(name)
             if isinstance(config, QuantConfig):
-                candidate = quantize_model(model, chosen[name], config, progress=False)
+                candidate = previous = quantize_model(model, chosen[name], config, like=previous, progress=False)
             else:
                 candidate = _cast(model, config)
             results[name] = data.losses(candidate, bar), _describe(candidate)
-            del candidate
     first = next((c for c in configurations.values() if isinstance(c, QuantConfig)), QuantConfig())
     return _report(data, reference, results, model, seed, _profile_for(first, profiles), first)
 

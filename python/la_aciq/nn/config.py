@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import LaAciqError
+from ..models import is_ignored
 from ..ops import ActivationClip, Codebook
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -97,8 +97,7 @@ class QuantConfig:
 
     def ignores(self, name: str) -> bool:
         """Whether a layer of this full name is left alone."""
-        last = name.rpartition(".")[2]
-        return any(pattern in (name, last) or fnmatchcase(name, pattern) for pattern in self.ignore)
+        return is_ignored(name, self.ignore)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types; `from_dict` reads it back."""

@@ -144,7 +144,7 @@ class LanguageState:
             self._running.append(model)
         if args:
             kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-        inputs = kwargs.get("input_ids")
+        inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
         if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2:

@@ -167,33 +167,48 @@ class LanguageAwareLinear(LanguageAwareModule):
         *,
         seed: int = 0,
         name: str = "linear",
+        like: "LanguageAwareLinear | None" = None,
     ) -> "LanguageAwareLinear":
         """Quantize a trained layer; `linear` is left as it is.
 
         clip: float32 [rows, groups] as `config` asks for, every entry finite and positive; None with 16-bit
         activations.
-        seed: of the rotation's signs, the profile's. name: for messages. Raises `LaAciqError` when the weight has NaN
-        or Inf, or when the clip table does not fit.
+        seed: of the rotation's signs, the profile's. name: for messages. like: this layer as it was quantized before;
+        its weights are shared instead of made again where they would come out the same. Raises `LaAciqError` when the
+        weight has NaN or Inf, or when the clip table does not fit.
         """
         weight = check_weight(linear, name)
         n, k = weight.shape
         layer = cls(k, n, linear.bias is not None, config, state, dtype=weight.dtype, device=weight.device)
         if layer.signs is not None:
             layer.signs.copy_(torch.from_numpy(rotation.signs(k, seed)))
-            weight = ops.rotate(weight.float(), layer.signs, layer.block_size).to(
-                layer.weight.dtype if config.weights == 16 else torch.float32
-            )
-        if layer.weight_scale is not None:
-            codes, clips = quantize_weight(weight, config.group_size, config.codebook)
-            layer.weight.copy_(codes)
-            layer.weight_scale.copy_(clips)
+        if like is not None and layer._same_weights(like):
+            layer.weight, layer.weight_scale = like.weight, like.weight_scale
         else:
-            layer.weight.copy_(weight)
+            layer._set_weights(weight)
         if layer.bias is not None:
             layer.bias.copy_(linear.bias.detach())
         if layer.clip is not None:
             layer.clip.copy_(check_clips(clip, tuple(layer.clip.shape), name))
         return layer
+
+    def _set_weights(self, weight: torch.Tensor) -> None:
+        """Fill the weight buffers from the trained weight [N, K], rotated first where the layer has signs."""
+        if self.signs is not None:
+            weight = ops.rotate(weight.float(), self.signs, self.block_size)
+        if self.weight_scale is None:
+            self.weight.copy_(weight)
+            return
+        codes, clips = quantize_weight(weight, self.config.group_size, self.config.codebook)
+        self.weight.copy_(codes)
+        self.weight_scale.copy_(clips)
+
+    def _same_weights(self, other: "LanguageAwareLinear") -> bool:
+        """Whether the two layers, made from one trained layer, have the same weight buffers."""
+        settings = [(c.weights, c.group_size, c.codebook) for c in (self.config, other.config)]
+        if settings[0] != settings[1] or (self.signs is None) != (other.signs is None):
+            return False
+        return self.signs is None or other.signs is None or torch.equal(self.signs, other.signs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype."""

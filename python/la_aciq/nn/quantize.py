@@ -42,14 +42,21 @@ class Quantization:
 
 
 def quantize_model(
-    model: nn.Module, profile: Profile, config: QuantConfig, *, inplace: bool = False, progress: bool = True
+    model: nn.Module,
+    profile: Profile,
+    config: QuantConfig,
+    *,
+    inplace: bool = False,
+    like: nn.Module | None = None,
+    progress: bool = True,
 ) -> nn.Module:
     """The model with its linear layers quantized as `config` says, with the clips of the profile's statistics.
 
     inplace: change the model itself, layer by layer, so that at most one layer is in memory twice; otherwise the
-    model given is left as it was, and the copy shares nothing with it. The result's `la_aciq` is a `Quantization`;
-    layers left alone because they are tied, of an unsupported kind, or not in the profile are in its `skipped` and
-    named in one warning.
+    model given is left as it was, and the copy shares nothing with it. like: this model as it was quantized before;
+    INT4 weights that would come out the same are shared with it, so that trying many clips costs the weights once. The
+    result's `la_aciq` is a `Quantization`; layers left alone because they are tied, of an unsupported kind, or not in
+    the profile are in its `skipped` and named in one warning.
 
     Raises `LaAciqError` when the profile was made from another model, when its group size or rotation is not the
     configuration's, when the model is quantized already, and when a weight is not finite.
@@ -57,6 +64,8 @@ def quantize_model(
     if hasattr(model, "la_aciq"):
         raise LaAciqError("the model is quantized already; expected the model as it was trained")
     _check_profile(model, profile, config)
+    if like is not None and _quantization(like).fingerprint != profile.metadata["fingerprint"]:
+        raise LaAciqError("like: it was quantized from another model; expected one quantized from this model")
     layers, skipped = _select(model, profile, config)
     projections = _projections(model, profile, config, layers)
     clips = _clips(profile, config, layers, projections)
@@ -72,7 +81,9 @@ def quantize_model(
         original: Any = model.get_submodule(name)
         new: Any
         if _quantizes_linear(config):
-            new = LanguageAwareLinear.from_linear(original, config, state, clips.get(name), seed=seed, name=name)
+            new = LanguageAwareLinear.from_linear(
+                original, config, state, clips.get(name), seed=seed, name=name, like=_quantized_layer(like, name)
+            )
         else:
             new = original if inplace else copy.deepcopy(original)
         if name in projections:
@@ -108,6 +119,22 @@ def bits_per_weight(model: nn.Module) -> float:
             stored = [module.weight] if module.weight_scale is None else [module.weight, module.weight_scale]
             bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in stored)
     return bits / weights if weights else 8.0 * next(model.parameters()).itemsize
+
+
+def _quantization(model: nn.Module) -> Quantization:
+    found = getattr(model, "la_aciq", None)
+    if not isinstance(found, Quantization):
+        raise LaAciqError("like: it is not quantized; expected a model that quantize_model returned")
+    return found
+
+
+def _quantized_layer(model: nn.Module | None, name: str) -> LanguageAwareLinear | None:
+    """The quantized layer of that name, if the model has one (a rounded projection has it inside)."""
+    if model is None:
+        return None
+    module: Any = model.get_submodule(name)
+    layer = module.linear if isinstance(module, RoundedProjection) else module
+    return layer if isinstance(layer, LanguageAwareLinear) else None
 
 
 def _quantizes_linear(config: QuantConfig) -> bool:
