@@ -166,6 +166,13 @@ def test_markdown_has_the_intervals(report):
         assert len({row.count("|") for row in rows}) <= 1
 
 
+def test_markdown_without_details_keeps_configurations_and_verdicts(report):
+    text = report.markdown(details=False)
+    assert text.count("| configuration |") == 1
+    assert "| sw |" not in text
+    assert all(comparison.sentence() in text for comparison in report.comparisons)
+
+
 def test_the_verdict_follows_the_interval():
     null = comparison((-0.01, 0.02)).sentence()
     assert "no measurable difference between per-language clips and the pooled clip (+0.0050 bits per byte" in null

@@ -214,11 +214,13 @@ class Report:
         notes = [textwrap.fill(note, _WIDTH) for note in self._notes()]
         return "\n\n".join([textwrap.fill(self._heading(), _WIDTH), *parts, *notes])
 
-    def markdown(self) -> str:
-        """The same as Markdown, with the intervals in full."""
+    def markdown(self, details: bool = True) -> str:
+        """The same as Markdown, with the intervals in full; without details only the configurations and verdicts."""
         everything = range(len(self.configurations))
-        parts = [_markdown_table(*self._summary()), _markdown_table(*self._languages(everything, intervals=True))]
-        if self.regret:
+        parts = [_markdown_table(*self._summary())]
+        if details:
+            parts.append(_markdown_table(*self._languages(everything, intervals=True)))
+        if details and self.regret:
             parts.append(_markdown_table(*self._regret()))
         return "\n\n".join([self._heading(), *parts, *self._notes()]) + "\n"
 
