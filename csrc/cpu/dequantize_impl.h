@@ -32,7 +32,7 @@ void dequantize(const DequantizeArgs& args, int64_t begin, int64_t end) {
   const int64_t bytes = (args.k + 1) / 2;
   with_type(args.dtype, args.out, [&](auto* out) {
     for (int64_t row = begin; row < end; row++) {
-      const float* clips = args.table + args.groups * (args.per_row ? row : args.languages.row(row));
+      const float* clips = args.table + args.groups * (args.per_row ? row : language_of(args.languages, row));
       for (int64_t group = 0; group < args.groups; group++) {
         const int64_t start = group * args.group_size, n = smaller(args.group_size, args.k - start);
         decode_group(args.codes + row * bytes + start / 2, n, clips[group], levels,

@@ -135,7 +135,7 @@ template <class T>
 void moments_of(const T* x, const Languages& languages, int64_t begin, int64_t end, MomentState* states,
                 int64_t* histogram) {
   for (int64_t i = begin; i < end;) {
-    const int32_t row = languages.row(i);
+    const int32_t row = language_of(languages, i);
     const int64_t span_end = languages.ids ? smaller(end, (i / languages.span + 1) * languages.span) : end;
     while (i < span_end) {
       const int64_t n = smaller(kMomentsBlock, span_end - i);

@@ -1,0 +1,96 @@
+// Checks of the arguments of the operations, the same on every device. Each function has internal linkage.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "common/codebook.h"
+#include "common/types.h"
+
+namespace la_aciq {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+DType dtype_of(const char* name, at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, name, ": expected float32, bfloat16 or float16, got ", type);
+  }
+}
+
+Codebook codebook_of(const char* name, c10::string_view codebook) {
+  TORCH_CHECK_VALUE(codebook == "midrise" || codebook == "midtread", name,
+                    ": expected 'midrise' or 'midtread', got '", codebook, "'");
+  return codebook == "midrise" ? Codebook::kMidrise : Codebook::kMidtread;
+}
+
+Clip clip_of(const char* name, c10::string_view clip) {
+  TORCH_CHECK_VALUE(clip == "static" || clip == "rms" || clip == "absmax", name,
+                    ": expected 'static', 'rms' or 'absmax', got '", clip, "'");
+  return clip == "static" ? Clip::kStatic : clip == "rms" ? Clip::kRms : Clip::kAbsmax;
+}
+
+struct Groups {
+  int64_t size, count;
+};
+
+Groups groups_of(int64_t k, int64_t group_size) {
+  TORCH_CHECK_VALUE(group_size == 0 || (group_size >= 2 && group_size % 2 == 0),
+                    "group_size: expected 0 or an even number of at least 2, got ", group_size);
+  const int64_t size = group_size == 0 ? k : std::min(group_size, k + k % 2);
+  return {size, (k + size - 1) / size};
+}
+
+void check_rows_of_k(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, name, ": expected shape [..., K] with K >= 1, got ", x.sizes());
+}
+
+int64_t product(at::IntArrayRef sizes) {
+  return c10::multiply_integers(sizes);
+}
+
+Tensor checked_table(const char* name, const Tensor& table, int64_t groups) {
+  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, name, ": expected float32, got ", table.scalar_type());
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) > 0 && table.size(1) == groups, name,
+                    ": expected shape [languages, ", groups, "], got ", table.sizes());
+  return table.contiguous();
+}
+
+// Ids of shape lead[:d] (or 1 in any place) as contiguous memory, each standing for `span` consecutive rows.
+struct LanguageIds {
+  Tensor ids;
+  int64_t span = 1;
+
+  Languages of(int64_t languages, int64_t elements_per_row = 1) const {
+    return {ids.defined() ? ids.const_data_ptr<int32_t>() : nullptr, span * elements_per_row,
+            static_cast<int32_t>(languages)};
+  }
+};
+
+LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef lead) {
+  if (!language) return {};
+  TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ", language->scalar_type());
+  bool matches = language->dim() <= static_cast<int64_t>(lead.size());
+  for (int64_t i = 0; matches && i < language->dim(); i++) {
+    matches = language->size(i) == 1 || language->size(i) == lead[i];
+  }
+  TORCH_CHECK_VALUE(matches, "language: expected a shape that matches the leading dimensions ", lead,
+                    " from the left, got ", language->sizes());
+  int64_t used = language->dim();
+  while (used > 0 && language->size(used - 1) == 1) used--;
+  const auto prefix = lead.slice(0, used);
+  const Tensor ids = language->reshape(language->sizes().slice(0, used)).expand(prefix).contiguous();
+  return {ids, std::max<int64_t>(product(lead.slice(used)), 1)};
+}
+
+}  // namespace
+}  // namespace la_aciq
