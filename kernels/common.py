@@ -1,0 +1,303 @@
+"""What the Triton kernels share: how rows are cut into pieces, the codebook, the rotation, and the host side of a launch.
+
+**Pieces.** Every kernel but `linear` sees its input as a [rows, K] matrix whose rows may be any number of elements apart.
+A row consists of groups of `group` elements (the last may be short), and a group of pieces of `width` elements. A
+program takes a fixed number of consecutive pieces as a [PIECES, WIDTH] tile, WIDTH the next power of two, and masks what
+is padding. So a clip is read once per piece, a statistic of a group is a reduction along an axis of the tile, and group
+sizes that are no power of two, short last groups and odd K need no kernel of their own. Offsets into tensors are 64-bit.
+
+**Languages.** Row r of the matrix reads entry (r // inner) % period of the ids, which covers ids of shape [batch],
+[batch, tokens] and [1, tokens] for x [batch, tokens, K] without expanding them in memory. Ids out of range read row 0.
+
+**Arithmetic.** Values are float32 on chip, and a code is made with the float32 reciprocal of the step (float64 where the
+state of `moments` needs it). The rotation is a fast Walsh-Hadamard transform on the tile in float32.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements a program holds. 4096 are 32 per thread of 4 warps: several 16-byte loads of 16-bit data in flight per thread.
+TILE = 4096
+# The widest tile a program holds, and the largest Hadamard block transformed within one.
+MAX_TILE = 32768
+MAX_BLOCK = 16384
+
+# --- On the device ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def locate_pieces(group, width, per_group, per_row, PIECES: tl.constexpr):
+    """The pieces of this program: row int32, group within the row int32, first column int64, each [PIECES]."""
+    first = tl.program_id(0).to(tl.int64) * PIECES
+    first_row = first // per_row
+    local = (first - first_row * per_row).to(tl.int32) + tl.arange(0, PIECES)
+    row = first_row.to(tl.int32) + local // per_row
+    piece = local % per_row
+    group_index = piece // per_group
+    start = group_index.to(tl.int64) * group + (piece % per_group).to(tl.int64) * width
+    return row, group_index, start
+
+
+@triton.jit
+def mask_pieces(row, group_index, start, rows, K, group, width, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """Which elements of a [PIECES, WIDTH] tile exist. ALIGNED: WIDTH = width, and pieces end where their groups do."""
+    offset = tl.arange(0, WIDTH)[None, :]
+    mask = (row < rows)[:, None] & (offset < (K - start)[:, None])
+    if not ALIGNED:
+        left = tl.minimum((group_index + 1).to(tl.int64) * group - start, width)
+        mask = mask & (offset < left[:, None])
+    return mask
+
+
+@triton.jit
+def hadamard(x, LOG2_BLOCK: tl.constexpr):
+    """H_b on each run of b = 2^LOG2_BLOCK elements of a tile in row-major order, unscaled, in Sylvester's order."""
+    size: tl.constexpr = x.numel
+    y = tl.reshape(x, [size])
+    for stage in tl.static_range(LOG2_BLOCK):
+        half: tl.constexpr = 1 << stage
+        pairs = tl.permute(tl.reshape(y, [size // (2 * half), 2, half]), [0, 2, 1])
+        even, odd = tl.split(pairs)
+        y = tl.reshape(tl.permute(tl.join(even + odd, even - odd), [0, 2, 1]), [size])
+    return tl.reshape(y, x.shape)
+
+
+@triton.jit
+def load_pieces(
+    x_ptr,
+    signs_ptr,
+    rows,
+    K,
+    x_stride,
+    group,
+    width,
+    per_group,
+    per_row,
+    rotation_scale,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOG2_BLOCK: tl.constexpr,
+):
+    """This program's tile of x as float32, rotated unless LOG2_BLOCK is negative, and where it lies."""
+    row, group_index, start = locate_pieces(group, width, per_group, per_row, PIECES)
+    mask = mask_pieces(row, group_index, start, rows, K, group, width, WIDTH, ALIGNED)
+    offset = tl.arange(0, WIDTH)[None, :]
+    x = tl.load(x_ptr + (row.to(tl.int64) * x_stride + start)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
+    if LOG2_BLOCK >= 0:
+        signs = tl.load(signs_ptr + start[:, None] + offset, mask=mask, other=0).to(tl.float32)
+        # Scaled before the sums, so that they overflow no earlier than the result does.
+        x = hadamard(x * (signs * rotation_scale), LOG2_BLOCK)
+    return x, row, group_index, start, mask
+
+
+@triton.jit
+def read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE: tl.constexpr):
+    """The row of the table that each row of x reads, int32."""
+    language = tl.zeros_like(row)
+    if HAS_LANGUAGE:
+        ids = tl.load(language_ptr + (row // inner) % period, mask=row < rows, other=0)
+        language = tl.where((ids >= 0) & (ids < languages), ids, 0).to(tl.int32)
+    return language
+
+
+@triton.jit
+def read_table(table_ptr, language, group_index, mask, stride_language, stride_group):
+    return tl.load(
+        table_ptr + language.to(tl.int64) * stride_language + group_index.to(tl.int64) * stride_group, mask=mask, other=0.0
+    )
+
+
+@triton.jit
+def is_valid_clip(alpha):
+    return (alpha > 0) & (alpha < float("inf"))
+
+
+@triton.jit
+def step_of(alpha, LEVELS: tl.constexpr):
+    """Delta of a clip; 0 for one that is not finite and positive."""
+    return tl.where(is_valid_clip(alpha), alpha * (2.0 / (LEVELS - 1)), 0.0)
+
+
+@triton.jit
+def inverse_step_of(alpha, LEVELS: tl.constexpr):
+    valid = is_valid_clip(alpha)
+    return tl.where(valid, ((LEVELS - 1) / 2.0) / tl.where(valid, alpha, 1.0), 0.0)
+
+
+@triton.jit
+def to_codes(x, inverse_step, LEVELS: tl.constexpr, MIDRISE: tl.constexpr):
+    """int32 codes 0 .. LEVELS - 1. NaN takes LEVELS / 2, as does everything under a clip that is not finite and positive."""
+    half: tl.constexpr = LEVELS // 2
+    scaled = x * inverse_step
+    clamped = tl.minimum(tl.maximum(scaled, -half), half)
+    if MIDRISE:
+        rounded = tl.floor(clamped)
+    else:
+        # 1.5 * 2^23 leaves no bits for a fraction: the sum is rounded to the nearest integer, ties to even.
+        rounded = (clamped + 12582912.0) - 12582912.0
+    rounded = tl.where(scaled == scaled, rounded, 0.0)
+    return tl.minimum(rounded.to(tl.int32) + half, LEVELS - 1)
+
+
+@triton.jit
+def split_pairs(tile, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    """The even and the odd columns of a [PIECES, WIDTH] tile."""
+    return tl.split(tl.reshape(tile, [PIECES, WIDTH // 2, 2]))
+
+
+@triton.jit
+def store_codes(codes_ptr, codes, row, start, mask, row_bytes, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    """Packs int32 codes two to a byte. A byte is written where its low nibble exists; a missing high nibble is 0."""
+    low, high = split_pairs(tl.where(mask, codes, 0), PIECES, WIDTH)
+    exists, _ = split_pairs(mask.to(tl.int8), PIECES, WIDTH)
+    at = (row.to(tl.int64) * row_bytes + start // 2)[:, None] + tl.arange(0, WIDTH // 2)[None, :]
+    tl.store(codes_ptr + at, (low | (high << 4)).to(tl.uint8), mask=exists != 0)
+
+
+@triton.jit
+def power_of_two_below(x):
+    """The largest normal power of two up to x >= 0, and its inverse, both exact float32 (2^-126 for less)."""
+    exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
+    return exponent.to(tl.float32, bitcast=True), ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+
+
+# --- On the host ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How [rows, k] is cut; the field names are those of the kernels' arguments."""
+
+    rows: int
+    group: int
+    width: int
+    per_group: int
+    per_row: int
+    PIECES: int
+    WIDTH: int
+    ALIGNED: bool
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (triton.cdiv(self.rows * self.per_row, self.PIECES),)
+
+    @property
+    def warps(self) -> int:
+        return warps(self.PIECES * self.WIDTH)
+
+
+def warps(elements: int) -> int:
+    """Warps for a tile: 32 elements a thread, up to 16 warps."""
+    return min(max(elements // 1024, 1), 16)
+
+
+def cut(rows: int, k: int, group_size: int, *, block: int = 1, widest: int = 1024) -> Pieces:
+    """Cuts [rows, k] into pieces of at most `widest` elements (or `block`, where a Hadamard block must fit in a tile)."""
+    if rows >= 2**31:
+        raise ValueError(f"x: expected fewer than 2^31 rows, got {rows}")
+    group = min(group_size or k, k)
+    groups = triton.cdiv(k, group)
+    width = min(group, triton.next_power_of_2(max(widest, block)))
+    per_group = triton.cdiv(group, width)
+    padded = max(2, triton.next_power_of_2(width))
+    return Pieces(
+        rows=rows,
+        group=group,
+        width=width,
+        per_group=per_group,
+        per_row=groups * per_group,
+        PIECES=max(1, max(TILE, block) // padded),
+        WIDTH=padded,
+        ALIGNED=padded == width and (group % width == 0 or groups == 1),
+    )
+
+
+def rotation_fits(k: int, group_size: int, block: int, widest: int) -> bool:
+    """Whether the tiles of `cut` consist of whole Hadamard blocks, so that a kernel can rotate what it loads."""
+    group = min(group_size or k, k)
+    if block > MAX_BLOCK or (group > widest and group % block):
+        return False
+    return group % block == 0 or (block % group == 0 and group & (group - 1) == 0)
+
+
+def hadamard_block(k: int, block_size: int) -> int:
+    return block_size or (k & -k)
+
+
+def log2_block(signs: Tensor | None, block: int) -> int:
+    return -1 if signs is None else block.bit_length() - 1
+
+
+def rotation_scale(block: int) -> float:
+    return 1.0 / math.sqrt(block)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as [rows, K] with unit stride along K; a view wherever the strides allow one."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+@dataclass(frozen=True)
+class RowIds:
+    """Language ids as the kernels read them: row r reads ids[(r // inner) % period]."""
+
+    ids: Tensor | None
+    inner: int = 1
+    period: int = 1
+
+    @property
+    def present(self) -> bool:
+        return self.ids is not None
+
+    def expanded(self, rows: int) -> Tensor:
+        """int32 [rows]; only where `present`."""
+        assert self.ids is not None
+        repeated = self.ids.reshape(-1, 1).expand(-1, self.inner).reshape(-1)
+        return repeated.expand(rows // repeated.shape[0], -1).reshape(-1)
+
+
+def row_ids(language: Tensor | None, lead: torch.Size) -> RowIds:
+    """Ids that match the leading dimensions from the left, dimensions of 1 included."""
+    if language is None:
+        return RowIds(None)
+    shape = [*language.shape, *[1] * (len(lead) - language.dim())]
+    last = max((i for i, n in enumerate(shape) if n != 1), default=-1)
+    first = next((i for i, n in enumerate(shape) if n != 1), len(shape))
+    if shape[first : last + 1] != list(lead[first : last + 1]):
+        # A dimension of 1 between others: the pattern has no single period.
+        language = language.reshape(shape).expand([*shape[:first], *lead[first : last + 1], *shape[last + 1 :]])
+    ids = language.reshape(-1)
+    return RowIds(ids, inner=math.prod(lead[last + 1 :]), period=ids.shape[0])
+
+
+def segments(ids: RowIds, rows: int, languages: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Rows by language without a look at the data: the rows in language order (None: they are), int64 [rows], and where each
+    language begins there, int64 [languages + 1]. The sort is stable, so the order of rows within a language is theirs."""
+    if not ids.present:
+        return None, torch.arange(languages + 1, device=device).clamp(max=1) * rows
+    expanded = ids.expanded(rows)
+    valid = torch.where((expanded >= 0) & (expanded < languages), expanded, 0)
+    ordered, order = torch.sort(valid, stable=True)
+    bounds = torch.arange(languages + 1, device=device, dtype=ordered.dtype)
+    return order, torch.searchsorted(ordered, bounds)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device and its current stream; this makes the device that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.is_available() else nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; 132, an H100's, where the kernels are only compiled or interpreted."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132

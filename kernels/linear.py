@@ -1,0 +1,430 @@
+"""`linear`: x times INT4 weights, with 16-bit, INT8 or INT4 activations.
+
+16-bit activations   out = sum over groups of Delta/2 * (x @ (2 code - 15)): the weights enter the tensor cores as small odd
+                     integers, which bfloat16 and float16 hold exactly, and each group's sum is scaled in float32.
+INT8 and INT4        a first kernel rotates and quantizes x to int8 with one step per row and group (clips looked up by
+                     language or measured); then int8 tensor cores, exact integers within a group, scaled in float32.
+                     The mid-rise codebook of 4 bits maps to the odd integers 2 code - 15; that of 8 bits, 2 code - 255,
+                     does not fit in int8 and enters as 2 (code - 128) + 1, the ones as a row sum of the weights.
+
+The loop over K goes by segments that lie within one group of the weights and one of the activations, so any two group sizes
+work. The nibbles of a byte are the weights of an even and an odd column; they are never interleaved. Instead the even and
+the odd columns of x are multiplied apart, from "planar" activations [rows, 2, half] where a first kernel runs anyway.
+
+Weights are the left operand: their nibbles become operands in registers, and a batch is the short side of the tile.
+Few rows leave most of the device idle, so K is split between programs, which write float32 partial sums that a second
+kernel adds in a fixed order: the same bits every time. float32 activations are multiplied in float32, not tf32.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from .common import (
+    MAX_BLOCK,
+    MAX_TILE,
+    RowIds,
+    as_rows,
+    cut,
+    hadamard_block,
+    inverse_step_of,
+    load_pieces,
+    log2_block,
+    multiprocessors,
+    on_device,
+    read_language,
+    read_table,
+    rotation_fits,
+    rotation_scale,
+    row_ids,
+    split_pairs,
+    step_of,
+    to_codes,
+)
+from .quantize_dynamic import measure, quantize_dynamic
+from .rotate import rotated
+
+# --- Activations ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def activations_kernel(
+    x_ptr,  # [rows, K] float32, bfloat16 or float16
+    clip_ptr,  # [languages, groups] float32: clips, or factors on the statistic
+    language_ptr,  # ids int32 [period]
+    signs_ptr,  # [K]
+    planar_ptr,  # [rows, 2, half]: even columns, odd columns; int8 codes, or values in the dtype of x for LEVELS 0
+    steps_ptr,  # [rows, groups] float32
+    rows,
+    K,
+    half,
+    x_stride,
+    group,
+    width,
+    per_group,
+    per_row,
+    groups,
+    clip_stride_language,
+    clip_stride_group,
+    languages,
+    inner,
+    period,
+    rotation_scale,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOG2_BLOCK: tl.constexpr,
+    HAS_LANGUAGE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    MIDRISE: tl.constexpr,
+    STATISTIC: tl.constexpr,
+):
+    x, row, group_index, start, mask = load_pieces(
+        x_ptr,
+        signs_ptr,
+        rows,
+        K,
+        x_stride,
+        group,
+        width,
+        per_group,
+        per_row,
+        rotation_scale,
+        PIECES,
+        WIDTH,
+        ALIGNED,
+        LOG2_BLOCK,
+    )
+    if LEVELS > 0:
+        language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
+        clip = read_table(clip_ptr, language, group_index, row < rows, clip_stride_language, clip_stride_group)
+        if STATISTIC != "static":
+            clip = clip * measure(x, mask, STATISTIC == "rms")
+        codes = to_codes(x, inverse_step_of(clip, LEVELS)[:, None], LEVELS, MIDRISE)
+        step = step_of(clip, LEVELS)
+        if MIDRISE:
+            step = step * 0.5
+        if MIDRISE and LEVELS == 16:
+            codes = 2 * codes - (LEVELS - 1)
+        else:
+            codes = codes - LEVELS // 2
+        # Every piece of a group writes the same step.
+        tl.store(steps_ptr + row.to(tl.int64) * groups + group_index, step, mask=row < rows)
+        even, odd = split_pairs(codes.to(tl.int8), PIECES, WIDTH)
+    else:
+        even, odd = split_pairs(x.to(planar_ptr.dtype.element_ty), PIECES, WIDTH)
+    even_mask, odd_mask = split_pairs(mask.to(tl.int8), PIECES, WIDTH)
+    at = (row.to(tl.int64) * (2 * half) + start // 2)[:, None] + tl.arange(0, WIDTH // 2)[None, :]
+    tl.store(planar_ptr + at, even, mask=even_mask != 0)
+    tl.store(planar_ptr + at + half, odd, mask=odd_mask != 0)
+
+
+def planar_activations(
+    x: Tensor,
+    signs: Tensor | None,
+    block_size: int,
+    bits: int,
+    statistic: str,
+    clip: Tensor | None,
+    ids: RowIds,
+    group_size: int,
+    codebook: str,
+) -> tuple[Tensor, Tensor]:
+    """x [rows, K], rotated and quantized to `bits`, as [rows, 2, half], and its steps float32 [rows, groups]."""
+    rows, k = x.shape[0], int(x.shape[1])
+    group_size = group_size if bits < 16 else 0
+    whole = bits < 16 and statistic != "static"
+    group = min(group_size or k, k)
+    too_long = whole and group > MAX_TILE
+    widest = group if whole and not too_long else 1024
+    dtype = x.dtype
+    block = 1
+    if signs is not None:
+        block = hadamard_block(k, block_size)
+        if too_long or not rotation_fits(k, group_size, block, max(widest, min(block, MAX_BLOCK))):
+            x, signs, block = rotated(x, signs, block, torch.float32), None, 1
+    if too_long and clip is not None:
+        # Measured by another kernel, the clips become a table with an entry per row.
+        language = ids.expanded(rows) if ids.present else None
+        _, clip = quantize_dynamic(x, clip, language, group_size, statistic)
+        ids, statistic = RowIds(torch.arange(rows, dtype=torch.int32, device=x.device), 1, rows), "static"
+    pieces = cut(rows, k, group_size, block=block, widest=widest)
+    groups = triton.cdiv(k, group)
+    # Halves begin at multiples of 16 elements, for 16-byte loads.
+    half = triton.cdiv((k + 1) // 2, 16) * 16
+    planar = torch.empty((rows, 2, half), dtype=torch.int8 if bits < 16 else dtype, device=x.device)
+    steps = torch.empty((rows, groups) if bits < 16 else (0, groups), dtype=torch.float32, device=x.device)
+    table = steps if clip is None else clip
+    wrap_triton(activations_kernel)[pieces.grid](
+        x,
+        table,
+        table if ids.ids is None else ids.ids,
+        table if signs is None else signs.contiguous(),
+        planar,
+        steps,
+        rows,
+        k,
+        half,
+        x.stride(0),
+        pieces.group,
+        pieces.width,
+        pieces.per_group,
+        pieces.per_row,
+        groups,
+        table.stride(0),
+        table.stride(1),
+        table.shape[0],
+        ids.inner,
+        ids.period,
+        rotation_scale(block),
+        PIECES=pieces.PIECES,
+        WIDTH=pieces.WIDTH,
+        ALIGNED=pieces.ALIGNED,
+        LOG2_BLOCK=log2_block(signs, block),
+        HAS_LANGUAGE=ids.present,
+        LEVELS=2**bits if bits < 16 else 0,
+        MIDRISE=codebook == "midrise",
+        STATISTIC=statistic,
+        num_warps=pieces.warps,
+    )
+    return planar, steps
+
+
+# --- The product ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,  # columns of row m: even ones at m * x_stride + j * X_STEP, odd ones x_odd further
+    steps_ptr,  # [M, step_groups] float32, INT8 and INT4 activations only
+    weight_ptr,  # [N, weight_stride] uint8
+    scale_ptr,  # [N, scale_groups] float32 clips of the weights
+    bias_ptr,  # [N]
+    out_ptr,  # [M, N], or [splits, M, N] float32 partial sums
+    M,
+    N,
+    K,
+    x_stride,
+    x_odd,
+    weight_stride,
+    weight_group,
+    scale_groups,
+    step_group,
+    step_groups,
+    unit,
+    width,
+    per_unit,
+    segments,
+    segments_per_split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    X_STEP: tl.constexpr,
+    BITS: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    WEIGHT_MIDRISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """A [BLOCK_N, BLOCK_M] tile of the transposed result over the segments of one split."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0)
+    m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    j = tl.arange(0, WIDTH // 2)
+    x_row = x_ptr + m.to(tl.int64)[None, :] * x_stride
+    weight_row = weight_ptr + n.to(tl.int64)[:, None] * weight_stride
+    scale_row = scale_ptr + n.to(tl.int64) * scale_groups
+    steps_row = steps_ptr + m.to(tl.int64) * step_groups
+
+    total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    last = tl.minimum((split + 1) * segments_per_split, segments)
+    for segment in range(split * segments_per_split, last):
+        first_of_unit = (segment // per_unit) * unit
+        start = first_of_unit + (segment % per_unit) * width
+        end = tl.minimum(tl.minimum(start + width, first_of_unit + unit), K)
+        column = start + 2 * j
+        even, odd = column < end, column + 1 < end
+
+        weight = tl.load(weight_row + (column // 2)[None, :], mask=(n < N)[:, None] & even[None, :], other=0)
+        at = x_row + ((column // 2) * X_STEP)[:, None]
+        x_even = tl.load(at, mask=even[:, None] & (m < M)[None, :], other=0)
+        x_odd_columns = tl.load(at + x_odd, mask=odd[:, None] & (m < M)[None, :], other=0)
+        low, high = (weight & 15).to(tl.int8), (weight >> 4).to(tl.int8)
+        if WEIGHT_MIDRISE:
+            low, high = 2 * low - 15, 2 * high - 15
+        else:
+            low, high = low - 8, high - 8
+
+        if BITS < 16:
+            exact = tl.dot(low, x_even, out_dtype=tl.int32)
+            exact = tl.dot(high, x_odd_columns, exact, out_dtype=tl.int32)
+            if PLUS_ONE:
+                ones = tl.where(even[None, :], low, 0).to(tl.int32) + tl.where(odd[None, :], high, 0).to(tl.int32)
+                exact = 2 * exact + tl.sum(ones, axis=1)[:, None]
+            product = exact.to(tl.float32)
+            steps = tl.load(steps_row + start // step_group, mask=m < M, other=0.0)
+            product = product * steps[None, :]
+        else:
+            dtype: tl.constexpr = x_ptr.dtype.element_ty
+            product = tl.dot(low.to(dtype), x_even, input_precision="ieee")
+            product = tl.dot(high.to(dtype), x_odd_columns, product, input_precision="ieee")
+        scale = step_of(tl.load(scale_row + start // weight_group, mask=n < N, other=0.0), 16)
+        total += product * scale[:, None]
+    if WEIGHT_MIDRISE:
+        total *= 0.5
+
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    at = (split.to(tl.int64) * M + m)[None, :] * N + n[:, None]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def add_splits_kernel(
+    partial_ptr,  # [splits, M * N] float32
+    bias_ptr,  # [N]
+    out_ptr,  # [M * N]
+    elements,
+    N,
+    splits,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < elements
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for split in range(splits):
+        total += tl.load(partial_ptr + split * elements + at, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + at % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def tile_sizes(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N, warps. By reasoning, not by measurement: the batch padded to the tensor cores' least, and few columns
+    for few rows, since there the weights' bytes count and more programs keep more of them in flight."""
+    if dtype == torch.float32:
+        return (16, 32, 4) if rows <= 16 else (32, 32, 4)
+    if rows <= 16:
+        return 16, 64, 4
+    if rows <= 32:
+        return 32, 64, 4
+    if rows <= 128:
+        return 64, 64, 4
+    return 128, 128, 8
+
+
+@triton_op("la_aciq_triton::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    group_size: int = 0,
+    weight_codebook: str = "midrise",
+    signs: Tensor | None = None,
+    block_size: int = 0,
+    activation_bits: int = 16,
+    activation_clip: str = "static",
+    clip: Tensor | None = None,
+    language: Tensor | None = None,
+    activation_group_size: int = 0,
+    activation_codebook: str = "midrise",
+) -> Tensor:
+    """See la_aciq.linear; the arguments are those of the schema in csrc/ops.cpp (triton_op has no keyword-only tensors)."""
+    k = int(x.shape[-1])
+    columns = weight.shape[0]
+    flat = as_rows(x)
+    rows = flat.shape[0]
+    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    result = out.reshape(*x.shape[:-1], columns)
+    if rows == 0 or columns == 0:
+        return result
+    weight, weight_scale = as_rows(weight), weight_scale.contiguous()
+    step_group = min(activation_group_size or k, k) if activation_bits < 16 else k
+    weight_group = min(group_size or k, k)
+    block_m, block_n, num_warps = tile_sizes(rows, x.dtype)
+    with on_device(x):
+        if activation_bits < 16 or signs is not None or rows > 128:
+            planar, steps = planar_activations(
+                flat,
+                signs,
+                block_size,
+                activation_bits,
+                activation_clip,
+                clip,
+                row_ids(language, x.shape[:-1]),
+                activation_group_size,
+                activation_codebook,
+            )
+            operand, x_stride, x_odd, x_step = planar, planar.stride(0), planar.shape[2], 1
+        else:
+            operand, steps, x_stride, x_odd, x_step = flat, weight_scale, flat.stride(0), 1, 2
+
+        # Segments of K: within a unit, which both group sizes are multiples of, at most 128 wide.
+        unit = math.gcd(weight_group, step_group) if k not in (weight_group, step_group) else min(weight_group, step_group)
+        width = min(unit, 128 if unit % 128 == 0 or unit == k else 64)
+        per_unit = triton.cdiv(unit, width)
+        segments = triton.cdiv(k, unit) * per_unit
+        tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+        splits = 1
+        if rows <= 64:
+            splits = max(1, min(segments // 4, 2 * multiprocessors(x.device) // tiles))
+        segments_per_split = triton.cdiv(segments, splits)
+        splits = triton.cdiv(segments, segments_per_split)
+        target = out
+        if splits > 1:
+            target = torch.empty((splits, rows, columns), dtype=torch.float32, device=x.device)
+        wrap_triton(linear_kernel)[(tiles, splits)](
+            operand,
+            steps,
+            weight,
+            weight_scale,
+            out if bias is None else bias,
+            target,
+            rows,
+            columns,
+            k,
+            x_stride,
+            x_odd,
+            weight.stride(0),
+            weight_group,
+            weight_scale.shape[1],
+            step_group,
+            steps.shape[1],
+            unit,
+            width,
+            per_unit,
+            segments,
+            segments_per_split,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            # The tensor cores take 32 int8 or 16 16-bit columns at a time, of the even and of the odd ones.
+            WIDTH=max(64 if activation_bits < 16 else 32, triton.next_power_of_2(width)),
+            X_STEP=x_step,
+            BITS=activation_bits,
+            PLUS_ONE=activation_bits == 8 and activation_codebook == "midrise",
+            WEIGHT_MIDRISE=weight_codebook == "midrise",
+            HAS_BIAS=bias is not None and splits == 1,
+            num_warps=num_warps,
+            num_stages=3,
+        )
+        if splits > 1:
+            elements = rows * columns
+            wrap_triton(add_splits_kernel)[(triton.cdiv(elements, 512),)](
+                target,
+                out if bias is None else bias,
+                out,
+                elements,
+                columns,
+                splits,
+                HAS_BIAS=bias is not None,
+                BLOCK=512,
+                num_warps=4,
+            )
+    return result

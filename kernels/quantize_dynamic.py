@@ -1,0 +1,225 @@
+"""`quantize_dynamic`: INT4 codes under clips measured on x itself, alpha = shape[language, group] * rms or absmax of the group.
+
+A program holds whole groups on chip (up to 32768 elements): rotation, statistic, codes, and the scale come from one read of x.
+Longer groups are read twice, the second time from the L2 cache if it is large enough.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from .common import (
+    MAX_TILE,
+    as_rows,
+    cut,
+    hadamard_block,
+    inverse_step_of,
+    load_pieces,
+    log2_block,
+    on_device,
+    power_of_two_below,
+    read_language,
+    read_table,
+    rotation_fits,
+    rotation_scale,
+    row_ids,
+    store_codes,
+    to_codes,
+)
+from .rotate import rotated
+
+CHUNK = 8192
+
+
+@triton.jit
+def measure(x, mask, RMS: tl.constexpr):
+    """rms or absmax of the finite elements of each row of a tile, 0 where there are none."""
+    finite = mask & (tl.abs(x) < float("inf"))
+    size = tl.where(finite, tl.abs(x), 0.0)
+    largest = tl.max(size, axis=1)
+    if not RMS:
+        return largest
+    # Squares relative to the largest element neither overflow nor vanish.
+    unit, inverse = power_of_two_below(largest)
+    relative = size * inverse[:, None]
+    count = tl.sum(finite.to(tl.float32), axis=1)
+    return tl.sqrt(tl.sum(relative * relative, axis=1) / tl.maximum(count, 1.0)) * unit
+
+
+@triton.jit
+def quantize_dynamic_kernel(
+    x_ptr,  # [rows, K] float32, bfloat16 or float16
+    shape_ptr,  # [languages, groups] float32
+    language_ptr,  # ids int32 [period]
+    signs_ptr,  # [K]
+    codes_ptr,  # [rows, row_bytes] uint8
+    scales_ptr,  # [rows, groups] float32
+    rows,
+    K,
+    row_bytes,
+    x_stride,
+    group,
+    groups,
+    shape_stride_language,
+    shape_stride_group,
+    languages,
+    inner,
+    period,
+    rotation_scale,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOG2_BLOCK: tl.constexpr,
+    HAS_LANGUAGE: tl.constexpr,
+    MIDRISE: tl.constexpr,
+    RMS: tl.constexpr,
+):
+    x, row, group_index, start, mask = load_pieces(
+        x_ptr, signs_ptr, rows, K, x_stride, group, group, 1, groups, rotation_scale, PIECES, WIDTH, ALIGNED, LOG2_BLOCK
+    )
+    language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
+    factor = read_table(shape_ptr, language, group_index, row < rows, shape_stride_language, shape_stride_group)
+    clip = factor * measure(x, mask, RMS)
+    tl.store(scales_ptr + row.to(tl.int64) * groups + group_index, clip, mask=row < rows)
+    codes = to_codes(x, inverse_step_of(clip, 16)[:, None], 16, MIDRISE)
+    store_codes(codes_ptr, codes, row, start, mask, row_bytes, PIECES, WIDTH)
+
+
+@triton.jit
+def quantize_dynamic_long_kernel(
+    x_ptr,  # [rows, K]; the arguments are those of quantize_dynamic_kernel
+    shape_ptr,
+    language_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    K,
+    row_bytes,
+    x_stride,
+    group,
+    groups,
+    shape_stride_language,
+    shape_stride_group,
+    languages,
+    inner,
+    period,
+    CHUNK: tl.constexpr,
+    HAS_LANGUAGE: tl.constexpr,
+    MIDRISE: tl.constexpr,
+    RMS: tl.constexpr,
+):
+    """One group of any length per program, in chunks."""
+    piece = tl.program_id(0).to(tl.int64)
+    row = (piece // groups).to(tl.int32) + tl.arange(0, 1)
+    group_index = (piece % groups).to(tl.int32) + tl.arange(0, 1)
+    first = (piece % groups) * group
+    end = tl.minimum(first + group, K)
+    base = x_ptr + (piece // groups) * x_stride
+    offset = tl.arange(0, CHUNK)[None, :]
+    total = tl.zeros([1, CHUNK], dtype=tl.float64)
+    count = tl.zeros([1, CHUNK], dtype=tl.int32)
+    largest = tl.zeros([1, CHUNK], dtype=tl.float32)
+    for start in range(first, end, CHUNK):
+        x = tl.load(base + start + offset, mask=offset < end - start, other=0.0).to(tl.float32)
+        finite = (offset < end - start) & (tl.abs(x) < float("inf"))
+        size = tl.where(finite, tl.abs(x), 0.0)
+        largest = tl.maximum(largest, size)
+        total += size.to(tl.float64) * size.to(tl.float64)
+        count += finite.to(tl.int32)
+    if RMS:
+        measured = tl.sqrt(tl.sum(total, axis=1) / tl.maximum(tl.sum(count, axis=1), 1).to(tl.float64)).to(tl.float32)
+    else:
+        measured = tl.max(largest, axis=1)
+    language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
+    clip = measured * read_table(
+        shape_ptr, language, group_index, row < rows, shape_stride_language, shape_stride_group
+    )
+    tl.store(scales_ptr + piece + tl.arange(0, 1), clip)
+    inverse_step = inverse_step_of(clip, 16)[:, None]
+    for start in range(first, end, CHUNK):
+        mask = offset < end - start
+        x = tl.load(base + start + offset, mask=mask, other=0.0).to(tl.float32)
+        codes = to_codes(x, inverse_step, 16, MIDRISE)
+        store_codes(codes_ptr, codes, row, start + tl.zeros([1], dtype=tl.int64), mask, row_bytes, 1, CHUNK)
+
+
+@triton_op("la_aciq_triton::quantize_dynamic", mutates_args=())
+def quantize_dynamic(
+    x: Tensor,
+    shape: Tensor,
+    language: Tensor | None = None,
+    group_size: int = 0,
+    statistic: str = "rms",
+    codebook: str = "midrise",
+    signs: Tensor | None = None,
+    block_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """See la_aciq.quantize_dynamic; the arguments are those of the schema in csrc/ops.cpp."""
+    k = int(x.shape[-1])
+    languages, groups = shape.shape
+    row_bytes = (k + 1) // 2
+    flat = as_rows(x)
+    rows = flat.shape[0]
+    codes = torch.empty((rows, row_bytes), dtype=torch.uint8, device=x.device)
+    scales = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
+    out = codes.reshape(*x.shape[:-1], row_bytes), scales.reshape(*x.shape[:-1], groups)
+    if rows == 0:
+        return out
+    block = 1
+    if signs is not None:
+        block = hadamard_block(k, block_size)
+        if (group_size or k) > MAX_TILE or not rotation_fits(k, group_size, block, MAX_TILE):
+            flat, signs, block = rotated(flat, signs, block, torch.float32), None, 1
+    pieces = cut(rows, k, group_size, block=block, widest=group_size or k)
+    ids = row_ids(language, x.shape[:-1])
+    numbers = (
+        rows,
+        k,
+        row_bytes,
+        flat.stride(0),
+        pieces.group,
+        groups,
+        shape.stride(0),
+        shape.stride(1),
+        languages,
+        ids.inner,
+        ids.period,
+    )
+    language_ids = shape if ids.ids is None else ids.ids
+    with on_device(x):
+        if pieces.WIDTH > MAX_TILE:
+            wrap_triton(quantize_dynamic_long_kernel)[(rows * groups,)](
+                flat,
+                shape,
+                language_ids,
+                codes,
+                scales,
+                *numbers,
+                CHUNK=CHUNK,
+                HAS_LANGUAGE=ids.present,
+                MIDRISE=codebook == "midrise",
+                RMS=statistic == "rms",
+                num_warps=8,
+            )
+        else:
+            wrap_triton(quantize_dynamic_kernel)[pieces.grid](
+                flat,
+                shape,
+                language_ids,
+                shape if signs is None else signs.contiguous(),
+                codes,
+                scales,
+                *numbers,
+                rotation_scale(block),
+                PIECES=pieces.PIECES,
+                WIDTH=pieces.WIDTH,
+                ALIGNED=pieces.ALIGNED,
+                LOG2_BLOCK=log2_block(signs, block),
+                HAS_LANGUAGE=ids.present,
+                MIDRISE=codebook == "midrise",
+                RMS=statistic == "rms",
+                num_warps=pieces.warps,
+            )
+    return out
