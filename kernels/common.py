@@ -24,9 +24,8 @@ from torch import Tensor
 
 # Elements a program holds. 4096 are 32 per thread of 4 warps: several 16-byte loads of 16-bit data in flight per thread.
 TILE = 4096
-# The widest tile a program holds, and the largest Hadamard block transformed within one.
-MAX_TILE = 32768
-MAX_BLOCK = 16384
+# The widest tile a program holds without spilling registers, also the largest Hadamard block transformed within one.
+MAX_TILE = 16384
 
 # --- On the device ----------------------------------------------------------------------------------------------------
 
@@ -45,26 +44,33 @@ def locate_pieces(group, width, per_group, per_row, PIECES: tl.constexpr):
 
 
 @triton.jit
-def mask_pieces(row, group_index, start, rows, K, group, width, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
-    """Which elements of a [PIECES, WIDTH] tile exist. ALIGNED: WIDTH = width, and pieces end where their groups do."""
+def mask_pieces(row, group_index, start, rows, K, group, width, WIDTH: tl.constexpr, FIT: tl.constexpr):
+    """Which elements of a [PIECES, WIDTH] tile exist. FIT: see Pieces."""
     offset = tl.arange(0, WIDTH)[None, :]
-    mask = (row < rows)[:, None] & (offset < (K - start)[:, None])
-    if not ALIGNED:
+    if FIT == 2:
+        mask = tl.full([row.shape[0], WIDTH], True, tl.int1)
+    else:
+        mask = (row < rows)[:, None] & (offset < (K - start)[:, None])
+    if FIT == 0:
         left = tl.minimum((group_index + 1).to(tl.int64) * group - start, width)
         mask = mask & (offset < left[:, None])
     return mask
 
 
 @triton.jit
+def butterfly(x, HALF: tl.constexpr):
+    """One stage of the transform on a vector: (a, b) -> (a + b, a - b) for elements HALF apart."""
+    pairs = tl.permute(tl.reshape(x, [x.numel // (2 * HALF), 2, HALF]), [0, 2, 1])
+    first, second = tl.split(pairs)
+    return tl.reshape(tl.permute(tl.join(first + second, first - second), [0, 2, 1]), [x.numel])
+
+
+@triton.jit
 def hadamard(x, LOG2_BLOCK: tl.constexpr):
     """H_b on each run of b = 2^LOG2_BLOCK elements of a tile in row-major order, unscaled, in Sylvester's order."""
-    size: tl.constexpr = x.numel
-    y = tl.reshape(x, [size])
+    y = tl.reshape(x, [x.numel])
     for stage in tl.static_range(LOG2_BLOCK):
-        half: tl.constexpr = 1 << stage
-        pairs = tl.permute(tl.reshape(y, [size // (2 * half), 2, half]), [0, 2, 1])
-        even, odd = tl.split(pairs)
-        y = tl.reshape(tl.permute(tl.join(even + odd, even - odd), [0, 2, 1]), [size])
+        y = butterfly(y, 1 << stage)
     return tl.reshape(y, x.shape)
 
 
@@ -82,12 +88,12 @@ def load_pieces(
     rotation_scale,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FIT: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
 ):
     """This program's tile of x as float32, rotated unless LOG2_BLOCK is negative, and where it lies."""
     row, group_index, start = locate_pieces(group, width, per_group, per_row, PIECES)
-    mask = mask_pieces(row, group_index, start, rows, K, group, width, WIDTH, ALIGNED)
+    mask = mask_pieces(row, group_index, start, rows, K, group, width, WIDTH, FIT)
     offset = tl.arange(0, WIDTH)[None, :]
     x = tl.load(x_ptr + (row.to(tl.int64) * x_stride + start)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
     if LOG2_BLOCK >= 0:
@@ -110,7 +116,9 @@ def read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAG
 @triton.jit
 def read_table(table_ptr, language, group_index, mask, stride_language, stride_group):
     return tl.load(
-        table_ptr + language.to(tl.int64) * stride_language + group_index.to(tl.int64) * stride_group, mask=mask, other=0.0
+        table_ptr + language.to(tl.int64) * stride_language + group_index.to(tl.int64) * stride_group,
+        mask=mask,
+        other=0.0,
     )
 
 
@@ -174,7 +182,11 @@ def power_of_two_below(x):
 
 @dataclass(frozen=True)
 class Pieces:
-    """How [rows, k] is cut; the field names are those of the kernels' arguments."""
+    """How [rows, k] is cut; the field names are those of the kernels' arguments.
+
+    FIT says how much a kernel must mask. 2: nothing, tiles cover the matrix exactly. 1: pieces are as wide as the tile and
+    end where their groups do, so rows and columns beyond the matrix. 0: what lies beyond the piece and its group, too.
+    """
 
     rows: int
     group: int
@@ -183,47 +195,49 @@ class Pieces:
     per_row: int
     PIECES: int
     WIDTH: int
-    ALIGNED: bool
+    FIT: int
+    warps: int
 
     @property
     def grid(self) -> tuple[int]:
         return (triton.cdiv(self.rows * self.per_row, self.PIECES),)
 
-    @property
-    def warps(self) -> int:
-        return warps(self.PIECES * self.WIDTH)
+
+def warps(elements: int, per_thread: int = 32) -> int:
+    """Warps for a tile, up to 16."""
+    return min(max(elements // (32 * per_thread), 1), 16)
 
 
-def warps(elements: int) -> int:
-    """Warps for a tile: 32 elements a thread, up to 16 warps."""
-    return min(max(elements // 1024, 1), 16)
-
-
-def cut(rows: int, k: int, group_size: int, *, block: int = 1, widest: int = 1024) -> Pieces:
-    """Cuts [rows, k] into pieces of at most `widest` elements (or `block`, where a Hadamard block must fit in a tile)."""
+def cut(rows: int, k: int, group_size: int, *, block: int = 0, widest: int = 1024) -> Pieces:
+    """Cuts [rows, k] into pieces of at most `widest` elements, or `block`, the Hadamard block that must fit in a tile (0: none)."""
     if rows >= 2**31:
         raise ValueError(f"x: expected fewer than 2^31 rows, got {rows}")
     group = min(group_size or k, k)
     groups = triton.cdiv(k, group)
     width = min(group, triton.next_power_of_2(max(widest, block)))
     per_group = triton.cdiv(group, width)
+    per_row = groups * per_group
     padded = max(2, triton.next_power_of_2(width))
+    aligned = padded == width and (group % width == 0 or groups == 1)
+    # Addresses of misaligned pieces take a register pair per element.
+    pieces = max(1, max(TILE if aligned else TILE // 4, block) // padded)
     return Pieces(
         rows=rows,
         group=group,
         width=width,
         per_group=per_group,
-        per_row=groups * per_group,
-        PIECES=max(1, max(TILE, block) // padded),
+        per_row=per_row,
+        PIECES=pieces,
         WIDTH=padded,
-        ALIGNED=padded == width and (group % width == 0 or groups == 1),
+        FIT=2 if aligned and k % width == 0 and rows * per_row % pieces == 0 else int(aligned),
+        warps=warps(pieces * padded, 16 if block else 32),
     )
 
 
 def rotation_fits(k: int, group_size: int, block: int, widest: int) -> bool:
     """Whether the tiles of `cut` consist of whole Hadamard blocks, so that a kernel can rotate what it loads."""
     group = min(group_size or k, k)
-    if block > MAX_BLOCK or (group > widest and group % block):
+    if block > MAX_TILE or (group > widest and group % block):
         return False
     return group % block == 0 or (block % group == 0 and group & (group - 1) == 0)
 
@@ -232,12 +246,13 @@ def hadamard_block(k: int, block_size: int) -> int:
     return block_size or (k & -k)
 
 
-def log2_block(signs: Tensor | None, block: int) -> int:
-    return -1 if signs is None else block.bit_length() - 1
+def log2_block(block: int) -> int:
+    """What the kernels take for a block: -1 for 0, no rotation."""
+    return block.bit_length() - 1
 
 
 def rotation_scale(block: int) -> float:
-    return 1.0 / math.sqrt(block)
+    return 1.0 / math.sqrt(max(block, 1))
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -39,13 +39,13 @@ def dequantize_kernel(
     period,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FIT: tl.constexpr,
     HAS_LANGUAGE: tl.constexpr,
     PER_ROW: tl.constexpr,
     MIDRISE: tl.constexpr,
 ):
     row, group_index, start = locate_pieces(group, width, per_group, per_row, PIECES)
-    mask = mask_pieces(row, group_index, start, rows, K, group, width, WIDTH, ALIGNED)
+    mask = mask_pieces(row, group_index, start, rows, K, group, width, WIDTH, FIT)
     half = tl.arange(0, WIDTH // 2)[None, :]
     pairs = tl.load(
         codes_ptr + (row.to(tl.int64) * codes_stride + start // 2)[:, None] + half,
@@ -106,7 +106,7 @@ def dequantize(
             ids.period,
             PIECES=pieces.PIECES,
             WIDTH=pieces.WIDTH,
-            ALIGNED=pieces.ALIGNED,
+            FIT=pieces.FIT,
             HAS_LANGUAGE=ids.present,
             PER_ROW=per_row,
             MIDRISE=codebook == "midrise",

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .common import (
-    MAX_BLOCK,
     MAX_TILE,
     RowIds,
     as_rows,
@@ -76,7 +75,7 @@ def activations_kernel(
     rotation_scale,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FIT: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
     HAS_LANGUAGE: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -96,7 +95,7 @@ def activations_kernel(
         rotation_scale,
         PIECES,
         WIDTH,
-        ALIGNED,
+        FIT,
         LOG2_BLOCK,
     )
     if LEVELS > 0:
@@ -142,11 +141,11 @@ def planar_activations(
     too_long = whole and group > MAX_TILE
     widest = group if whole and not too_long else 1024
     dtype = x.dtype
-    block = 1
+    block = 0
     if signs is not None:
         block = hadamard_block(k, block_size)
-        if too_long or not rotation_fits(k, group_size, block, max(widest, min(block, MAX_BLOCK))):
-            x, signs, block = rotated(x, signs, block, torch.float32), None, 1
+        if too_long or not rotation_fits(k, group_size, block, max(widest, min(block, MAX_TILE))):
+            x, signs, block = rotated(x, signs, block, torch.float32), None, 0
     if too_long and clip is not None:
         # Measured by another kernel, the clips become a table with an entry per row.
         language = ids.expanded(rows) if ids.present else None
@@ -183,8 +182,8 @@ def planar_activations(
         rotation_scale(block),
         PIECES=pieces.PIECES,
         WIDTH=pieces.WIDTH,
-        ALIGNED=pieces.ALIGNED,
-        LOG2_BLOCK=log2_block(signs, block),
+        FIT=pieces.FIT,
+        LOG2_BLOCK=log2_block(block),
         HAS_LANGUAGE=ids.present,
         LEVELS=2**bits if bits < 16 else 0,
         MIDRISE=codebook == "midrise",
@@ -199,7 +198,7 @@ def planar_activations(
 
 @triton.jit
 def linear_kernel(
-    x_ptr,  # columns of row m: even ones at m * x_stride + j * X_STEP, odd ones x_odd further
+    x_ptr,  # PLANAR: [M, 2, x_half], else [M, K] with rows x_stride apart
     steps_ptr,  # [M, step_groups] float32, INT8 and INT4 activations only
     weight_ptr,  # [N, weight_stride] uint8
     scale_ptr,  # [N, scale_groups] float32 clips of the weights
@@ -209,51 +208,64 @@ def linear_kernel(
     N,
     K,
     x_stride,
-    x_odd,
+    x_half,
     weight_stride,
     weight_group,
     scale_groups,
     step_group,
     step_groups,
-    unit,
-    width,
+    half_unit,  # columns count in pairs: the even and the odd one of a byte of weights
+    half_width,
     per_unit,
     segments,
     segments_per_split,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    X_STEP: tl.constexpr,
+    HALF: tl.constexpr,
+    EXACT: tl.constexpr,
+    PLANAR: tl.constexpr,
     BITS: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     WEIGHT_MIDRISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """A [BLOCK_N, BLOCK_M] tile of the transposed result over the segments of one split."""
+    """A [BLOCK_N, BLOCK_M] tile of the transposed result over the segments of one split. EXACT: every segment has 2 HALF columns."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    j = tl.arange(0, WIDTH // 2)
-    x_row = x_ptr + m.to(tl.int64)[None, :] * x_stride
-    weight_row = weight_ptr + n.to(tl.int64)[:, None] * weight_stride
+    j = tl.arange(0, HALF)
+    m_exists, n_exists = m < M, n < N
+    x_row = x_ptr + m.to(tl.int64) * x_stride
+    weights = weight_ptr + (n.to(tl.int64) * weight_stride)[:, None] + j[None, :]
     scale_row = scale_ptr + n.to(tl.int64) * scale_groups
     steps_row = steps_ptr + m.to(tl.int64) * step_groups
 
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     last = tl.minimum((split + 1) * segments_per_split, segments)
     for segment in range(split * segments_per_split, last):
-        first_of_unit = (segment // per_unit) * unit
-        start = first_of_unit + (segment % per_unit) * width
-        end = tl.minimum(tl.minimum(start + width, first_of_unit + unit), K)
-        column = start + 2 * j
-        even, odd = column < end, column + 1 < end
+        unit = segment // per_unit
+        pair = unit * half_unit + (segment % per_unit) * half_width
+        column = 2 * pair
+        even, odd = j < HALF, j < HALF
+        if not EXACT:
+            end = tl.minimum(pair + half_width, (unit + 1) * half_unit)
+            even, odd = pair + j < tl.minimum(end, (K + 1) // 2), pair + j < tl.minimum(end, K // 2)
 
-        weight = tl.load(weight_row + (column // 2)[None, :], mask=(n < N)[:, None] & even[None, :], other=0)
-        at = x_row + ((column // 2) * X_STEP)[:, None]
-        x_even = tl.load(at, mask=even[:, None] & (m < M)[None, :], other=0)
-        x_odd_columns = tl.load(at + x_odd, mask=odd[:, None] & (m < M)[None, :], other=0)
+        weight = tl.load(weights + pair, mask=n_exists[:, None] & even[None, :], other=0)
+        if PLANAR:
+            at = x_row[None, :] + (pair + j)[:, None]
+            x_even = tl.load(at, mask=even[:, None] & m_exists[None, :], other=0)
+            x_odd = tl.load(at + x_half, mask=odd[:, None] & m_exists[None, :], other=0)
+        else:
+            i = tl.arange(0, 2 * HALF)
+            exists = i < 2 * HALF
+            if not EXACT:
+                exists = i < tl.minimum(2 * end, K) - column
+            x = tl.load(x_row[:, None] + (column + i)[None, :], mask=m_exists[:, None] & exists[None, :], other=0)
+            x_even, x_odd = split_pairs(x, BLOCK_M, 2 * HALF)
+            x_even, x_odd = tl.trans(x_even), tl.trans(x_odd)
         low, high = (weight & 15).to(tl.int8), (weight >> 4).to(tl.int8)
         if WEIGHT_MIDRISE:
             low, high = 2 * low - 15, 2 * high - 15
@@ -262,26 +274,25 @@ def linear_kernel(
 
         if BITS < 16:
             exact = tl.dot(low, x_even, out_dtype=tl.int32)
-            exact = tl.dot(high, x_odd_columns, exact, out_dtype=tl.int32)
+            exact = tl.dot(high, x_odd, exact, out_dtype=tl.int32)
             if PLUS_ONE:
                 ones = tl.where(even[None, :], low, 0).to(tl.int32) + tl.where(odd[None, :], high, 0).to(tl.int32)
                 exact = 2 * exact + tl.sum(ones, axis=1)[:, None]
-            product = exact.to(tl.float32)
-            steps = tl.load(steps_row + start // step_group, mask=m < M, other=0.0)
-            product = product * steps[None, :]
+            steps = tl.load(steps_row + column // step_group, mask=m_exists, other=0.0)
+            product = exact.to(tl.float32) * steps[None, :]
         else:
             dtype: tl.constexpr = x_ptr.dtype.element_ty
             product = tl.dot(low.to(dtype), x_even, input_precision="ieee")
-            product = tl.dot(high.to(dtype), x_odd_columns, product, input_precision="ieee")
-        scale = step_of(tl.load(scale_row + start // weight_group, mask=n < N, other=0.0), 16)
+            product = tl.dot(high.to(dtype), x_odd, product, input_precision="ieee")
+        scale = step_of(tl.load(scale_row + column // weight_group, mask=n_exists, other=0.0), 16)
         total += product * scale[:, None]
     if WEIGHT_MIDRISE:
         total *= 0.5
 
     if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        total += tl.load(bias_ptr + n, mask=n_exists, other=0.0).to(tl.float32)[:, None]
     at = (split.to(tl.int64) * M + m)[None, :] * N + n[:, None]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=n_exists[:, None] & m_exists[None, :])
 
 
 @triton.jit
@@ -305,10 +316,11 @@ def add_splits_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def tile_sizes(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def tile_sizes(rows: int, dtype: torch.dtype, bits: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N, warps. By reasoning, not by measurement: the batch padded to the tensor cores' least, and few columns
-    for few rows, since there the weights' bytes count and more programs keep more of them in flight."""
-    if dtype == torch.float32:
+    for few rows, since there the weights' bytes count and more programs keep more of them in flight. Integers need a second
+    accumulator, which must fit in registers too."""
+    if dtype == torch.float32 and bits == 16:
         return (16, 32, 4) if rows <= 16 else (32, 32, 4)
     if rows <= 16:
         return 16, 64, 4
@@ -316,7 +328,7 @@ def tile_sizes(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
         return 32, 64, 4
     if rows <= 128:
         return 64, 64, 4
-    return 128, 128, 8
+    return (128, 128, 8) if bits == 16 else (64, 128, 8)
 
 
 @triton_op("la_aciq_triton::linear", mutates_args=())
@@ -348,7 +360,7 @@ def linear(
     weight, weight_scale = as_rows(weight), weight_scale.contiguous()
     step_group = min(activation_group_size or k, k) if activation_bits < 16 else k
     weight_group = min(group_size or k, k)
-    block_m, block_n, num_warps = tile_sizes(rows, x.dtype)
+    block_m, block_n, num_warps = tile_sizes(rows, x.dtype, activation_bits)
     with on_device(x):
         if activation_bits < 16 or signs is not None or rows > 128:
             planar, steps = planar_activations(
@@ -362,19 +374,23 @@ def linear(
                 activation_group_size,
                 activation_codebook,
             )
-            operand, x_stride, x_odd, x_step = planar, planar.stride(0), planar.shape[2], 1
+            operand, x_half, is_planar = planar, planar.shape[2], True
         else:
-            operand, steps, x_stride, x_odd, x_step = flat, weight_scale, flat.stride(0), 1, 2
+            operand, steps, x_half, is_planar = flat, weight_scale, 0, False
 
         # Segments of K: within a unit, which both group sizes are multiples of, at most 128 wide.
-        unit = math.gcd(weight_group, step_group) if k not in (weight_group, step_group) else min(weight_group, step_group)
+        unit = (
+            math.gcd(weight_group, step_group) if k not in (weight_group, step_group) else min(weight_group, step_group)
+        )
         width = min(unit, 128 if unit % 128 == 0 or unit == k else 64)
+        # The tensor cores take 32 int8 or 16 16-bit columns at a time, of the even and of the odd ones.
+        half = max(32 if activation_bits < 16 else 16, triton.next_power_of_2(width) // 2)
         per_unit = triton.cdiv(unit, width)
         segments = triton.cdiv(k, unit) * per_unit
         tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
         splits = 1
         if rows <= 64:
-            splits = max(1, min(segments // 4, 2 * multiprocessors(x.device) // tiles))
+            splits = max(1, min(segments // 4, 4 * multiprocessors(x.device) // tiles))
         segments_per_split = triton.cdiv(segments, splits)
         splits = triton.cdiv(segments, segments_per_split)
         target = out
@@ -390,23 +406,23 @@ def linear(
             rows,
             columns,
             k,
-            x_stride,
-            x_odd,
+            operand.stride(0),
+            x_half,
             weight.stride(0),
             weight_group,
             weight_scale.shape[1],
             step_group,
             steps.shape[1],
-            unit,
-            width,
+            triton.cdiv(unit, 2),
+            triton.cdiv(width, 2),
             per_unit,
             segments,
             segments_per_split,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            # The tensor cores take 32 int8 or 16 16-bit columns at a time, of the even and of the odd ones.
-            WIDTH=max(64 if activation_bits < 16 else 32, triton.next_power_of_2(width)),
-            X_STEP=x_step,
+            HALF=half,
+            EXACT=width == 2 * half and unit % width == 0 and k % unit == 0,
+            PLANAR=is_planar,
             BITS=activation_bits,
             PLUS_ONE=activation_bits == 8 and activation_codebook == "midrise",
             WEIGHT_MIDRISE=weight_codebook == "midrise",

@@ -53,13 +53,13 @@ def moments_kernel(
     period,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FIT: tl.constexpr,
     HAS_LANGUAGE: tl.constexpr,
     HISTOGRAM: tl.constexpr,
     REPLICAS: tl.constexpr,
 ):
     span, group, start = locate_pieces(length, width, per_span, per_span, PIECES)
-    mask = mask_pieces(span, group, start, spans, length, length, width, WIDTH, ALIGNED)
+    mask = mask_pieces(span, group, start, spans, length, length, width, WIDTH, FIT)
     at = (span.to(tl.int64) * x_stride + start)[:, None] + tl.arange(0, WIDTH)[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if x.dtype != tl.float64:
@@ -256,7 +256,7 @@ def moments(
             ids.period,
             PIECES=pieces.PIECES,
             WIDTH=pieces.WIDTH,
-            ALIGNED=pieces.ALIGNED,
+            FIT=pieces.FIT,
             HAS_LANGUAGE=ids.present,
             HISTOGRAM=histogram,
             REPLICAS=replicas,

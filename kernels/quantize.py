@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .common import (
-    MAX_BLOCK,
+    MAX_TILE,
     RowIds,
     as_rows,
     cut,
@@ -59,7 +59,7 @@ def quantize_kernel(
     rotation_scale,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FIT: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
     HAS_LANGUAGE: tl.constexpr,
     MIDRISE: tl.constexpr,
@@ -78,7 +78,7 @@ def quantize_kernel(
         rotation_scale,
         PIECES,
         WIDTH,
-        ALIGNED,
+        FIT,
         LOG2_BLOCK,
     )
     language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
@@ -182,16 +182,14 @@ def quantize(
     out = codes.reshape(*x.shape[:-1], row_bytes)
     if rows == 0:
         return out, torch.zeros((languages if tail_sums else 0, groups, 4), dtype=torch.float64, device=x.device)
-    block = 1
+    block = 0
     if signs is not None:
         block = hadamard_block(k, block_size)
-        if not rotation_fits(k, group_size, block, max(WIDEST, min(block, MAX_BLOCK))):
-            flat, signs, block = rotated(flat, signs, block, torch.float32), None, 1
+        if not rotation_fits(k, group_size, block, max(WIDEST, min(block, MAX_TILE))):
+            flat, signs, block = rotated(flat, signs, block, torch.float32), None, 0
     pieces = cut(rows, k, group_size, block=block, widest=WIDEST)
     ids = row_ids(language, x.shape[:-1])
-    tail = torch.empty(
-        (rows, groups, pieces.per_group, 3) if tail_sums else (0,), dtype=torch.float32, device=x.device
-    )
+    tail = torch.empty((rows, groups, pieces.per_group, 3) if tail_sums else (0,), dtype=torch.float32, device=x.device)
     with on_device(x):
         wrap_triton(quantize_kernel)[pieces.grid](
             flat,
@@ -216,8 +214,8 @@ def quantize(
             rotation_scale(block),
             PIECES=pieces.PIECES,
             WIDTH=pieces.WIDTH,
-            ALIGNED=pieces.ALIGNED,
-            LOG2_BLOCK=log2_block(signs, block),
+            FIT=pieces.FIT,
+            LOG2_BLOCK=log2_block(block),
             HAS_LANGUAGE=ids.present,
             MIDRISE=codebook == "midrise",
             TAIL=tail_sums,

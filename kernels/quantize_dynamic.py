@@ -1,7 +1,7 @@
 """`quantize_dynamic`: INT4 codes under clips measured on x itself, alpha = shape[language, group] * rms or absmax of the group.
 
-A program holds whole groups on chip (up to 32768 elements): rotation, statistic, codes, and the scale come from one read of x.
-Longer groups are read twice, the second time from the L2 cache if it is large enough.
+A program holds whole groups on chip (up to 16384 elements): rotation, statistic, codes and scale come from one read of x.
+Longer groups are read and rotated twice in chunks, the second time from the L2 cache where the first has just left them.
 """
 
 import torch
@@ -14,6 +14,7 @@ from .common import (
     MAX_TILE,
     as_rows,
     cut,
+    hadamard,
     hadamard_block,
     inverse_step_of,
     load_pieces,
@@ -27,6 +28,7 @@ from .common import (
     row_ids,
     store_codes,
     to_codes,
+    warps,
 )
 from .rotate import rotated
 
@@ -70,14 +72,14 @@ def quantize_dynamic_kernel(
     rotation_scale,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FIT: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
     HAS_LANGUAGE: tl.constexpr,
     MIDRISE: tl.constexpr,
     RMS: tl.constexpr,
 ):
     x, row, group_index, start, mask = load_pieces(
-        x_ptr, signs_ptr, rows, K, x_stride, group, group, 1, groups, rotation_scale, PIECES, WIDTH, ALIGNED, LOG2_BLOCK
+        x_ptr, signs_ptr, rows, K, x_stride, group, group, 1, groups, rotation_scale, PIECES, WIDTH, FIT, LOG2_BLOCK
     )
     language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
     factor = read_table(shape_ptr, language, group_index, row < rows, shape_stride_language, shape_stride_group)
@@ -88,10 +90,23 @@ def quantize_dynamic_kernel(
 
 
 @triton.jit
+def load_chunk(x_ptr, signs_ptr, start, end, rotation_scale, CHUNK: tl.constexpr, LOG2_BLOCK: tl.constexpr):
+    """Columns start .. start + CHUNK of a row up to `end` as float32 [1, CHUNK], rotated unless LOG2_BLOCK is negative."""
+    offset = tl.arange(0, CHUNK)[None, :]
+    mask = offset < end - start
+    x = tl.load(x_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)
+    if LOG2_BLOCK >= 0:
+        signs = tl.load(signs_ptr + start + offset, mask=mask, other=0).to(tl.float32)
+        x = hadamard(x * (signs * rotation_scale), LOG2_BLOCK)
+    return x, mask
+
+
+@triton.jit
 def quantize_dynamic_long_kernel(
     x_ptr,  # [rows, K]; the arguments are those of quantize_dynamic_kernel
     shape_ptr,
     language_ptr,
+    signs_ptr,
     codes_ptr,
     scales_ptr,
     rows,
@@ -105,42 +120,44 @@ def quantize_dynamic_long_kernel(
     languages,
     inner,
     period,
+    rotation_scale,
     CHUNK: tl.constexpr,
+    LOG2_BLOCK: tl.constexpr,
     HAS_LANGUAGE: tl.constexpr,
     MIDRISE: tl.constexpr,
     RMS: tl.constexpr,
 ):
-    """One group of any length per program, in chunks."""
+    """One group of any length per program, in chunks of whole Hadamard blocks."""
     piece = tl.program_id(0).to(tl.int64)
     row = (piece // groups).to(tl.int32) + tl.arange(0, 1)
     group_index = (piece % groups).to(tl.int32) + tl.arange(0, 1)
     first = (piece % groups) * group
     end = tl.minimum(first + group, K)
     base = x_ptr + (piece // groups) * x_stride
-    offset = tl.arange(0, CHUNK)[None, :]
     total = tl.zeros([1, CHUNK], dtype=tl.float64)
     count = tl.zeros([1, CHUNK], dtype=tl.int32)
     largest = tl.zeros([1, CHUNK], dtype=tl.float32)
     for start in range(first, end, CHUNK):
-        x = tl.load(base + start + offset, mask=offset < end - start, other=0.0).to(tl.float32)
-        finite = (offset < end - start) & (tl.abs(x) < float("inf"))
+        x, mask = load_chunk(base, signs_ptr, start, end, rotation_scale, CHUNK, LOG2_BLOCK)
+        finite = mask & (tl.abs(x) < float("inf"))
         size = tl.where(finite, tl.abs(x), 0.0)
-        largest = tl.maximum(largest, size)
-        total += size.to(tl.float64) * size.to(tl.float64)
-        count += finite.to(tl.int32)
+        if RMS:
+            total += size.to(tl.float64) * size.to(tl.float64)
+            count += finite.to(tl.int32)
+        else:
+            largest = tl.maximum(largest, size)
     if RMS:
-        measured = tl.sqrt(tl.sum(total, axis=1) / tl.maximum(tl.sum(count, axis=1), 1).to(tl.float64)).to(tl.float32)
+        mean_square = tl.sum(total, axis=1) / tl.maximum(tl.sum(count, axis=1), 1).to(tl.float64)
+        measured = tl.sqrt(mean_square).to(tl.float32)
     else:
         measured = tl.max(largest, axis=1)
     language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
-    clip = measured * read_table(
-        shape_ptr, language, group_index, row < rows, shape_stride_language, shape_stride_group
-    )
+    factor = read_table(shape_ptr, language, group_index, row < rows, shape_stride_language, shape_stride_group)
+    clip = factor * measured
     tl.store(scales_ptr + piece + tl.arange(0, 1), clip)
     inverse_step = inverse_step_of(clip, 16)[:, None]
     for start in range(first, end, CHUNK):
-        mask = offset < end - start
-        x = tl.load(base + start + offset, mask=mask, other=0.0).to(tl.float32)
+        x, mask = load_chunk(base, signs_ptr, start, end, rotation_scale, CHUNK, LOG2_BLOCK)
         codes = to_codes(x, inverse_step, 16, MIDRISE)
         store_codes(codes_ptr, codes, row, start + tl.zeros([1], dtype=tl.int64), mask, row_bytes, 1, CHUNK)
 
@@ -167,59 +184,57 @@ def quantize_dynamic(
     out = codes.reshape(*x.shape[:-1], row_bytes), scales.reshape(*x.shape[:-1], groups)
     if rows == 0:
         return out
-    block = 1
+    group = min(group_size or k, k)
+    block = 0
     if signs is not None:
         block = hadamard_block(k, block_size)
-        if (group_size or k) > MAX_TILE or not rotation_fits(k, group_size, block, MAX_TILE):
-            flat, signs, block = rotated(flat, signs, block, torch.float32), None, 1
-    pieces = cut(rows, k, group_size, block=block, widest=group_size or k)
+        # A long group is cut into chunks, which must be whole blocks.
+        fits = block <= CHUNK and group % block == 0 if group > MAX_TILE else rotation_fits(k, group, block, MAX_TILE)
+        if not fits:
+            flat, signs, block = rotated(flat, signs, block, torch.float32), None, 0
     ids = row_ids(language, x.shape[:-1])
-    numbers = (
+    arguments = (
+        flat,
+        shape,
+        shape if ids.ids is None else ids.ids,
+        shape if signs is None else signs.contiguous(),
+        codes,
+        scales,
         rows,
         k,
         row_bytes,
         flat.stride(0),
-        pieces.group,
+        group,
         groups,
         shape.stride(0),
         shape.stride(1),
         languages,
         ids.inner,
         ids.period,
+        rotation_scale(block),
     )
-    language_ids = shape if ids.ids is None else ids.ids
     with on_device(x):
-        if pieces.WIDTH > MAX_TILE:
+        if group > MAX_TILE:
             wrap_triton(quantize_dynamic_long_kernel)[(rows * groups,)](
-                flat,
-                shape,
-                language_ids,
-                codes,
-                scales,
-                *numbers,
+                *arguments,
                 CHUNK=CHUNK,
+                LOG2_BLOCK=log2_block(block),
                 HAS_LANGUAGE=ids.present,
                 MIDRISE=codebook == "midrise",
                 RMS=statistic == "rms",
-                num_warps=8,
+                num_warps=warps(CHUNK, 16),
             )
-        else:
-            wrap_triton(quantize_dynamic_kernel)[pieces.grid](
-                flat,
-                shape,
-                language_ids,
-                shape if signs is None else signs.contiguous(),
-                codes,
-                scales,
-                *numbers,
-                rotation_scale(block),
-                PIECES=pieces.PIECES,
-                WIDTH=pieces.WIDTH,
-                ALIGNED=pieces.ALIGNED,
-                LOG2_BLOCK=log2_block(signs, block),
-                HAS_LANGUAGE=ids.present,
-                MIDRISE=codebook == "midrise",
-                RMS=statistic == "rms",
-                num_warps=pieces.warps,
-            )
+            return out
+        pieces = cut(rows, k, group, block=block, widest=group)
+        wrap_triton(quantize_dynamic_kernel)[pieces.grid](
+            *arguments,
+            PIECES=pieces.PIECES,
+            WIDTH=pieces.WIDTH,
+            FIT=pieces.FIT,
+            LOG2_BLOCK=log2_block(block),
+            HAS_LANGUAGE=ids.present,
+            MIDRISE=codebook == "midrise",
+            RMS=statistic == "rms",
+            num_warps=pieces.warps,
+        )
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .common import (
-    MAX_BLOCK,
+    MAX_TILE,
     TILE,
     as_rows,
     cut,
@@ -40,11 +40,11 @@ def rotate_kernel(
     scale,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FIT: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
 ):
     y, row, _, start, mask = load_pieces(
-        x_ptr, signs_ptr, rows, K, x_stride, group, width, per_group, per_row, scale, PIECES, WIDTH, ALIGNED, LOG2_BLOCK
+        x_ptr, signs_ptr, rows, K, x_stride, group, width, per_group, per_row, scale, PIECES, WIDTH, FIT, LOG2_BLOCK
     )
     at = (row.to(tl.int64) * K + start)[:, None] + tl.arange(0, WIDTH)[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -73,7 +73,7 @@ def rotated(x: Tensor, signs: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     y = torch.empty((rows, k), dtype=dtype, device=x.device)
     if rows == 0:
         return y
-    run = min(block, MAX_BLOCK)
+    run = min(block, MAX_TILE)
     pieces = cut(rows, k, 0, block=run)
     first_pass = y if run == block else torch.empty((rows, k), dtype=torch.float32, device=x.device)
     with on_device(x):
@@ -91,8 +91,8 @@ def rotated(x: Tensor, signs: Tensor, block: int, dtype: torch.dtype) -> Tensor:
             rotation_scale(block),
             PIECES=pieces.PIECES,
             WIDTH=pieces.WIDTH,
-            ALIGNED=pieces.ALIGNED,
-            LOG2_BLOCK=log2_block(signs, run),
+            FIT=pieces.FIT,
+            LOG2_BLOCK=log2_block(run),
             num_warps=pieces.warps,
         )
         if run != block:
