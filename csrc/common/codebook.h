@@ -22,6 +22,14 @@ LA_ACIQ_HD float inverse_step(float alpha, int bits) {
   return is_clip(alpha) ? 0.5f * static_cast<float>((1 << bits) - 1) / alpha : 0.0f;
 }
 
+// code - N/2, in [-N/2, N/2 - 1].
+LA_ACIQ_HD int signed_code(float x, float inverse_step, int bits, Codebook codebook) {
+  const float half = static_cast<float>(1 << (bits - 1)), scaled = x * inverse_step;
+  const float number = scaled == scaled ? scaled : 0.0f;
+  const float bounded = number < -half ? -half : number > half - 1.0f ? half - 1.0f : number;
+  return static_cast<int>(codebook == Codebook::kMidrise ? __builtin_floorf(bounded) : __builtin_rintf(bounded));
+}
+
 // What the level of a code is multiplied with.
 LA_ACIQ_HD float value_scale(float alpha) {
   return is_clip(alpha) ? alpha : 0.0f;
