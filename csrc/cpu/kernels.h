@@ -7,10 +7,9 @@
 
 #include "common/codebook.h"
 #include "common/moments.h"
+#include "common/types.h"
 
 namespace la_aciq::cpu {
-
-enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -19,28 +18,12 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The row of the table that each row (or, for moments, each element) reads: ids[i / span]. Without ids, and
-// for an id out of range, row 0.
-struct Languages {
-  const int32_t* ids;
-  int64_t span;
-  int32_t count;
-
-  int32_t row(int64_t i) const {
-    if (ids == nullptr) return 0;
-    const int32_t id = ids[i / span];
-    return id >= 0 && id < count ? id : 0;
-  }
-};
-
 // x holds contiguous elements.
 struct MomentsArgs {
   const void* x;
   DType dtype;
   Languages languages;
 };
-
-enum class Clip { kStatic, kRms, kAbsmax };
 
 // x [rows, k] of dtype -> codes [rows, ceil(k / 2)] or, where values is given, the values of the codes in
 // float32 [rows, k].

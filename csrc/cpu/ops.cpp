@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "common/hadamard.h"
+#include "arguments.h"
 #include "cpu/kernels.h"
 
 namespace la_aciq::cpu {
@@ -28,86 +28,6 @@ constexpr int64_t kMaxPartialBytes = 64 << 20;
 constexpr int64_t kMatvecRows = 16;  // up to here decoding weights in registers beats a matrix product
 constexpr int64_t kWeightTileElements = 4 << 20;  // float32 weights decoded at a time for a matrix product
 
-// --- Arguments ---
-
-DType dtype_of(const char* name, at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, name, ": expected float32, bfloat16 or float16, got ", type);
-  }
-}
-
-Codebook codebook_of(const char* name, c10::string_view codebook) {
-  TORCH_CHECK_VALUE(codebook == "midrise" || codebook == "midtread", name,
-                    ": expected 'midrise' or 'midtread', got '", codebook, "'");
-  return codebook == "midrise" ? Codebook::kMidrise : Codebook::kMidtread;
-}
-
-Clip clip_of(const char* name, c10::string_view clip) {
-  TORCH_CHECK_VALUE(clip == "static" || clip == "rms" || clip == "absmax", name,
-                    ": expected 'static', 'rms' or 'absmax', got '", clip, "'");
-  return clip == "static" ? Clip::kStatic : clip == "rms" ? Clip::kRms : Clip::kAbsmax;
-}
-
-struct Groups {
-  int64_t size, count;
-};
-
-Groups groups_of(int64_t k, int64_t group_size) {
-  TORCH_CHECK_VALUE(group_size == 0 || (group_size >= 2 && group_size % 2 == 0),
-                    "group_size: expected 0 or an even number of at least 2, got ", group_size);
-  const int64_t size = group_size == 0 ? k : std::min(group_size, k + k % 2);
-  return {size, (k + size - 1) / size};
-}
-
-void check_rows_of_k(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, name, ": expected shape [..., K] with K >= 1, got ",
-                    x.sizes());
-}
-
-int64_t product(at::IntArrayRef sizes) { return c10::multiply_integers(sizes); }
-
-Tensor checked_table(const char* name, const Tensor& table, int64_t groups) {
-  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, name, ": expected float32, got ", table.scalar_type());
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) > 0 && table.size(1) == groups, name,
-                    ": expected shape [languages, ", groups, "], got ", table.sizes());
-  return table.contiguous();
-}
-
-// Ids of shape lead[:d] (or 1 in any place) as contiguous memory, each standing for `span` consecutive rows.
-struct LanguageIds {
-  Tensor ids;
-  int64_t span = 1;
-
-  Languages of(int64_t languages, int64_t elements_per_row = 1) const {
-    return {ids.defined() ? ids.const_data_ptr<int32_t>() : nullptr, span * elements_per_row,
-            static_cast<int32_t>(languages)};
-  }
-};
-
-LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef lead) {
-  if (!language) return {};
-  TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ",
-                   language->scalar_type());
-  bool matches = language->dim() <= static_cast<int64_t>(lead.size());
-  for (int64_t i = 0; matches && i < language->dim(); i++) {
-    matches = language->size(i) == 1 || language->size(i) == lead[i];
-  }
-  TORCH_CHECK_VALUE(matches, "language: expected a shape that matches the leading dimensions ", lead,
-                    " from the left, got ", language->sizes());
-  int64_t used = language->dim();
-  while (used > 0 && language->size(used - 1) == 1) used--;
-  const auto prefix = lead.slice(0, used);
-  const Tensor ids = language->reshape(language->sizes().slice(0, used)).expand(prefix).contiguous();
-  return {ids, std::max<int64_t>(product(lead.slice(used)), 1)};
-}
-
 // Rotation by blocks; signs hold +-1 / sqrt(block).
 struct Rotation {
   Tensor signs;
@@ -118,13 +38,7 @@ struct Rotation {
 
 Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_size, int64_t k) {
   if (!signs) return {};
-  TORCH_CHECK_TYPE(signs->scalar_type() == at::kFloat || signs->scalar_type() == at::kChar,
-                   "signs: expected float32 or int8, got ", signs->scalar_type());
-  TORCH_CHECK_VALUE(signs->dim() == 1 && signs->size(0) == k, "signs: expected shape [", k, "], got ",
-                    signs->sizes());
-  const int64_t block = block_size == 0 ? largest_power_of_two_divisor(k) : block_size;
-  TORCH_CHECK_VALUE(block > 0 && (block & (block - 1)) == 0 && k % block == 0,
-                    "block_size: expected a power of two that divides K=", k, ", got ", block_size);
+  const int64_t block = checked_block(*signs, block_size, k);
   return {signs->to(at::kFloat).mul(1.0 / std::sqrt(static_cast<double>(block))).contiguous(), block};
 }
 
@@ -285,21 +199,14 @@ std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape
 
 Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tensor>& language, int64_t k,
                   int64_t group_size, c10::string_view codebook, bool per_row, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, "codes: expected uint8, got ", codes.scalar_type());
-  TORCH_CHECK_VALUE(k >= 1 && codes.dim() > 0 && codes.size(-1) == (k + 1) / 2,
-                    "codes: expected shape [..., ", (k + 1) / 2, "] for k=", k, ", got ", codes.sizes());
+  check_codes("codes", codes, k);
   const auto lead = codes.sizes().slice(0, codes.dim() - 1);
   const Groups groups = groups_of(k, group_size);
   const Tensor packed = codes.contiguous();
   Tensor table;
   LanguageIds ids;
   if (per_row) {
-    auto expected = lead.vec();
-    expected.push_back(groups.count);
-    TORCH_CHECK_TYPE(alpha.scalar_type() == at::kFloat, "alpha: expected float32, got ", alpha.scalar_type());
-    TORCH_CHECK_VALUE(alpha.sizes() == at::IntArrayRef(expected), "alpha: expected shape ",
-                      at::IntArrayRef(expected), " with per_row, got ", alpha.sizes());
-    table = alpha.contiguous();
+    table = checked_scales("alpha", alpha, lead, groups.count);
   } else {
     table = checked_table("alpha", alpha, groups.count);
     ids = checked_language(language, lead);
@@ -398,17 +305,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   const int64_t k = x.size(-1), rows = x.numel() / k, n = weight.size(0);
   const auto lead = x.sizes().slice(0, x.dim() - 1);
   const DType dtype = dtype_of("x", x.scalar_type());
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kByte, "weight: expected uint8, got ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ",
-                    (k + 1) / 2, "] for K=", k, ", got ", weight.sizes());
   const Groups groups = groups_of(k, group_size);
-  TORCH_CHECK_TYPE(weight_scale.scalar_type() == at::kFloat, "weight_scale: expected float32, got ",
-                   weight_scale.scalar_type());
-  TORCH_CHECK_VALUE(weight_scale.sizes() == at::IntArrayRef({n, groups.count}),
-                    "weight_scale: expected shape [", n, ", ", groups.count, "], got ", weight_scale.sizes());
-  TORCH_CHECK_VALUE(activation_bits == 16 || activation_bits == 8 || activation_bits == 4,
-                    "activation_bits: expected 16, 8 or 4, got ", activation_bits);
-  TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef({n}), "bias: expected shape [", n, "]");
+  check_linear(weight, weight_scale, bias, k, groups.count, activation_bits);
   const Codebook codebook = codebook_of("weight_codebook", weight_codebook);
   const Rotation rotation = checked_rotation(signs, block_size, k);
 

@@ -117,7 +117,7 @@ inline void add_tail(const T* x, int64_t n, float clip, double* tail) {
 template <Codebook kCodebook, class T>
 inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, const Table16& levels,
                          double* tail) {
-  const int32_t language = args.languages.row(row);
+  const int32_t language = language_of(args.languages, row);
   const float* table = args.table + language * args.groups;
   for (int64_t group = 0; group < args.groups; group++) {
     const int64_t start = group * args.group_size, n = smaller(args.group_size, args.k - start);
