@@ -123,6 +123,20 @@ std::vector<unsigned> ordered(unsigned count, unsigned salt) {
   return result;
 }
 
+void start(Fiber& fiber, int number) {
+  if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackSize]);
+  const unsigned i = static_cast<unsigned>(number), x = blockDim.x, y = blockDim.y;
+  fiber.number = number;
+  fiber.exchanges = 0;
+  fiber.index = {i % x, i / x % y, i / (x * y)};
+  fiber.state = Fiber::kReady;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackSize;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+}
+
 void run_block(size_t shared_size) {
   memset(machine.shared, 0xFF, sizeof(machine.shared));
 #ifdef __SANITIZE_ADDRESS__
@@ -130,20 +144,7 @@ void run_block(size_t shared_size) {
 #endif
   machine.at_barrier = machine.done = 0;
   for (Warp& warp : machine.warps) warp.waiting = 0;
-  for (int i = 0; i < machine.threads; i++) {
-    Fiber& fiber = machine.fibers[i];
-    if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackSize]);
-    fiber.number = i;
-    fiber.exchanges = 0;
-    const unsigned x = blockDim.x, y = blockDim.y;
-    fiber.index = {i % x, i / x % y, i / (x * y)};
-    fiber.state = Fiber::kReady;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackSize;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
+  for (int i = 0; i < machine.threads; i++) start(machine.fibers[i], i);
   const unsigned salt = blockIdx.x + 7919 * blockIdx.y;
   const auto order = ordered(static_cast<unsigned>(machine.threads), salt);
   while (machine.done < machine.threads) {

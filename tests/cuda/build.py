@@ -1,0 +1,91 @@
+"""Builds csrc/cuda for the CPU (tests/cuda/emulation) and loads it as torch.ops.la_aciq_emulated.
+
+Objects are kept in build/cuda-emulation under a hash of everything they are made from.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+EMULATION = Path(__file__).parent / "emulation"
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+
+# Undefined behaviour in a kernel, such as a misaligned 16-byte access, stops the process with a message.
+KERNEL_FLAGS = ["-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-Wall", "-Wextra", "-Werror"]
+KERNEL_FLAGS += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
+# Reads and writes outside of an allocation, also of shared memory.
+SANITIZE = os.environ.get("LA_ACIQ_EMULATION_ASAN") == "1"
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+@cache
+def library() -> Path:
+    """The shared library, built if it is not there."""
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler")
+    flags = ["-std=c++20", "-fPIC", "-ffp-contract=off", f"-I{EMULATION}", f"-I{CSRC}"]
+    kernel_flags = [*KERNEL_FLAGS, *(["-fsanitize=address"] if SANITIZE else [])]
+    torch_flags = ["-O1", "-w", f"-I{sysconfig.get_path('include')}"]
+    torch_flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    torch_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    units = [(source, kernel_flags) for source in (*KERNELS, EMULATION / "emulation.cpp")]
+    units.append((EMULATION / "bindings.cpp", torch_flags))
+
+    digest = hashlib.sha256(repr((cxx, flags, kernel_flags, torch_flags, torch.__version__)).encode())
+    for source in sorted([*CSRC.rglob("*"), *EMULATION.rglob("*")]):
+        if source.is_file() and "cpu" not in source.parts and source.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            digest.update(source.read_bytes())
+    folder = ROOT / "build" / "cuda-emulation" / digest.hexdigest()[:16]
+    target = folder / "emulated.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(unit: tuple[Path, list[str]]) -> str:
+        source, own_flags = unit
+        target = str(folder / f"{source.stem}.o")
+        run([cxx, *flags, *own_flags, "-x", "c++", "-c", str(source), "-o", target])
+        return target
+
+    # The longest first.
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, reversed(units)))
+    partial = folder / "partial.so"
+    sanitizers = ["-fsanitize=undefined", *(["-fsanitize=address"] if SANITIZE else [])]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    run([cxx, "-shared", *sanitizers, *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)])
+    partial.rename(target)
+    return target
+
+
+def run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+@cache
+def load() -> ctypes.CDLL:
+    torch.ops.load_library(str(library()))
+    return ctypes.CDLL(str(library()))
+
+
+def set_order(order: int) -> None:
+    """The order of blocks and threads from here on: 0 ascending, 1 descending, else shuffled by that seed."""
+    load().la_aciq_emulation_order(order)
