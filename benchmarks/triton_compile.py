@@ -1,11 +1,12 @@
 """Compiles every Triton kernel ahead of time and records what the compiler says of it; needs Triton, but no GPU.
 
-    python -m benchmarks.triton_compile            writes results/triton-compile.json
-    python -m benchmarks.triton_compile --check    compares with that file; exit status 1 if a kernel spills or has drifted
+    python -m benchmarks.triton_compile            writes results/triton-compile.json python -m
+    benchmarks.triton_compile --check    compares with that file; exit status 1 if a kernel spills or has drifted
 
-The operations run on meta tensors, so that what is compiled is what their host code would launch: the same tiles, warps and
-specialized arguments (Triton bakes in which integers are 1 or multiples of 16). Registers, stack and spills are those of the
-machine code (cuobjdump); load_bytes is the widest load from global memory, and tensor_core the matrix instruction used.
+The operations run on meta tensors, so that what is compiled is what their host code would launch: the same tiles, warps
+and specialized arguments (Triton bakes in which integers are 1 or multiples of 16). Registers, stack and spills are
+those of the machine code (cuobjdump); load_bytes is the widest load from global memory, and tensor_core the matrix
+instruction used.
 """
 
 import argparse
@@ -224,7 +225,7 @@ def compile_all(jobs: int) -> dict[str, Any]:
 def complaints(now: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
     """Spills, and differences from the record where the compiler is the one the record was made with."""
     found = [
-        f"{row['kernel']} ({row['case']}, {row['target']}): {row['stack']} bytes of stack, {row['local']} of local memory"
+        f"{row['kernel']} ({row['case']}, {row['target']}): {row['stack']} bytes of stack, {row['local']} of local"
         for row in now["kernels"]
         if row["stack"] or row["local"]
     ]

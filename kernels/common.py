@@ -1,16 +1,18 @@
-"""What the Triton kernels share: how rows are cut into pieces, the codebook, the rotation, and the host side of a launch.
+"""What the Triton kernels share: how rows are cut into pieces, the codebook, the rotation, and the host side of a
+launch.
 
-**Pieces.** Every kernel but `linear` sees its input as a [rows, K] matrix whose rows may be any number of elements apart.
-A row consists of groups of `group` elements (the last may be short), and a group of pieces of `width` elements. A
-program takes a fixed number of consecutive pieces as a [PIECES, WIDTH] tile, WIDTH the next power of two, and masks what
-is padding. So a clip is read once per piece, a statistic of a group is a reduction along an axis of the tile, and group
-sizes that are no power of two, short last groups and odd K need no kernel of their own. Offsets into tensors are 64-bit.
+**Pieces.** Every kernel but `linear` sees its input as a [rows, K] matrix whose rows may be any number of elements
+apart. A row consists of groups of `group` elements (the last may be short), and a group of pieces of `width` elements.
+A program takes a fixed number of consecutive pieces as a [PIECES, WIDTH] tile, WIDTH the next power of two, and masks
+what is padding. So a clip is read once per piece, a statistic of a group is a reduction along an axis of the tile, and
+group sizes that are no power of two, short last groups and odd K need no kernel of their own. Offsets into tensors are
+64-bit.
 
 **Languages.** Row r of the matrix reads entry (r // inner) % period of the ids, which covers ids of shape [batch],
 [batch, tokens] and [1, tokens] for x [batch, tokens, K] without expanding them in memory. Ids out of range read row 0.
 
-**Arithmetic.** Values are float32 on chip, and a code is made with the float32 reciprocal of the step (float64 where the
-state of `moments` needs it). The rotation is a fast Walsh-Hadamard transform on the tile in float32.
+**Arithmetic.** Values are float32 on chip, and a code is made with the float32 reciprocal of the step (float64 where
+the state of `moments` needs it). The rotation is a fast Walsh-Hadamard transform on the tile in float32.
 """
 
 import math
@@ -22,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program holds. 4096 are 32 per thread of 4 warps: several 16-byte loads of 16-bit data in flight per thread.
+# Elements a program holds. 4096 are 32 per thread of 4 warps: several 16-byte loads of 16-bit data in flight per
+# thread.
 TILE = 4096
 # The widest tile a program holds without spilling registers, also the largest Hadamard block transformed within one.
 MAX_TILE = 16384
@@ -141,7 +144,8 @@ def inverse_step_of(alpha, LEVELS: tl.constexpr):
 
 @triton.jit
 def to_codes(x, inverse_step, LEVELS: tl.constexpr, MIDRISE: tl.constexpr):
-    """int32 codes 0 .. LEVELS - 1. NaN takes LEVELS / 2, as does everything under a clip that is not finite and positive."""
+    """int32 codes 0 .. LEVELS - 1. NaN takes LEVELS / 2, as does everything under a clip that is not finite and
+    positive."""
     half: tl.constexpr = LEVELS // 2
     scaled = x * inverse_step
     clamped = tl.minimum(tl.maximum(scaled, -half), half)
@@ -184,8 +188,9 @@ def power_of_two_below(x):
 class Pieces:
     """How [rows, k] is cut; the field names are those of the kernels' arguments.
 
-    FIT says how much a kernel must mask. 2: nothing, tiles cover the matrix exactly. 1: pieces are as wide as the tile and
-    end where their groups do, so rows and columns beyond the matrix. 0: what lies beyond the piece and its group, too.
+    FIT says how much a kernel must mask. 2: nothing, tiles cover the matrix exactly. 1: pieces are as wide as the tile
+    and end where their groups do, so rows and columns beyond the matrix. 0: what lies beyond the piece and its group,
+    too.
     """
 
     rows: int
@@ -209,7 +214,8 @@ def warps(elements: int, per_thread: int = 32) -> int:
 
 
 def cut(rows: int, k: int, group_size: int, *, block: int = 0, widest: int = 1024) -> Pieces:
-    """Cuts [rows, k] into pieces of at most `widest` elements, or `block`, the Hadamard block that must fit in a tile (0: none)."""
+    """Cuts [rows, k] into pieces of at most `widest` elements, or `block`, the Hadamard block that must fit in a tile
+    (0: none)."""
     if rows >= 2**31:
         raise ValueError(f"x: expected fewer than 2^31 rows, got {rows}")
     group = min(group_size or k, k)
@@ -295,8 +301,9 @@ def row_ids(language: Tensor | None, lead: torch.Size) -> RowIds:
 
 
 def segments(ids: RowIds, rows: int, languages: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """Rows by language without a look at the data: the rows in language order (None: they are), int64 [rows], and where each
-    language begins there, int64 [languages + 1]. The sort is stable, so the order of rows within a language is theirs."""
+    """Rows by language without a look at the data: the rows in language order (None: they are), int64 [rows], and where
+    each language begins there, int64 [languages + 1]. The sort is stable, so the order of rows within a language is
+    theirs."""
     if not ids.present:
         return None, torch.arange(languages + 1, device=device).clamp(max=1) * rows
     expanded = ids.expanded(rows)

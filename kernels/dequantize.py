@@ -1,4 +1,5 @@
-"""`dequantize`: packed INT4 codes to float32, bfloat16 or float16, under clips from a table or one clip per row and group."""
+"""`dequantize`: packed INT4 codes to float32, bfloat16 or float16, under clips from a table or one clip per row and
+group."""
 
 import torch
 import triton

@@ -1,15 +1,17 @@
 """`linear`: x times INT4 weights, with 16-bit, INT8 or INT4 activations.
 
-16-bit activations   out = sum over groups of Delta/2 * (x @ (2 code - 15)): the weights enter the tensor cores as small odd
-                     integers, which bfloat16 and float16 hold exactly, and each group's sum is scaled in float32.
-INT8 and INT4        a first kernel rotates and quantizes x to int8 with one step per row and group (clips looked up by
-                     language or measured); then int8 tensor cores, exact integers within a group, scaled in float32.
-                     The mid-rise codebook of 4 bits maps to the odd integers 2 code - 15; that of 8 bits, 2 code - 255,
-                     does not fit in int8 and enters as 2 (code - 128) + 1, the ones as a row sum of the weights.
+16-bit: the weights enter the tensor cores as the odd integers 2 code - 15 (mid-tread: code - 8), which bfloat16 and
+float16 hold exactly; the sum over each group is scaled in float32.
 
-The loop over K goes by segments that lie within one group of the weights and one of the activations, so any two group sizes
-work. The nibbles of a byte are the weights of an even and an odd column; they are never interleaved. Instead the even and
-the odd columns of x are multiplied apart, from "planar" activations [rows, 2, half] where a first kernel runs anyway.
+INT8 and INT4: a first kernel rotates and quantizes x to int8 with one step per row and group, its clips looked up by
+language or measured. Then int8 tensor cores: exact integers within a group, scaled in float32. The mid-rise codebook
+of 4 bits maps to 2 code - 15; that of 8 bits, 2 code - 255, does not fit in int8 and enters as 2 (code - 128) + 1, the
+ones as a row sum of the weights.
+
+The loop over K goes by segments that lie within one group of the weights and one of the activations, so any two group
+sizes work. The nibbles of a byte are the weights of an even and an odd column; they are never interleaved. Instead the
+even and the odd columns of x are multiplied apart, from "planar" activations [rows, 2, half] where a first kernel runs
+anyway.
 
 Weights are the left operand: their nibbles become operands in registers, and a batch is the short side of the tile.
 Few rows leave most of the device idle, so K is split between programs, which write float32 partial sums that a second
@@ -229,7 +231,8 @@ def linear_kernel(
     WEIGHT_MIDRISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """A [BLOCK_N, BLOCK_M] tile of the transposed result over the segments of one split. EXACT: every segment has 2 HALF columns."""
+    """A [BLOCK_N, BLOCK_M] tile of the transposed result over the segments of one split. EXACT: every segment has 2
+    HALF columns."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -317,9 +320,9 @@ def add_splits_kernel(
 
 
 def tile_sizes(rows: int, dtype: torch.dtype, bits: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N, warps. By reasoning, not by measurement: the batch padded to the tensor cores' least, and few columns
-    for few rows, since there the weights' bytes count and more programs keep more of them in flight. Integers need a second
-    accumulator, which must fit in registers too."""
+    """BLOCK_M, BLOCK_N, warps. By reasoning, not by measurement: the batch padded to the tensor cores' least, and few
+    columns for few rows, since there the weights' bytes count and more programs keep more of them in flight. Integers
+    need a second accumulator, which must fit in registers too."""
     if dtype == torch.float32 and bits == 16:
         return (16, 32, 4) if rows <= 16 else (32, 32, 4)
     if rows <= 16:
@@ -348,7 +351,8 @@ def linear(
     activation_group_size: int = 0,
     activation_codebook: str = "midrise",
 ) -> Tensor:
-    """See la_aciq.linear; the arguments are those of the schema in csrc/ops.cpp (triton_op has no keyword-only tensors)."""
+    """See la_aciq.linear; the arguments are those of the schema in csrc/ops.cpp (triton_op has no keyword-only
+    tensors)."""
     k = int(x.shape[-1])
     columns = weight.shape[0]
     flat = as_rows(x)

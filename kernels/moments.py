@@ -1,10 +1,10 @@
 """`moments`: count, mean, central moments, extremes per language, and a log-linear histogram of |x|, in one read of x.
 
-Level 1 cuts x into pieces of one language each and leaves a state per piece: deviations from the piece's own mean, scaled by
-a power of two so that no finite input overflows or vanishes, summed in float32 over at most 4096 elements (float64 for
-float64 data). Level 2 merges the states of a language in float64 around their common mean, in two rounds when there are many.
-The order of every sum follows from shapes and ids alone: no floating-point atomics, the same bits every time. The
-histogram is made of integers, for which atomics give the same sums in any order.
+Level 1 cuts x into pieces of one language each and leaves a state per piece: deviations from the piece's own mean,
+scaled by a power of two so that no finite input overflows or vanishes, summed in float32 over at most 4096 elements
+(float64 for float64 data). Level 2 merges the states of a language in float64 around their common mean, in two rounds
+when there are many. The order of every sum follows from shapes and ids alone: no floating-point atomics, the same bits
+every time. The histogram is made of integers, for which atomics give the same sums in any order.
 
 A run of rows with one id is one span of memory where x is contiguous, so ids of shape [batch] cost nothing per token.
 """

@@ -136,7 +136,8 @@ def add_tails_kernel(
 
 
 def add_tails(tail: Tensor, ids: RowIds, languages: int, k: int, group: int) -> Tensor:
-    """float64 [languages, groups, 4] of the pieces' sums [rows, groups, per_group, 3]; counts the finite elements too."""
+    """float64 [languages, groups, 4] of the pieces' sums [rows, groups, per_group, 3]; counts the finite elements
+    too."""
     rows, groups, per_group = tail.shape[0], tail.shape[1], tail.shape[2]
     order, bounds = segments(ids, rows, languages, tail.device)
     shares = min(max(rows // 256, 1), max(256 // languages, 1))

@@ -1,7 +1,9 @@
-"""`quantize_dynamic`: INT4 codes under clips measured on x itself, alpha = shape[language, group] * rms or absmax of the group.
+"""`quantize_dynamic`: INT4 codes under clips measured on x itself, alpha = shape[language, group] * rms or absmax of
+the group.
 
-A program holds whole groups on chip (up to 16384 elements): rotation, statistic, codes and scale come from one read of x.
-Longer groups are read and rotated twice in chunks, the second time from the L2 cache where the first has just left them.
+A program holds whole groups on chip (up to 16384 elements): rotation, statistic, codes and scale come from one read of
+x. Longer groups are read and rotated twice in chunks, the second time from the L2 cache where the first has just left
+them.
 """
 
 import torch
@@ -91,7 +93,8 @@ def quantize_dynamic_kernel(
 
 @triton.jit
 def load_chunk(x_ptr, signs_ptr, start, end, rotation_scale, CHUNK: tl.constexpr, LOG2_BLOCK: tl.constexpr):
-    """Columns start .. start + CHUNK of a row up to `end` as float32 [1, CHUNK], rotated unless LOG2_BLOCK is negative."""
+    """Columns start .. start + CHUNK of a row up to `end` as float32 [1, CHUNK], rotated unless LOG2_BLOCK is
+    negative."""
     offset = tl.arange(0, CHUNK)[None, :]
     mask = offset < end - start
     x = tl.load(x_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)

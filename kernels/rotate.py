@@ -68,7 +68,8 @@ def rotate_across_kernel(
 
 
 def rotated(x: Tensor, signs: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """rotate(x, signs, block) of x [rows, K] in any of the dtypes; what other kernels run first where they cannot rotate on chip."""
+    """rotate(x, signs, block) of x [rows, K] in any of the dtypes; what other kernels run first where they cannot
+    rotate on chip."""
     rows, k = x.shape[0], int(x.shape[1])
     y = torch.empty((rows, k), dtype=dtype, device=x.device)
     if rows == 0:

@@ -10,11 +10,6 @@ dimension may be 1); None reads row 0. A table is float32 [languages, groups] wi
 group_size None for one group per row; [languages] or a Python float stands for the same clip in every group.
 """
 
-import os
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,86 +18,15 @@ from torch import Tensor
 
 from . import reference
 from ._moments import HISTOGRAM_BINS, STATE_SIZE, Moments, NanPolicy, check_nan_policy
+from .backends import WHY_NO_CORE, implementation
+from .backends import use_backend as use_backend
+from .backends import why_unavailable as why_unavailable
 
 Codebook = Literal["midrise", "midtread"]
 Statistic = Literal["rms", "absmax"]
 ActivationClip = Literal["static", "rms", "absmax"]
-Backend = Literal["reference", "cpu", "cuda", "triton"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _load_core() -> str | None:
-    """Registers the compiled operations; the reason if that is not possible."""
-    try:
-        from . import _C
-    except ImportError as error:
-        return f"the compiled core la_aciq._C cannot be loaded ({error})"
-    built = _C.build_info()["torch"].split(".")[:2]
-    if built != torch.__version__.split(".")[:2]:
-        return f"the compiled core was built against PyTorch {'.'.join(built)}, and this is {torch.__version__}"
-    return None
-
-
-_WHY_NO_CORE = _load_core()
-if _WHY_NO_CORE is not None:
-    warnings.warn(
-        f"la_aciq runs its slow reference implementation: {_WHY_NO_CORE}. "
-        "Install with a C++ compiler, PyTorch and `pip install --no-build-isolation` to build the core.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-class _Choice(threading.local):
-    """The backend this thread is held to (thread-local and not a context variable: torch.compile traces the former)."""
-
-    backend: str | None = os.environ.get("LA_ACIQ_BACKEND") or None
-
-
-_choice = _Choice()
-
-
-def why_unavailable(backend: str) -> str | None:
-    """Why a backend cannot run here, or None if it can. Raises ValueError for a name that is not a backend."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
-    if backend == "reference":
-        return None
-    if backend == "cpu":
-        return _WHY_NO_CORE
-    return f"this version of la_aciq has no {'CUDA' if backend == 'cuda' else 'Triton'} kernels"
-
-
-@contextmanager
-def use_backend(backend: Backend) -> Iterator[None]:
-    """Runs the operations called inside by this thread on one backend: "reference", "cpu", "cuda" or "triton".
-
-    The environment variable LA_ACIQ_BACKEND sets the same for a whole process. Raises RuntimeError if the backend
-    cannot run here, ValueError if there is none of that name.
-    """
-    reason = why_unavailable(backend)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    before = _choice.backend
-    _choice.backend = backend
-    try:
-        yield
-    finally:
-        _choice.backend = before
-
-
-def _use_core(x: Tensor) -> bool:
-    """Whether the compiled operation runs on x; otherwise the reference does."""
-    forced = _choice.backend
-    if forced is None:
-        return _WHY_NO_CORE is None and x.device.type == "cpu"
-    reason = why_unavailable(forced)
-    if reason is None and forced == "cpu" and x.device.type != "cpu":
-        reason = f"x is on {x.device}"
-    if reason is not None:
-        raise RuntimeError(f"backend {forced!r} is not available: {reason}")
-    return forced == "cpu"
 
 
 # --- Operations -----------------------------------------------------------------------------------------------------
@@ -150,10 +74,8 @@ def moments_state(
     if languages < 1:
         raise ValueError(f"languages: expected at least 1, got {languages}")
     language = _checked_language(language, languages, x.shape[:-1], x.device)
-    if _use_core(x):
-        state: tuple[Tensor, Tensor] = torch.ops.la_aciq.moments(x, language, languages, histogram)
-        return state
-    return reference.moments(x, language, languages, histogram)
+    state: tuple[Tensor, Tensor] = implementation("moments", x)(x, language, languages, histogram)
+    return state
 
 
 def quantize(
@@ -187,7 +109,7 @@ def quantize(
     _check_choice("codebook", codebook, Codebook)
     alpha = _checked_table("alpha", alpha, x, size)
     language = _checked_language(language, alpha.shape[0], x.shape[:-1], x.device)
-    function = torch.ops.la_aciq.quantize if _use_core(x) else reference.quantize
+    function = implementation("quantize", x)
     codes, tail = function(x, alpha, language, size, codebook, signs, block, tail_sums)
     return (codes, tail) if tail_sums else codes
 
@@ -214,7 +136,7 @@ def quantize_dynamic(
     _check_choice("codebook", codebook, Codebook)
     shape = _checked_table("shape", shape, x, size)
     language = _checked_language(language, shape.shape[0], x.shape[:-1], x.device)
-    function = torch.ops.la_aciq.quantize_dynamic if _use_core(x) else reference.quantize_dynamic
+    function = implementation("quantize_dynamic", x)
     codes, scales = function(x, shape, language, size, statistic, codebook, signs, block)
     return codes, scales
 
@@ -258,7 +180,7 @@ def dequantize(
     elif alpha is not None:
         table = _table("alpha", alpha, reference.group_count(k, size), codes.device)
         language = _checked_language(language, table.shape[0], lead, codes.device)
-    function = torch.ops.la_aciq.dequantize if _use_core(codes) else reference.dequantize
+    function = implementation("dequantize", codes)
     out: Tensor = function(
         codes, table, language, k=k, group_size=size, codebook=codebook, per_row=scales is not None, dtype=dtype
     )
@@ -273,7 +195,7 @@ def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
     rotate(y, ones) undoes it.
     """
     _, block = _checked_x(x, None, signs, block_size)
-    function = torch.ops.la_aciq.rotate if _use_core(x) else reference.rotate
+    function = implementation("rotate", x)
     out: Tensor = function(x, signs, block)
     return out
 
@@ -341,7 +263,7 @@ def linear(
         language = _checked_language(language, table.shape[0], x.shape[:-1], x.device)
     else:
         language = None  # 16-bit activations have no clip to look up
-    function = torch.ops.la_aciq.linear if _use_core(x) else reference.linear
+    function = implementation("linear", x, activation_bits < 16)
     out: Tensor = function(
         x,
         weight,
@@ -547,7 +469,7 @@ def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-if _WHY_NO_CORE is None:
+if WHY_NO_CORE is None:
     torch.library.register_fake("la_aciq::moments", _fake_moments)
     torch.library.register_fake("la_aciq::quantize", _fake_quantize)
     torch.library.register_fake("la_aciq::quantize_dynamic", _fake_quantize_dynamic)

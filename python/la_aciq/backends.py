@@ -1,0 +1,171 @@
+"""Which implementation of an operation runs: the compiled core, Triton or the reference.
+
+Everything here is settled when the module is imported or follows from the tensor's device and shape, so that
+torch.compile traces through it and nothing is chosen by trial while a CUDA graph is captured.
+"""
+
+import math
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+Backend = Literal["reference", "cpu", "cuda", "triton"]
+OPERATIONS = ("moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear")
+
+# The backends of CUDA tensors, best first, by operation and largest number of rows; the first that is available runs.
+# Not measured yet: the compiled kernel where there is one, else Triton; but `linear` with rounded activations, or with
+# more rows than the compiled kernel is written for, goes to Triton first, which runs both on tensor cores.
+_CUDA_FIRST: tuple[Backend, ...] = ("cuda", "triton")
+_TRITON_FIRST: tuple[Backend, ...] = ("triton", "cuda")
+PREFERENCES: dict[str, tuple[tuple[float, tuple[Backend, ...]], ...]] = {
+    "moments": ((math.inf, _CUDA_FIRST),),
+    "quantize": ((math.inf, _CUDA_FIRST),),
+    "quantize_dynamic": ((math.inf, _CUDA_FIRST),),
+    "dequantize": ((math.inf, _CUDA_FIRST),),
+    "rotate": ((math.inf, _CUDA_FIRST),),
+    "linear": ((16, _CUDA_FIRST), (math.inf, _TRITON_FIRST)),
+    "linear, rounded activations": ((math.inf, _TRITON_FIRST),),
+}
+
+
+def _load_core() -> str | None:
+    """Registers the compiled operations; the reason if that is not possible."""
+    try:
+        from . import _C
+    except ImportError as error:
+        return f"the compiled core la_aciq._C cannot be loaded ({error})"
+    built = _C.build_info()["torch"].split(".")[:2]
+    if built != torch.__version__.split(".")[:2]:
+        return f"the compiled core was built against PyTorch {'.'.join(built)}, and this is {torch.__version__}"
+    return None
+
+
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+_NOT_INTERPRETED = "TRITON_INTERPRET=1 (Triton's interpreter, for tests) is not set"
+
+
+def _load_triton(cuda_devices: bool) -> str | None:
+    """Registers the operations of la_aciq.kernels where they can run; the reason if they cannot."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install 'la-aciq[triton]')"
+    if not cuda_devices and not _INTERPRETS:
+        return f"PyTorch finds no CUDA device, and {_NOT_INTERPRETED}"
+    try:
+        for name in OPERATIONS:
+            import_module(f"la_aciq.kernels.{name}")
+    except ImportError as error:
+        return f"the Triton kernels cannot be loaded ({error})"
+    return None
+
+
+def _why_no_cuda(cuda_devices: bool) -> str | None:
+    if WHY_NO_CORE is not None:
+        return WHY_NO_CORE
+    from . import _C
+
+    if not _C.build_info()["cuda"]:
+        return "the compiled core was built without CUDA (LA_ACIQ_CUDA=1 builds it, where nvcc and a CUDA PyTorch are)"
+    return None if cuda_devices else "PyTorch finds no CUDA device"
+
+
+WHY_NO_CORE = _load_core()
+# Counting the devices, unlike torch.cuda.is_available(), leaves CUDA alone: a process may still fork.
+_HAS_CUDA_DEVICES = torch.cuda.device_count() > 0
+_WHY_NOT: dict[str, str | None] = {
+    "reference": None,
+    "cpu": WHY_NO_CORE,
+    "cuda": _why_no_cuda(_HAS_CUDA_DEVICES),
+    "triton": _load_triton(_HAS_CUDA_DEVICES),
+}
+if WHY_NO_CORE is not None:
+    warnings.warn(
+        f"la_aciq runs its slow reference implementation on the CPU: {WHY_NO_CORE}. "
+        "Install with a C++ compiler, PyTorch and `pip install --no-build-isolation` to build the core.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+if _HAS_CUDA_DEVICES and _WHY_NOT["cuda"] and _WHY_NOT["triton"]:
+    warnings.warn(
+        f"la_aciq runs its slow reference implementation on CUDA tensors: {_WHY_NOT['cuda']}; {_WHY_NOT['triton']}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class _Choice(threading.local):
+    """The backend this thread is held to (thread-local and not a context variable: torch.compile traces the former)."""
+
+    backend: str | None = os.environ.get("LA_ACIQ_BACKEND") or None
+
+
+_choice = _Choice()
+
+
+def why_unavailable(backend: str) -> str | None:
+    """Why a backend cannot run here, or None if it can. Raises ValueError for a name that is not a backend."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    return _WHY_NOT[backend]
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Runs the operations called inside by this thread on one backend: "reference", "cpu", "cuda" or "triton".
+
+    The environment variable LA_ACIQ_BACKEND sets the same for a whole process. Raises RuntimeError if the backend
+    cannot run here, ValueError if there is none of that name.
+    """
+    reason = why_unavailable(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    before = _choice.backend
+    _choice.backend = backend
+    try:
+        yield
+    finally:
+        _choice.backend = before
+
+
+def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
+    """The backend that runs an operation on x [..., K]; `rounded`: `linear` with INT8 or INT4 activations.
+
+    Raises RuntimeError if the backend this thread is held to cannot run on x.
+    """
+    forced = _choice.backend
+    if forced is not None:
+        reason = why_unavailable(forced)
+        if reason is None and forced in ("cpu", "cuda") and x.device.type != forced:
+            reason = f"x is on {x.device}"
+        if reason is None and forced == "triton" and x.device.type != "cuda" and not _INTERPRETS:
+            reason = f"x is on {x.device}, and {_NOT_INTERPRETED}"
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} is not available: {reason}")
+        return forced
+    if x.device.type == "cpu":
+        return "cpu" if WHY_NO_CORE is None else "reference"
+    if x.device.type != "cuda":
+        return "reference"
+    rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 1
+    for bound, backends in PREFERENCES["linear, rounded activations" if rounded else operation]:
+        if rows <= bound:
+            return next((backend for backend in backends if _WHY_NOT[backend] is None), "reference")
+    raise AssertionError(f"no preference covers {rows} rows")
+
+
+def implementation(operation: str, x: Tensor, rounded: bool = False) -> Callable[..., Any]:
+    """The function, with the signature of the schema in csrc/ops.cpp, that `choose` chose."""
+    backend = choose(operation, x, rounded)
+    if backend == "reference":
+        return getattr(reference, operation)  # type: ignore[no-any-return]
+    namespace = torch.ops.la_aciq_triton if backend == "triton" else torch.ops.la_aciq
+    return getattr(namespace, operation)  # type: ignore[no-any-return]
