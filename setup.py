@@ -2,14 +2,16 @@
 
     LA_ACIQ_BUILD   unset: compile where PyTorch and a C++ compiler are found, else install as pure Python and say why
                     1: compile, anything missing is an error        0: pure Python
-    LA_ACIQ_CUDA    0 or unset: the CPU core; 1 is refused until the package has CUDA sources
+    LA_ACIQ_CUDA    unset: CUDA kernels too where PyTorch was built for CUDA and nvcc is found
+                    1: with CUDA, anything missing is an error      0: without
     MAX_JOBS        compiler processes at a time (default: one per CPU)
 
 PyTorch is imported from the environment the package will run in, so compile with `pip install --no-build-isolation`.
 Under build isolation PyTorch is not importable and the result is a pure-Python package.
 
 The kernels in csrc/cpu know nothing of PyTorch. They are compiled once per instruction set, each file with its own
-flags, and one is chosen when the program runs: the binary works on every x86-64 CPU.
+flags, and one is chosen when the program runs: the binary works on every x86-64 CPU. Those in csrc/cuda know nothing of
+PyTorch either: nvcc compiles them for each architecture, with PTX of the newest for what comes after.
 """
 
 import os
@@ -45,6 +47,15 @@ ISA_FLAGS = {
 }
 
 
+CUDA_ARCHITECTURES = ("80", "90", "100")
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "-lineinfo"),
+    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES),
+    f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
+
+
 class CoreNotBuilt(Exception):
     """Why the package is installed without its compiled core."""
 
@@ -62,6 +73,28 @@ def find_compiler() -> str:
     return compiler
 
 
+def find_cuda() -> Path | None:
+    """The CUDA toolkit to build with, or None; the program stops where LA_ACIQ_CUDA=1 and something is missing."""
+    wanted = os.environ.get("LA_ACIQ_CUDA")
+    if wanted == "0":
+        return None
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    # CUDA_HOME is where nvcc was found, which may be no more than a link to the toolkit.
+    homes = [Path(home) for home in (CUDA_HOME, "/usr/local/cuda") if home]
+    home = next((home for home in homes if (home / "include" / "cuda_runtime_api.h").exists()), None)
+    if torch.version.cuda is None:
+        missing = f"PyTorch {torch.__version__} was built without CUDA"
+    elif home is None or not (home / "bin" / "nvcc").exists():
+        missing = "nvcc and its headers were not found (set CUDA_HOME)"
+    else:
+        return home
+    if wanted == "1":
+        sys.exit(f"LA_ACIQ_CUDA=1, but the CUDA kernels cannot be built: {missing}")
+    return None
+
+
 def core_extension() -> Extension:
     """The extension, or CoreNotBuilt with the reason there can be none."""
     if os.environ.get("LA_ACIQ_BUILD") == "0":
@@ -77,31 +110,53 @@ def core_extension() -> Extension:
         raise CoreNotBuilt("the core has no Windows build")
     os.environ.setdefault("CXX", find_compiler())
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+    cuda = find_cuda()
+    suffixes = (".cpp", ".cu") if cuda else (".cpp",)
+    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in suffixes)
+    if not cuda:
+        sources = [source for source in sources if "cuda" not in Path(source).parts]
     if not IS_X86:
         sources = [source for source in sources if Path(source).stem not in ISA_FLAGS]
-    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
-    library_dirs = cpp_extension.library_paths()
+    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cuh"))
     return Extension(
         "la_aciq._C",
         sources=sources,
         depends=headers,
-        include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
-        library_dirs=library_dirs,
-        libraries=["c10", "torch", "torch_cpu", "torch_python"],
+        include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(), *([str(cuda / "include")] if cuda else [])],
+        library_dirs=[*cpp_extension.library_paths(), *([str(cuda / "lib64")] if cuda else [])],
+        libraries=[
+            *("c10", "torch", "torch_cpu", "torch_python"),
+            *(("c10_cuda", "torch_cuda", "cudart") if cuda else ()),
+        ],
         define_macros=[
             ("TORCH_EXTENSION_NAME", "_C"),
             ("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi()))),
+            *([("LA_ACIQ_CUDA", "1")] if cuda else []),
         ],
         language="c++",
     )
+
+
+def compile_cuda(source: str, cuda: Path, folder: Path) -> str:
+    """The object file nvcc makes of a CUDA source."""
+    target = folder / f"{source}.o"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    host = ["-ccbin", shutil.which(os.environ["CXX"].split()[0])]
+    command = [str(cuda / "bin" / "nvcc"), *NVCC_FLAGS, *host, f"-I{ROOT / 'csrc'}", "-c", source, "-o", str(target)]
+    print(" ".join(command))
+    subprocess.run(command, check=True)
+    return str(target)
 
 
 class BuildCore(build_ext):
     """Compiles each source with the flags of its instruction set, several at a time."""
 
     def build_extension(self, ext: Extension) -> None:
+        cuda = find_cuda()
+
         def compile_one(source: str) -> str:
+            if cuda and source.endswith(".cu"):
+                return compile_cuda(source, cuda, Path(self.build_temp))
             torch_free = Path(source).stem.startswith("kernels_")
             flags = COMMON_FLAGS + (WARNING_FLAGS if torch_free else OPENMP_FLAGS)
             return self.compiler.compile(
@@ -135,8 +190,6 @@ class BuildCore(build_ext):
         super().copy_extensions_to_source()
 
 
-if os.environ.get("LA_ACIQ_CUDA") == "1":
-    sys.exit("LA_ACIQ_CUDA=1: this version of la-aciq has no CUDA sources; unset LA_ACIQ_CUDA to build for the CPU")
 try:
     extensions = [core_extension()]
 except CoreNotBuilt as reason:

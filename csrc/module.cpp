@@ -22,7 +22,11 @@ PYBIND11_MODULE(_C, m) {
         py::dict info;
         info["torch"] = TORCH_VERSION;
         info["compiler"] = __VERSION__;
+#ifdef LA_ACIQ_CUDA
+        info["cuda"] = true;
+#else
         info["cuda"] = false;
+#endif
         return info;
       },
       "The torch version the core was compiled against, the compiler, and whether it has CUDA kernels.");

@@ -15,23 +15,29 @@ constexpr int kUnroll = 4;
 constexpr int kTailRows = 64;
 constexpr int kTailThreads = 128;
 
+// As loaded: 16-bit elements widen only when they are used, which leaves registers for loads in flight.
 template <class T, int kWidth>
 struct Piece {
-  float value[kWidth];
+  Pack<T, kWidth> pack;
 
   // Of the elements left in the row; zeros after them.
   __device__ __forceinline__ void load(const T* p, int64_t left) {
     if constexpr (kWidth == 8) {
-      const Pack<T, 8> pack = load_pack<T, 8>(p);
-#pragma unroll
-      for (int i = 0; i < 8; i++) value[i] = to_float(pack.element[i]);
+      pack = load_pack<T, 8>(p);
     } else {
 #pragma unroll
-      for (int i = 0; i < kWidth; i++) value[i] = i < left ? to_float(__ldg(p + i)) : 0.0f;
+      for (int i = 0; i < kWidth; i++) pack.element[i] = i < left ? __ldg(p + i) : T{};
     }
   }
 
+  __device__ __forceinline__ void widen(float (&value)[kWidth]) const {
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) value[i] = to_float(pack.element[i]);
+  }
+
   __device__ __forceinline__ void store_codes(uint8_t* codes, float inverse, Codebook codebook, int64_t left) const {
+    float value[kWidth];
+    widen(value);
     const uint32_t nibbles = encode_nibbles(value, inverse, codebook);
     if constexpr (kWidth == 8) {
       *reinterpret_cast<uint32_t*>(codes) = nibbles;
@@ -42,18 +48,20 @@ struct Piece {
 
   __device__ __forceinline__ void store_values(T* out, float clip, Codebook codebook, int bits, int64_t left) const {
     const float inverse = inverse_step(clip, bits), scale = value_scale(clip);
-    Pack<T, kWidth> pack;
+    float value[kWidth];
+    widen(value);
+    Pack<T, kWidth> rounded;
 #pragma unroll
     for (int i = 0; i < kWidth; i++) {
       const int code = signed_code(value[i], inverse, bits, codebook) + (1 << (bits - 1));
-      pack.element[i] = from_float<T>(level_of_code(code, bits, codebook) * scale);
+      rounded.element[i] = from_float<T>(level_of_code(code, bits, codebook) * scale);
     }
     if constexpr (kWidth == 8) {
-      store_pack(out, pack);
+      store_pack(out, rounded);
     } else {
 #pragma unroll
       for (int i = 0; i < kWidth; i++) {
-        if (i < left) out[i] = pack.element[i];
+        if (i < left) out[i] = rounded.element[i];
       }
     }
   }
@@ -69,7 +77,7 @@ struct ElementwiseArgs {
 };
 
 template <class T, int kWidth, bool kCodes>
-__global__ void __launch_bounds__(256) quantize_kernel(const ElementwiseArgs args) {
+__global__ void __launch_bounds__(256, 3) quantize_kernel(const ElementwiseArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= args.x.rows) return;
   const int64_t k = args.x.k;
@@ -143,7 +151,7 @@ __global__ void __launch_bounds__(kTailThreads) quantize_tails_kernel(const Tail
     uint32_t finite = 0;
 #pragma unroll
     for (int i = 0; i < kWidth; i++) {
-      const float magnitude = fabsf(piece.value[i]);
+      const float magnitude = fabsf(to_float(piece.pack.element[i]));
       const bool is_element = i < static_cast<int>(elements), usable = is_element && is_finite(magnitude);
       finite += usable;
       if (usable && magnitude > clip) {

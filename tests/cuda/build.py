@@ -1,6 +1,6 @@
 """Builds csrc/cuda for the CPU (tests/cuda/emulation) and loads it as torch.ops.la_aciq_emulated.
 
-Objects are kept in build/cuda-emulation under a hash of everything they are made from.
+Objects are kept in build/cuda-emulation, named by a hash of everything they are made from.
 """
 
 import ctypes
@@ -43,33 +43,38 @@ def library() -> Path:
     torch_flags = ["-O1", "-w", f"-I{sysconfig.get_path('include')}"]
     torch_flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     torch_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    units = [(source, kernel_flags) for source in (*KERNELS, EMULATION / "emulation.cpp")]
+    units = [(source, kernel_flags) for source in (*KERNELS, EMULATION / "emulation.cpp", EMULATION / "faulty.cpp")]
     units.append((EMULATION / "bindings.cpp", torch_flags))
 
-    digest = hashlib.sha256(repr((cxx, flags, kernel_flags, torch_flags, torch.__version__)).encode())
-    for source in sorted([*CSRC.rglob("*"), *EMULATION.rglob("*")]):
-        if source.is_file() and "cpu" not in source.parts and source.suffix in (".h", ".cuh", ".cu", ".cpp"):
-            digest.update(source.read_bytes())
-    folder = ROOT / "build" / "cuda-emulation" / digest.hexdigest()[:16]
-    target = folder / "emulated.so"
-    if target.exists():
-        return target
+    headers = hashlib.sha256(torch.__version__.encode())
+    for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *EMULATION.rglob("*.h"), *CSRC.glob("**/ops.cpp")]):
+        if "cpu" not in path.parts:
+            headers.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda-emulation"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(unit: tuple[Path, list[str]]) -> str:
+    def compile_one(unit: tuple[Path, list[str]]) -> Path:
         source, own_flags = unit
-        target = str(folder / f"{source.stem}.o")
-        run([cxx, *flags, *own_flags, "-x", "c++", "-c", str(source), "-o", target])
+        command = [cxx, *flags, *own_flags, "-x", "c++", "-c", str(source)]
+        key = headers.copy()
+        key.update(repr(command).encode() + source.read_bytes())
+        target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            run([*command, "-o", str(partial)])
+            partial.rename(target)
         return target
 
-    # The longest first.
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, reversed(units)))
-    partial = folder / "partial.so"
-    sanitizers = ["-fsanitize=undefined", *(["-fsanitize=address"] if SANITIZE else [])]
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    run([cxx, "-shared", *sanitizers, *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)])
-    partial.rename(target)
+        objects = list(pool.map(compile_one, reversed(units)))  # the longest first
+    name = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    target = folder / f"emulated-{name}.so"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        sanitizers = ["-fsanitize=undefined", *(["-fsanitize=address"] if SANITIZE else [])]
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        run([cxx, "-shared", *sanitizers, *map(str, objects), *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)])
+        partial.rename(target)
     return target
 
 
