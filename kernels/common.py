@@ -213,7 +213,7 @@ def warps(elements: int, per_thread: int = 32) -> int:
     return min(max(elements // (32 * per_thread), 1), 16)
 
 
-def cut(rows: int, k: int, group_size: int, *, block: int = 0, widest: int = 1024) -> Pieces:
+def cut(rows: int, k: int, group_size: int, *, block: int = 0, widest: int = 1024, tile: int = TILE) -> Pieces:
     """Cuts [rows, k] into pieces of at most `widest` elements, or `block`, the Hadamard block that must fit in a tile
     (0: none)."""
     if rows >= 2**31:
@@ -226,7 +226,7 @@ def cut(rows: int, k: int, group_size: int, *, block: int = 0, widest: int = 102
     padded = max(2, triton.next_power_of_2(width))
     aligned = padded == width and (group % width == 0 or groups == 1)
     # Addresses of misaligned pieces take a register pair per element.
-    pieces = max(1, max(TILE if aligned else TILE // 4, block) // padded)
+    pieces = max(1, max(tile if aligned else tile // 4, block) // padded)
     return Pieces(
         rows=rows,
         group=group,

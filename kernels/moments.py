@@ -235,7 +235,8 @@ def moments(
         flat = flat.reshape(spans // run, run * length)
         ids = RowIds(ids.ids, 1, ids.period)
         spans, length = flat.shape[0], flat.shape[1]
-    pieces = cut(spans, length, 0, widest=TILE)
+    # The atomics of the histogram hold an address per element in registers.
+    pieces = cut(spans, length, 0, widest=1024 if histogram else TILE, tile=1024 if histogram else TILE)
     states = torch.empty((STATE_SIZE, spans * pieces.per_row), dtype=torch.float64, device=x.device)
     replicas = max(1, min(64, 256 // languages)) if histogram else 1
     parts = torch.zeros((replicas, languages, bins, 2), dtype=torch.int64, device=x.device)

@@ -131,12 +131,11 @@ def quantize_dynamic_long_kernel(
     RMS: tl.constexpr,
 ):
     """One group of any length per program, in chunks of whole Hadamard blocks."""
-    piece = tl.program_id(0).to(tl.int64)
-    row = (piece // groups).to(tl.int32) + tl.arange(0, 1)
-    group_index = (piece % groups).to(tl.int32) + tl.arange(0, 1)
-    first = (piece % groups) * group
+    row = tl.program_id(0) + tl.arange(0, 1)
+    group_index = tl.program_id(1) + tl.arange(0, 1)
+    first = tl.program_id(1).to(tl.int64) * group
     end = tl.minimum(first + group, K)
-    base = x_ptr + (piece // groups) * x_stride
+    base = x_ptr + tl.program_id(0).to(tl.int64) * x_stride
     total = tl.zeros([1, CHUNK], dtype=tl.float64)
     count = tl.zeros([1, CHUNK], dtype=tl.int32)
     largest = tl.zeros([1, CHUNK], dtype=tl.float32)
@@ -157,7 +156,7 @@ def quantize_dynamic_long_kernel(
     language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
     factor = read_table(shape_ptr, language, group_index, row < rows, shape_stride_language, shape_stride_group)
     clip = factor * measured
-    tl.store(scales_ptr + piece + tl.arange(0, 1), clip)
+    tl.store(scales_ptr + row.to(tl.int64) * groups + group_index, clip)
     inverse_step = inverse_step_of(clip, 16)[:, None]
     for start in range(first, end, CHUNK):
         x, mask = load_chunk(base, signs_ptr, start, end, rotation_scale, CHUNK, LOG2_BLOCK)
@@ -218,7 +217,7 @@ def quantize_dynamic(
     )
     with on_device(x):
         if group > MAX_TILE:
-            wrap_triton(quantize_dynamic_long_kernel)[(rows * groups,)](
+            wrap_triton(quantize_dynamic_long_kernel)[(rows, groups)](
                 *arguments,
                 CHUNK=CHUNK,
                 LOG2_BLOCK=log2_block(block),
