@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(kMomentThreads, kHistogram || sizeof(T) == 8 ?
         used[i] = left < 0 ? 0 : left < 8 ? left : 8;
         if (used[i] > 0) load_eight<T, C, kAligned>(v[i], piece + 8 * vector, used[i]);
         vector += across;
-        if (vector >= vectors) {
-          vector -= across * vectors_per_lane;
+        if (vector >= across * vectors_per_lane) {
+          vector = lane % across;
           position += down;
           piece = nullptr;
         }

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kTailThreads) quantize_tails_kernel(const Tail
 
 // A block per group and language. Thread t adds every kTailThreads-th partial from the t-th on, then the threads add up as a tree.
 template <int kWidth>
-__global__ void __launch_bounds__(kTailThreads) merge_tails_kernel(const TailArgs args, double* tail) {
+__global__ void __launch_bounds__(kTailThreads, 4) merge_tails_kernel(const TailArgs args, double* tail) {
   const int64_t k = args.x.k, pieces = (k + kWidth - 1) / kWidth, per_group = (args.clips.size + kWidth - 1) / kWidth;
   const int64_t group = blockIdx.x, languages = args.sorted.languages;
   for (int64_t language = blockIdx.y; language < languages; language += gridDim.y) {

@@ -19,6 +19,7 @@ inline __half __float2half_rn(float x) {
   const auto sign = static_cast<uint16_t>(__float_as_uint(x) >> 16 & 0x8000);
   if (x != x) return {0x7FFF};
   const float magnitude = fabsf(x);
+  if (magnitude == 0) return {sign};
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7C00)};
   int exponent;
   frexpf(magnitude, &exponent);  // magnitude < 2^exponent
