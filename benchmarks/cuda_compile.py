@@ -3,8 +3,8 @@
     python -m benchmarks.cuda_compile            writes results/cuda-compile.json
     python -m benchmarks.cuda_compile --check    compares with that file; status 1 if a kernel spills or has changed
 
-Per architecture and kernel: registers of a thread, bytes of local memory (stack and spills) and of static shared memory.
-What changes with the compiler is compared only where its version is that of the file.
+Per architecture and kernel: registers of a thread, bytes of local memory (stack and spills) and of static shared
+memory. What changes with the compiler is compared only where its version is that of the file.
 """
 
 import argparse
@@ -54,7 +54,9 @@ def parse(log: str) -> list[dict]:
     kernels = []
     for block in log.split("Compiling entry function")[1:]:
         name, target = re.match(r" '(\w+)' for 'sm_(\d+)'", block).groups()
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block).groups())
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block).groups()
+        )
         registers = int(re.search(r"Used (\d+) registers", block)[1])
         shared = re.search(r"(\d+) bytes smem", block)
         kernels.append(
@@ -87,7 +89,7 @@ def measure() -> dict:
 def problems(measured: dict, recorded: dict) -> list[str]:
     """What is wrong with the compiled kernels, and where they differ from the record."""
     found = [
-        f"{kernel['kernel']} for sm_{kernel['target']}: {kernel['spill_bytes']} bytes of spills, {kernel['stack_bytes']} of stack"
+        "{kernel} for sm_{target}: {spill_bytes} bytes of spills, {stack_bytes} of stack".format(**kernel)
         for kernel in measured["kernels"]
         if kernel["spill_bytes"] or kernel["stack_bytes"]
     ]

@@ -73,7 +73,20 @@ def library() -> Path:
         partial = target.with_suffix(f".{os.getpid()}")
         sanitizers = ["-fsanitize=undefined", *(["-fsanitize=address"] if SANITIZE else [])]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-        run([cxx, "-shared", *sanitizers, *map(str, objects), *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)])
+        run(
+            [
+                cxx,
+                "-shared",
+                *sanitizers,
+                *map(str, objects),
+                *libraries,
+                "-ltorch",
+                "-ltorch_cpu",
+                "-lc10",
+                "-o",
+                str(partial),
+            ]
+        )
         partial.rename(target)
     return target
 

@@ -68,7 +68,11 @@ def test_half_conversions():
         exact = finite.double().sort().values
         between = ((exact[:, 1:] + exact[:, :-1]) / 2).float()
         weight = torch.full((1, 1), 0xFF, dtype=torch.uint8)  # level 1: dequantize returns the clip, rounded
-        for values in (between, between.nextafter(torch.tensor(torch.inf)), between.nextafter(torch.tensor(-torch.inf))):
+        for values in (
+            between,
+            between.nextafter(torch.tensor(torch.inf)),
+            between.nextafter(torch.tensor(-torch.inf)),
+        ):
             positive = values[values > 0].unsqueeze(1)
             codes = weight.expand(positive.shape[0], 1).contiguous()
             got = ops.dequantize(codes, positive, None, k=2, per_row=True, dtype=dtype)[:, 0]
@@ -97,15 +101,20 @@ def calls():
         "quantize": lambda: ops.quantize(x, table, ids, 64, tail_sums=True),
         "quantize rotated": lambda: ops.quantize(x, table, ids, 64, "midrise", signs),
         "quantize_dynamic": lambda: ops.quantize_dynamic(x, table, ids, 64),
-        "quantize_dynamic rotated": lambda: ops.quantize_dynamic(wide, table[:, :1], None, 0, "rms", "midrise", wide_signs),
+        "quantize_dynamic rotated": lambda: ops.quantize_dynamic(
+            wide, table[:, :1], None, 0, "rms", "midrise", wide_signs
+        ),
         "quantize_dynamic irregular": lambda: ops.quantize_dynamic(narrow, table, None, 6),
         "rotate": lambda: (ops.rotate(wide, wide_signs),),
         "linear": lambda: (ops.linear(activations, weight, weight_clips, group_size=64),),
     }
 
 
-@pytest.mark.parametrize("name", ["moments", "moments of long rows", "quantize", "quantize rotated", "quantize_dynamic"]
-    + ["quantize_dynamic rotated", "quantize_dynamic irregular", "rotate", "linear"])
+@pytest.mark.parametrize(
+    "name",
+    ["moments", "moments of long rows", "quantize", "quantize rotated", "quantize_dynamic"]
+    + ["quantize_dynamic rotated", "quantize_dynamic irregular", "rotate", "linear"],
+)
 def test_the_same_bits_in_any_order(name):
     emulated.load()
     emulated.set_order(0)
@@ -148,8 +157,12 @@ def test_addresses():
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "LA_ACIQ_EMULATION_ASAN": "1",
     }
-    selection = "(test_language_shapes or test_tail_sums or test_quantize_many_rows or test_any_strides or test_zero_rows"
-    selection += " or test_nonfinite or test_linear_composed or test_moments_of or (test_linear and midrise)) and emulated"
+    selection = (
+        "(test_language_shapes or test_tail_sums or test_quantize_many_rows or test_any_strides or test_zero_rows"
+    )
+    selection += (
+        " or test_nonfinite or test_linear_composed or test_moments_of or (test_linear and midrise)) and emulated"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
     command += [str(Path(__file__).with_name("test_operations.py"))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -166,6 +179,8 @@ def test_the_sanitizer_run_would_notice():
     folder = emulated.ROOT / "build" / "cuda-emulation"
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "overread"
-    subprocess.run([cxx, "-x", "c++", "-fsanitize=address", "-O0", "-", "-o", program], input=source, text=True, check=True)
+    subprocess.run(
+        [cxx, "-x", "c++", "-fsanitize=address", "-O0", "-", "-o", program], input=source, text=True, check=True
+    )
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert "heap-buffer-overflow" in result.stderr

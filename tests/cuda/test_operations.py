@@ -52,7 +52,19 @@ def clip_per_element(table, language, x, group_size):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("k", "group_size"),
-    [(64, 0), (128, 64), (4096, 64), (576, 64), (100, 24), (1, 0), (7, 2), (33, 6), (1000, 1024), (3000, 0), (14336, 128)],
+    [
+        (64, 0),
+        (128, 64),
+        (4096, 64),
+        (576, 64),
+        (100, 24),
+        (1, 0),
+        (7, 2),
+        (33, 6),
+        (1000, 1024),
+        (3000, 0),
+        (14336, 128),
+    ],
 )
 def test_quantize(ops, dtype, codebook, k, group_size):
     x = normal(5, k, dtype=dtype)
@@ -133,7 +145,9 @@ def test_nonfinite_values_and_useless_clips(ops, dtype, codebook, group_size):
     x[1] = 0
     x[2] = torch.finfo(dtype).max
     groups = reference.group_count(24, group_size)
-    table = torch.tensor([1.5, 0.0, -1.0, torch.nan, torch.inf, 1e-45, 3e38]).unsqueeze(1).expand(-1, groups).contiguous()
+    table = (
+        torch.tensor([1.5, 0.0, -1.0, torch.nan, torch.inf, 1e-45, 3e38]).unsqueeze(1).expand(-1, groups).contiguous()
+    )
     language = torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
     codes, _ = ops.quantize(x, table, language, group_size, codebook)
     got = reference.unpack(codes, 24)
