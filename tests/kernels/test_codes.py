@@ -38,19 +38,19 @@ def check_quantize_dynamic(case: Case, statistic: str) -> None:
     assert_codes(case, codes, scales.to(torch.float64))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(case=cases())
 def test_quantize(case):
     check_quantize(case)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(case=cases())
 def test_quantize_dynamic_rms(case):
     check_quantize_dynamic(case, "rms")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(case=cases())
 def test_quantize_dynamic_absmax(case):
     check_quantize_dynamic(case, "absmax")
@@ -62,7 +62,7 @@ def test_sizes_that_choose_other_tiles(case):
     check_quantize_dynamic(case, "rms")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(case=cases(rotation=False))
 def test_dequantize(case):
     packed, _ = reference.quantize(case.x(), case.table(), case.language(), case.group_size, case.codebook)
@@ -89,7 +89,7 @@ def check_rotate(case: Case) -> None:
     assert ((y.double() - expected).abs() <= tolerance * (expected.abs() + expected.abs().amax(-1, keepdim=True))).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(case=cases())
 def test_rotate(case):
     check_rotate(Case(**{**case.__dict__, "rotated": True}))
