@@ -52,7 +52,8 @@ Groups groups_of(int64_t k, int64_t group_size) {
 }
 
 void check_rows_of_k(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, name, ": expected shape [..., K] with K >= 1, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, name, ": expected shape [..., K] with K >= 1, got ",
+                    x.sizes());
 }
 
 int64_t product(at::IntArrayRef sizes) {
@@ -79,7 +80,8 @@ struct LanguageIds {
 
 LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef lead) {
   if (!language) return {};
-  TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ", language->scalar_type());
+  TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ",
+                   language->scalar_type());
   bool matches = language->dim() <= static_cast<int64_t>(lead.size());
   for (int64_t i = 0; matches && i < language->dim(); i++) {
     matches = language->size(i) == 1 || language->size(i) == lead[i];
@@ -97,7 +99,8 @@ LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef l
 int64_t checked_block(const Tensor& signs, int64_t block_size, int64_t k) {
   TORCH_CHECK_TYPE(signs.scalar_type() == at::kFloat || signs.scalar_type() == at::kChar,
                    "signs: expected float32 or int8, got ", signs.scalar_type());
-  TORCH_CHECK_VALUE(signs.dim() == 1 && signs.size(0) == k, "signs: expected shape [", k, "], got ", signs.sizes());
+  TORCH_CHECK_VALUE(signs.dim() == 1 && signs.size(0) == k, "signs: expected shape [", k, "], got ",
+                    signs.sizes());
   const int64_t block = block_size == 0 ? largest_power_of_two_divisor(k) : block_size;
   TORCH_CHECK_VALUE(block > 0 && (block & (block - 1)) == 0 && k % block == 0,
                     "block_size: expected a power of two that divides K=", k, ", got ", block_size);
@@ -106,30 +109,31 @@ int64_t checked_block(const Tensor& signs, int64_t block_size, int64_t k) {
 
 void check_codes(const char* name, const Tensor& codes, int64_t k) {
   TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, name, ": expected uint8, got ", codes.scalar_type());
-  TORCH_CHECK_VALUE(k >= 1 && codes.dim() > 0 && codes.size(-1) == (k + 1) / 2, name, ": expected shape [..., ",
-                    (k + 1) / 2, "] for k=", k, ", got ", codes.sizes());
+  TORCH_CHECK_VALUE(k >= 1 && codes.dim() > 0 && codes.size(-1) == (k + 1) / 2, name,
+                    ": expected shape [..., ", (k + 1) / 2, "] for k=", k, ", got ", codes.sizes());
 }
 
 // Clips [*lead, groups], one per row and group.
 Tensor checked_scales(const char* name, const Tensor& scales, at::IntArrayRef lead, int64_t groups) {
   auto expected = lead.vec();
   expected.push_back(groups);
-  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, name, ": expected float32, got ", scales.scalar_type());
-  TORCH_CHECK_VALUE(scales.sizes() == at::IntArrayRef(expected), name, ": expected shape ", at::IntArrayRef(expected),
-                    " with per_row, got ", scales.sizes());
+  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, name, ": expected float32, got ",
+                   scales.scalar_type());
+  TORCH_CHECK_VALUE(scales.sizes() == at::IntArrayRef(expected), name, ": expected shape ",
+                    at::IntArrayRef(expected), " with per_row, got ", scales.sizes());
   return scales.contiguous();
 }
 
 void check_linear(const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias, int64_t k,
                   int64_t groups, int64_t activation_bits) {
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kByte, "weight: expected uint8, got ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ", (k + 1) / 2,
-                    "] for K=", k, ", got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ",
+                    (k + 1) / 2, "] for K=", k, ", got ", weight.sizes());
   const int64_t n = weight.size(0);
   TORCH_CHECK_TYPE(weight_scale.scalar_type() == at::kFloat, "weight_scale: expected float32, got ",
                    weight_scale.scalar_type());
-  TORCH_CHECK_VALUE(weight_scale.sizes() == at::IntArrayRef({n, groups}), "weight_scale: expected shape [", n, ", ",
-                    groups, "], got ", weight_scale.sizes());
+  TORCH_CHECK_VALUE(weight_scale.sizes() == at::IntArrayRef({n, groups}), "weight_scale: expected shape [", n,
+                    ", ", groups, "], got ", weight_scale.sizes());
   TORCH_CHECK_VALUE(activation_bits == 16 || activation_bits == 8 || activation_bits == 4,
                     "activation_bits: expected 16, 8 or 4, got ", activation_bits);
   TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef({n}), "bias: expected shape [", n, "]");

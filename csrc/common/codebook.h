@@ -27,7 +27,8 @@ LA_ACIQ_HD int signed_code(float x, float inverse_step, int bits, Codebook codeb
   const float half = static_cast<float>(1 << (bits - 1)), scaled = x * inverse_step;
   const float number = scaled == scaled ? scaled : 0.0f;
   const float bounded = number < -half ? -half : number > half - 1.0f ? half - 1.0f : number;
-  return static_cast<int>(codebook == Codebook::kMidrise ? __builtin_floorf(bounded) : __builtin_rintf(bounded));
+  return static_cast<int>(codebook == Codebook::kMidrise ? __builtin_floorf(bounded)
+                                                         : __builtin_rintf(bounded));
 }
 
 // What the level of a code is multiplied with.

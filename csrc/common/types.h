@@ -11,8 +11,8 @@ enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 enum class Clip { kStatic, kRms, kAbsmax };
 
-// The row of the table that each row (or, for the moments on a CPU, each element) of x reads: ids[i / span]. Without ids, and for
-// an id out of range, row 0.
+// The row of the table that each row (or, for the moments on a CPU, each element) of x reads: ids[i / span].
+// Without ids, and for an id out of range, row 0.
 struct Languages {
   const int32_t* ids;
   int64_t span;

@@ -1,5 +1,5 @@
-// Values of INT4 codes. Layout as in quantize.cuh: a thread decodes pieces of 8 codes (a 4-byte load, 16-byte stores) where rows are
-// aligned and groups are multiples of 8, else pieces of 2.
+// Values of INT4 codes. Layout as in quantize.cuh: a thread decodes pieces of 8 codes (a 4-byte load, 16-byte
+// stores) where rows are aligned and groups are multiples of 8, else pieces of 2.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(256) dequantize_kernel(const DequantizeArgs ar
       Pack<T, kWidth> pack;
 #pragma unroll
       for (int j = 0; j < kWidth; j++) {
-        pack.element[j] =
-            from_float<T>(level_of_code(static_cast<int>(nibbles[i] >> 4 * j & 15), 4, args.codebook) * scale);
+        pack.element[j] = from_float<T>(
+            level_of_code(static_cast<int>(nibbles[i] >> 4 * j & 15), 4, args.codebook) * scale);
       }
       T* target = out + static_cast<int64_t>(p) * kWidth;
       if constexpr (kWidth == 8) {

@@ -1,4 +1,5 @@
-// What the kernels share: launches, element types and their vectors, warp reductions, codes of eight elements.
+// What the kernels share: launches, element types and their vectors, warp reductions, codes of eight
+// elements.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +16,8 @@ constexpr int kWarp = 32;
 // --- Host ---
 
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_memory, cudaStream_t stream, A... args) {
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_memory, cudaStream_t stream,
+                   A... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -24,9 +26,13 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_me
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
 
-__host__ __device__ __forceinline__ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ __forceinline__ int64_t ceil_divide(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
-inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+inline bool is_aligned(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
 
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -56,8 +62,8 @@ cudaError_t with_type(DType dtype, Body body) {
   return cudaErrorInvalidValue;
 }
 
-// How a block of 256 threads covers rows of `vectors` pieces each: `across` threads share a row, so that no lane idles when rows
-// are short, and each has several pieces of a long one.
+// How a block of 256 threads covers rows of `vectors` pieces each: `across` threads share a row, so that no
+// lane idles when rows are short, and each has several pieces of a long one.
 struct RowTiles {
   dim3 grid, block;
 };
@@ -69,11 +75,14 @@ inline RowTiles row_tiles(int64_t rows, int64_t vectors) {
   return {dim3(static_cast<unsigned>(ceil_divide(rows, down))), dim3(across, down)};
 }
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // Whether every row starts on 16 bytes and holds whole vectors of 8 elements.
 inline bool rows_are_aligned(const Matrix& x) {
-  return x.k % 8 == 0 && is_aligned(x.data, 16) && (x.rows == 1 || x.stride * element_size(x.dtype) % 16 == 0);
+  return x.k % 8 == 0 && is_aligned(x.data, 16) &&
+         (x.rows == 1 || x.stride * element_size(x.dtype) % 16 == 0);
 }
 
 // --- Device: elements ---
@@ -88,9 +97,15 @@ __device__ __forceinline__ void* shared_memory() {
 using emulation::shared_memory;
 #endif
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_float(__half x) {
+  return __half2float(x);
+}
 
 template <class T>
 __device__ __forceinline__ T from_float(float x);
@@ -119,7 +134,8 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
   if constexpr (sizeof(pack) % 16 == 0) {
     uint4 words[sizeof(pack) / 16];
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); i++) words[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+    for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); i++)
+      words[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
     memcpy(&pack, words, sizeof(pack));
   } else {
     static_assert(sizeof(pack) == 8);
@@ -166,28 +182,36 @@ struct Smaller {
 
 // --- Device: codes ---
 
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= 3.402823466e+38f; }
-__device__ __forceinline__ bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
+__device__ __forceinline__ bool is_finite(float x) {
+  return fabsf(x) <= 3.402823466e+38f;
+}
+__device__ __forceinline__ bool is_finite(double x) {
+  return fabs(x) <= 1.7976931348623157e308;
+}
 
-// The INT4 codes of N elements, the first in the lowest nibble. encode() gives code - 8 in [-8, 7], so one addition at the end
-// shifts all of them.
+// The INT4 codes of N elements, the first in the lowest nibble. encode() gives code - 8 in [-8, 7], so one
+// addition at the end shifts all of them.
 template <int N>
 __device__ __forceinline__ uint32_t encode_nibbles(const float (&x)[N], float inverse, Codebook codebook) {
   uint32_t codes = 0;
   if (codebook == Codebook::kMidrise) {
 #pragma unroll
-    for (int i = 0; i < N; i++) codes += static_cast<uint32_t>(signed_code(x[i], inverse, 4, Codebook::kMidrise)) << 4 * i;
+    for (int i = 0; i < N; i++)
+      codes += static_cast<uint32_t>(signed_code(x[i], inverse, 4, Codebook::kMidrise)) << 4 * i;
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i++) codes += static_cast<uint32_t>(signed_code(x[i], inverse, 4, Codebook::kMidtread)) << 4 * i;
+    for (int i = 0; i < N; i++)
+      codes += static_cast<uint32_t>(signed_code(x[i], inverse, 4, Codebook::kMidtread)) << 4 * i;
   }
   return codes + (0x88888888u & (N == 8 ? 0xFFFFFFFFu : (1u << 4 * N % 32) - 1));
 }
 
-// level() by two multiply-adds in place of a division: the quotient of two small integers comes out correctly rounded.
+// level() by two multiply-adds in place of a division: the quotient of two small integers comes out correctly
+// rounded.
 __device__ __forceinline__ float level_of_code(int code, int bits, Codebook codebook) {
   const int levels = 1 << bits;
-  const float numerator = static_cast<float>(2 * code - (codebook == Codebook::kMidrise ? levels - 1 : levels));
+  const float numerator =
+      static_cast<float>(2 * code - (codebook == Codebook::kMidrise ? levels - 1 : levels));
   const float divisor = static_cast<float>(levels - 1), reciprocal = bits == 4 ? 1.0f / 15.0f : 1.0f / 255.0f;
   const float quotient = numerator * reciprocal;
   return __fmaf_rn(__fmaf_rn(-divisor, quotient, numerator), reciprocal, quotient);

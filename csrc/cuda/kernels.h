@@ -1,8 +1,9 @@
-// The CUDA kernels as their callers see them: device pointers and a stream, no PyTorch. Every function queues its work on the stream,
-// never waits for it, allocates nothing, and returns what the launch returned. No row or no element: no launch.
+// The CUDA kernels as their callers see them: device pointers and a stream, no PyTorch. Every function queues
+// its work on the stream, never waits for it, allocates nothing, and returns what the launch returned. No row
+// or no element: no launch.
 //
-// Rows are `stride` elements apart. Vector paths are taken where pointers, strides and group sizes allow 16-byte accesses, and
-// elementwise ones elsewhere; the result is the same.
+// Rows are `stride` elements apart. Vector paths are taken where pointers, strides and group sizes allow
+// 16-byte accesses, and elementwise ones elsewhere; the result is the same.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,7 +23,8 @@ struct Matrix {
   int64_t stride;
 };
 
-// Clips per group of `size` elements along K: a row of table [languages, groups] by language, or table [rows, groups].
+// Clips per group of `size` elements along K: a row of table [languages, groups] by language, or table [rows,
+// groups].
 struct Clips {
   const float* table;
   int64_t groups;
@@ -31,8 +33,9 @@ struct Clips {
   Languages languages;
 };
 
-// Rows sorted by language: rows [order[i] * span, (order[i] + 1) * span) have language sorted[i], which never decreases. `count`
-// entries, null pointers where every row has language 0. `languages` is the number of languages.
+// Rows sorted by language: rows [order[i] * span, (order[i] + 1) * span) have language sorted[i], which never
+// decreases. `count` entries, null pointers where every row has language 0. `languages` is the number of
+// languages.
 struct SortedRows {
   const int64_t* order;
   const int32_t* sorted;
@@ -44,14 +47,15 @@ struct SortedRows {
 // --- quantize.cu: elementwise, clips given ---
 
 // codes [rows, ceil(k / 2)] of x.
-cudaError_t quantize(const Matrix& x, const Clips& clips, Codebook codebook, uint8_t* codes, cudaStream_t stream);
+cudaError_t quantize(const Matrix& x, const Clips& clips, Codebook codebook, uint8_t* codes,
+                     cudaStream_t stream);
 
 // x rounded to the codebook of 4 or 8 bits, in its dtype, [rows, k].
 cudaError_t round_to_codebook(const Matrix& x, const Clips& clips, Codebook codebook, int bits, void* values,
                               cudaStream_t stream);
 
-// codes as above, and tail [languages, groups, 4] summed in an order fixed by the shape and the languages. partials is scratch of
-// tail_partials_size bytes.
+// codes as above, and tail [languages, groups, 4] summed in an order fixed by the shape and the languages.
+// partials is scratch of tail_partials_size bytes.
 cudaError_t quantize_tails(const Matrix& x, const Clips& clips, const SortedRows& sorted, Codebook codebook,
                            uint8_t* codes, double* tail, void* partials, cudaStream_t stream);
 int64_t tail_partials_size(const Matrix& x, const Clips& clips, const SortedRows& sorted);
@@ -59,8 +63,8 @@ int64_t tail_partials_size(const Matrix& x, const Clips& clips, const SortedRows
 // --- dequantize.cu ---
 
 // out [rows, k] of dtype from codes [rows, ceil(k / 2)].
-cudaError_t dequantize(const uint8_t* codes, int64_t rows, int64_t k, const Clips& clips, Codebook codebook, void* out,
-                       DType dtype, cudaStream_t stream);
+cudaError_t dequantize(const uint8_t* codes, int64_t rows, int64_t k, const Clips& clips, Codebook codebook,
+                       void* out, DType dtype, cudaStream_t stream);
 
 // --- rows.cu: a row stays on chip; rotation by blocks of `block`, then clips, then codes ---
 
@@ -70,25 +74,29 @@ struct Rotation {
   int64_t block;
 };
 
-// Whether quantize_rows takes rows like those of x: a segment has to fit on a multiprocessor of the current device.
+// Whether quantize_rows takes rows like those of x: a segment has to fit on a multiprocessor of the current
+// device.
 bool row_fits(const Matrix& x, const Rotation& rotation, const Clips& clips, Clip clip);
 
 // Blocks of a rotation that `rotate` can do.
 bool block_fits(int64_t block);
 
 // out [rows, k] of out_dtype.
-cudaError_t rotate(const Matrix& x, const Rotation& rotation, void* out, DType out_dtype, cudaStream_t stream);
+cudaError_t rotate(const Matrix& x, const Rotation& rotation, void* out, DType out_dtype,
+                   cudaStream_t stream);
 
-// codes [rows, ceil(k / 2)]; for Clip::kRms and kAbsmax the table holds factors, and the clips go to scales [rows, groups].
-cudaError_t quantize_rows(const Matrix& x, const Rotation& rotation, const Clips& clips, Clip clip, Codebook codebook,
-                          uint8_t* codes, float* scales, cudaStream_t stream);
+// codes [rows, ceil(k / 2)]; for Clip::kRms and kAbsmax the table holds factors, and the clips go to scales
+// [rows, groups].
+cudaError_t quantize_rows(const Matrix& x, const Rotation& rotation, const Clips& clips, Clip clip,
+                          Codebook codebook, uint8_t* codes, float* scales, cudaStream_t stream);
 
 // The clips alone, scales [rows, groups], for rows of any length.
 cudaError_t measure_clips(const Matrix& x, const Clips& clips, Clip clip, float* scales, cudaStream_t stream);
 
 // --- moments.cu ---
 
-// states [languages]; histogram int64 [languages, 258, 2] or null. partials is scratch for moment_partials(x, sorted) states.
+// states [languages]; histogram int64 [languages, 258, 2] or null. partials is scratch for moment_partials(x,
+// sorted) states.
 cudaError_t moments(const Matrix& x, const SortedRows& sorted, MomentState* states, int64_t* histogram,
                     MomentState* partials, cudaStream_t stream);
 int64_t moment_partials(const Matrix& x, const SortedRows& sorted);

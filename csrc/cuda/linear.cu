@@ -37,14 +37,16 @@ Plan plan_linear(const Matrix& x, const Weights& weights) {
 template <class T, int kWords, int kOutputTiles, int kRowTiles>
 cudaError_t launch_linear(const LinearArgs& args, const Plan& plan, cudaStream_t stream) {
   return launch(linear_kernel<T, kWords, kOutputTiles, kRowTiles>,
-                dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.splits)), dim3(kLinearWarps * kWarp),
-                sizeof(float) * kLinearWarps * 16 * kOutputTiles * 8 * kRowTiles, stream, args);
+                dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.splits)),
+                dim3(kLinearWarps * kWarp), sizeof(float) * kLinearWarps * 16 * kOutputTiles * 8 * kRowTiles,
+                stream, args);
 }
 
 template <class T, int kWords>
 cudaError_t launch_words(const LinearArgs& args, const Plan& plan, cudaStream_t stream) {
   if (plan.output_tiles == 1) return launch_linear<T, kWords, 1, 1>(args, plan, stream);
-  return args.x.rows <= 8 ? launch_linear<T, kWords, 2, 1>(args, plan, stream) : launch_linear<T, kWords, 2, 2>(args, plan, stream);
+  return args.x.rows <= 8 ? launch_linear<T, kWords, 2, 1>(args, plan, stream)
+                          : launch_linear<T, kWords, 2, 2>(args, plan, stream);
 }
 
 template <class T>
@@ -75,7 +77,8 @@ cudaError_t linear(const Matrix& x, const Weights& weights, const float* bias, v
   if (x.rows == 0 || weights.n == 0) return cudaSuccess;
   const Plan plan = plan_linear(x, weights);
   const LinearArgs args{x, weights, plan.chunks_per_split, bias, out, plan.splits == 1 ? nullptr : partials};
-  return x.dtype == DType::kBFloat16 ? launch_type<__nv_bfloat16>(args, plan, stream) : launch_type<__half>(args, plan, stream);
+  return x.dtype == DType::kBFloat16 ? launch_type<__nv_bfloat16>(args, plan, stream)
+                                     : launch_type<__half>(args, plan, stream);
 }
 
 }  // namespace la_aciq::cuda

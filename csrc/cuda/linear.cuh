@@ -1,13 +1,17 @@
-// out [rows, n] = x [rows, k] times INT4 weights [n, k], for up to 16 rows: bound by reading the weights once.
+// out [rows, n] = x [rows, k] times INT4 weights [n, k], for up to 16 rows: bound by reading the weights
+// once.
 //
-// Layout: a block has 16 or 32 outputs and all rows. Its 8 warps take chunks of 32 * kWords elements along K in turns, so that together they
-// read runs of each weight row; blockIdx.y cuts K further where n gives too few blocks. In a chunk, lane (g, t) = (l / 4, l % 4) reads
-// 4 * kWords bytes of weight rows g and g + 8 from element 8 * kWords * t on. The tensor cores contract over K in any order as long as
-// both operands agree, so the elements of a word go where they decode cheaply: 0 and 4, 1 and 5 in the first instruction, 2 and 6, 3 and 7 in
-// the second; the rows of x are loaded alike and paired by byte permutations. A chunk lies within one group of weights: its sum is scaled in
-// float32 and added to the total. At the end the warps' totals are added in order in shared memory.
+// Layout: a block has 16 or 32 outputs and all rows. Its 8 warps take chunks of 32 * kWords elements along K
+// in turns, so that together they read runs of each weight row; blockIdx.y cuts K further where n gives too
+// few blocks. In a chunk, lane (g, t) = (l / 4, l % 4) reads 4 * kWords bytes of weight rows g and g + 8 from
+// element 8 * kWords * t on. The tensor cores contract over K in any order as long as both operands agree, so
+// the elements of a word go where they decode cheaply: 0 and 4, 1 and 5 in the first instruction, 2 and 6, 3
+// and 7 in the second; the rows of x are loaded alike and paired by byte permutations. A chunk lies within
+// one group of weights: its sum is scaled in float32 and added to the total. At the end the warps' totals are
+// added in order in shared memory.
 //
-// Weights are decoded exactly (small integers), products are exact and sums are in float32, so the result is as good as that of 16-bit weights.
+// Weights are decoded exactly (small integers), products are exact and sums are in float32, so the result is
+// as good as that of 16-bit weights.
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -65,12 +69,14 @@ __global__ void __launch_bounds__(kLinearWarps* kWarp) linear_kernel(const Linea
 #pragma unroll
   for (int j = 0; j < kRowTiles; j++) {
     const int row = 8 * j + g;
-    x[j] = row < args.x.rows ? static_cast<const T*>(args.x.data) + row * args.x.stride + 8 * kWords * t : nullptr;
+    x[j] = row < args.x.rows ? static_cast<const T*>(args.x.data) + row * args.x.stride + 8 * kWords * t
+                             : nullptr;
   }
 
   const int chunks = static_cast<int>(k / kChunk);
   const int begin = static_cast<int>(blockIdx.y * args.chunks_per_split);
-  const int end = begin + args.chunks_per_split < chunks ? begin + static_cast<int>(args.chunks_per_split) : chunks;
+  const int end =
+      begin + args.chunks_per_split < chunks ? begin + static_cast<int>(args.chunks_per_split) : chunks;
   const int chunks_per_group = static_cast<int>(args.weights.group_size / kChunk);
   float total[kOutputTiles][kRowTiles][4] = {};
 #pragma unroll 1
@@ -83,7 +89,8 @@ __global__ void __launch_bounds__(kLinearWarps* kWarp) linear_kernel(const Linea
 #pragma unroll
       for (int i = 0; i < kOutputTiles; i++) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) load_words(words[c][i][half], codes[i][half] + static_cast<int64_t>(chunk) * (kChunk / 2));
+        for (int half = 0; half < 2; half++)
+          load_words(words[c][i][half], codes[i][half] + static_cast<int64_t>(chunk) * (kChunk / 2));
       }
     }
 #pragma unroll
@@ -97,7 +104,8 @@ __global__ void __launch_bounds__(kLinearWarps* kWarp) linear_kernel(const Linea
 #pragma unroll
         for (int j = 0; j < kRowTiles; j++) {
           uint4 v = make_uint4(0, 0, 0, 0);
-          if (x[j] != nullptr) v = __ldg(reinterpret_cast<const uint4*>(x[j] + static_cast<int64_t>(chunk) * kChunk + 8 * word));
+          if (x[j] != nullptr)
+            v = __ldg(reinterpret_cast<const uint4*>(x[j] + static_cast<int64_t>(chunk) * kChunk + 8 * word));
           activations[j][0][0] = __byte_perm(v.x, v.z, 0x5410);  // elements 0, 4
           activations[j][0][1] = __byte_perm(v.x, v.z, 0x7632);  // 1, 5
           activations[j][1][0] = __byte_perm(v.y, v.w, 0x5410);  // 2, 6
@@ -120,7 +128,8 @@ __global__ void __launch_bounds__(kLinearWarps* kWarp) linear_kernel(const Linea
       const int group = args.weights.groups == 1 ? 0 : chunk / chunks_per_group;
 #pragma unroll
       for (int i = 0; i < kOutputTiles; i++) {
-        const float scale[2] = {value_scale(__ldg(clips[i][0] + group)) * (1.0f / 15.0f), value_scale(__ldg(clips[i][1] + group)) * (1.0f / 15.0f)};
+        const float scale[2] = {value_scale(__ldg(clips[i][0] + group)) * (1.0f / 15.0f),
+                                value_scale(__ldg(clips[i][1] + group)) * (1.0f / 15.0f)};
 #pragma unroll
         for (int j = 0; j < kRowTiles; j++) {
 #pragma unroll
@@ -153,7 +162,8 @@ __global__ void __launch_bounds__(kLinearWarps* kWarp) linear_kernel(const Linea
     if (args.partials != nullptr) {
       args.partials[(blockIdx.y * args.x.rows + row) * n + output] = sum;
     } else {
-      static_cast<T*>(args.out)[row * n + output] = from_float<T>(sum + (args.bias == nullptr ? 0.0f : args.bias[output]));
+      static_cast<T*>(args.out)[row * n + output] =
+          from_float<T>(sum + (args.bias == nullptr ? 0.0f : args.bias[output]));
     }
   }
 }
@@ -161,11 +171,13 @@ __global__ void __launch_bounds__(kLinearWarps* kWarp) linear_kernel(const Linea
 // Adds up the splits in order.
 template <class T>
 __global__ void __launch_bounds__(256) add_splits_kernel(const LinearArgs args, int splits) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x, elements = args.x.rows * args.weights.n;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x,
+                elements = args.x.rows * args.weights.n;
   if (i >= elements) return;
   float sum = 0;
   for (int split = 0; split < splits; split++) sum += args.partials[split * elements + i];
-  static_cast<T*>(args.out)[i] = from_float<T>(sum + (args.bias == nullptr ? 0.0f : args.bias[i % args.weights.n]));
+  static_cast<T*>(args.out)[i] =
+      from_float<T>(sum + (args.bias == nullptr ? 0.0f : args.bias[i % args.weights.n]));
 }
 
 }  // namespace la_aciq::cuda

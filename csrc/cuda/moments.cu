@@ -20,8 +20,10 @@ template <class T, bool kAligned>
 cudaError_t launch_moments(const MomentArgs& args, cudaStream_t stream) {
   constexpr int kWarps = kMomentThreads / kWarp;
   const dim3 grid(static_cast<unsigned>(ceil_divide(args.tiles, kWarps))), block(kMomentThreads);
-  if (args.histogram == nullptr) return launch(moments_kernel<T, kAligned, false>, grid, block, 0, stream, args);
-  return launch(moments_kernel<T, kAligned, true>, grid, block, sizeof(uint32_t) * 2 * kHistogramBins * kWarps, stream, args);
+  if (args.histogram == nullptr)
+    return launch(moments_kernel<T, kAligned, false>, grid, block, 0, stream, args);
+  return launch(moments_kernel<T, kAligned, true>, grid, block,
+                sizeof(uint32_t) * 2 * kHistogramBins * kWarps, stream, args);
 }
 
 }  // namespace
@@ -44,18 +46,20 @@ cudaError_t moments(const Matrix& x, const SortedRows& sorted, MomentState* stat
     args = arguments_of(x, sorted);
     args.partials = partials;
     args.histogram = reinterpret_cast<unsigned long long*>(histogram);
-    const cudaError_t error =
-        x.dtype == DType::kFloat64
-            ? launch_moments<double, false>(args, stream)
-            : with_type(x.dtype, [&]<class T>(Type<T>) {
-                return rows_are_aligned(x) ? launch_moments<T, true>(args, stream) : launch_moments<T, false>(args, stream);
-              });
+    const cudaError_t error = x.dtype == DType::kFloat64
+                                  ? launch_moments<double, false>(args, stream)
+                                  : with_type(x.dtype, [&]<class T>(Type<T>) {
+                                      return rows_are_aligned(x) ? launch_moments<T, true>(args, stream)
+                                                                 : launch_moments<T, false>(args, stream);
+                                    });
     if (error != cudaSuccess) return error;
   }
   const int64_t per_language = ceil_divide(args.tiles, sorted.languages);
-  const int64_t warps = per_language < kMergeThreads / 2 ? ceil_divide(per_language + 1, 2 * kWarp) : kMergeThreads / kWarp;
-  return launch(merge_moments_kernel, dim3(static_cast<unsigned>(sorted.languages)), dim3(static_cast<unsigned>(warps * kWarp)),
-                static_cast<size_t>(warps) * sizeof(MomentState), stream, args, states);
+  const int64_t warps =
+      per_language < kMergeThreads / 2 ? ceil_divide(per_language + 1, 2 * kWarp) : kMergeThreads / kWarp;
+  return launch(merge_moments_kernel, dim3(static_cast<unsigned>(sorted.languages)),
+                dim3(static_cast<unsigned>(warps * kWarp)), static_cast<size_t>(warps) * sizeof(MomentState),
+                stream, args, states);
 }
 
 }  // namespace la_aciq::cuda

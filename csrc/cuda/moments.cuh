@@ -1,13 +1,15 @@
 // Moments per language, in one pass over x, and the log-histogram of |x|.
 //
-// Rows are cut in pieces; the pieces in order of language are cut in tiles of a fixed number (sorted_rows.cuh), a warp per tile. Sums
-// are of powers of d = x - pivot, where the pivot is a value of the data itself, the same for the whole run: no cancellation when the mean is
-// far from zero. Eight elements are summed in float32, which costs one float64 addition per power and vector; vectors that float32 cannot hold
-// (something is not finite, powers overflow or lose digits) are summed in float64 element by element. At the end of a run lane 0 turns
-// the warp's sums into a state about the mean; the second kernel merges states in float64.
+// Rows are cut in pieces; the pieces in order of language are cut in tiles of a fixed number
+// (sorted_rows.cuh), a warp per tile. Sums are of powers of d = x - pivot, where the pivot is a value of the
+// data itself, the same for the whole run: no cancellation when the mean is far from zero. Eight elements are
+// summed in float32, which costs one float64 addition per power and vector; vectors that float32 cannot hold
+// (something is not finite, powers overflow or lose digits) are summed in float64 element by element. At the
+// end of a run lane 0 turns the warp's sums into a state about the mean; the second kernel merges states in
+// float64.
 //
-// The histogram is counted per warp in shared memory with integer atomics, whose order does not matter, and added to memory at the
-// end of a run.
+// The histogram is counted per warp in shared memory with integer atomics, whose order does not matter, and
+// added to memory at the end of a run.
 #pragma once
 
 #include "cuda/sorted_rows.cuh"
@@ -25,9 +27,9 @@ constexpr int kVectorsBetweenDrains = 16;      // 16 * 32 * 8 elements of 20 bit
 struct MomentArgs {
   Matrix x;
   SortedRows sorted;
-  int64_t piece, pieces;         // elements per piece, pieces per row
-  int64_t tile, tiles;           // pieces per tile, number of tiles
-  MomentState* partials;         // [tiles + languages]
+  int64_t piece, pieces;          // elements per piece, pieces per row
+  int64_t tile, tiles;            // pieces per tile, number of tiles
+  MomentState* partials;          // [tiles + languages]
   unsigned long long* histogram;  // [languages, 258, 2] or null
 };
 
@@ -46,7 +48,9 @@ struct Real<double> {
   using type = double;
 };
 
-__device__ __forceinline__ double to_float(double x) { return x; }
+__device__ __forceinline__ double to_float(double x) {
+  return x;
+}
 
 // Sums of one thread; C is float, or double for float64 data.
 template <class C>
@@ -105,7 +109,8 @@ struct PowerSums {
   }
 };
 
-// A warp's histogram: counts, and sums of mantissas since the last drain. The lanes hold the drained sums, lane l those of bins l, l + 32, ...
+// A warp's histogram: counts, and sums of mantissas since the last drain. The lanes hold the drained sums,
+// lane l those of bins l, l + 32, ...
 constexpr int kBinsPerLane = (kHistogramBins + kWarp - 1) / kWarp;
 
 struct WarpHistogram {
@@ -129,7 +134,8 @@ struct WarpHistogram {
     for (int i = 0; i < 8; i++) {
       if (i >= used || !is_finite(v[i])) continue;
       const C magnitude = v[i] < 0 ? -v[i] : v[i];
-      const float in_range = static_cast<float>(magnitude < static_cast<C>(3.402823466e+38f) ? magnitude : static_cast<C>(3.402823466e+38f));
+      const float in_range = static_cast<float>(
+          magnitude < static_cast<C>(3.402823466e+38f) ? magnitude : static_cast<C>(3.402823466e+38f));
       const uint32_t bits = __float_as_uint(in_range) & 0x7FFFFFFF;
       const int bin = histogram_bin(static_cast<int32_t>(bits));
       atomicAdd(count + bin, 1u);
@@ -177,13 +183,15 @@ __device__ __forceinline__ void load_eight(C (&v)[8], const T* p, int used) {
 // The middle one of the first three elements: an isolated outlier makes a bad pivot.
 template <class C, class T>
 __device__ __forceinline__ C choose_pivot(const T* p, int64_t elements) {
-  const C a = to_float(__ldg(p)), b = elements > 2 ? to_float(__ldg(p + 1)) : a, c = elements > 2 ? to_float(__ldg(p + 2)) : a;
+  const C a = to_float(__ldg(p)), b = elements > 2 ? to_float(__ldg(p + 1)) : a,
+          c = elements > 2 ? to_float(__ldg(p + 2)) : a;
   const C low = a < b ? a : b, high = a < b ? b : a, middle = c < low ? low : c > high ? high : c;
   return is_finite(middle) ? middle : is_finite(a) ? a : C(0);
 }
 
 template <class T, bool kAligned, bool kHistogram>
-__global__ void __launch_bounds__(kMomentThreads, kHistogram || sizeof(T) == 8 ? 2 : 3) moments_kernel(const MomentArgs args) {
+__global__ void __launch_bounds__(kMomentThreads, kHistogram || sizeof(T) == 8 ? 2 : 3)
+    moments_kernel(const MomentArgs args) {
   using C = typename Real<T>::type;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * (kMomentThreads / kWarp) + warp;
@@ -204,15 +212,18 @@ __global__ void __launch_bounds__(kMomentThreads, kHistogram || sizeof(T) == 8 ?
   for (int64_t begin = first; begin < end;) {
     const int64_t first_row = divide(begin, args.pieces);
     const int32_t language = language_at(args.sorted, first_row);
-    int64_t run_end = first_position(args.sorted, args.x.rows, static_cast<int64_t>(language) + 1) * args.pieces;
+    int64_t run_end =
+        first_position(args.sorted, args.x.rows, static_cast<int64_t>(language) + 1) * args.pieces;
     if (run_end > end) run_end = end;
     const int64_t piece_of_row = begin - first_row * args.pieces;
-    const T* run = static_cast<const T*>(args.x.data) + row_at(args.sorted, first_row) * args.x.stride + piece_of_row * args.piece;
+    const T* run = static_cast<const T*>(args.x.data) + row_at(args.sorted, first_row) * args.x.stride +
+                   piece_of_row * args.piece;
     const C pivot = choose_pivot<C>(run, args.x.k - piece_of_row * args.piece);
     PowerSums<C> sums;
     if constexpr (kHistogram) histogram.clear(lane);
 
-    // Every lane takes the same number of steps; those past the end of the run or of a short piece find nothing to add.
+    // Every lane takes the same number of steps; those past the end of the run or of a short piece find
+    // nothing to add.
     int64_t position = begin + lane / across;
     int vector = lane % across, left_in_piece = 0;
     const T* piece = nullptr;
@@ -224,7 +235,8 @@ __global__ void __launch_bounds__(kMomentThreads, kHistogram || sizeof(T) == 8 ?
 #pragma unroll
       for (int i = 0; i < kLoads; i++) {
         if (piece == nullptr && position < run_end) {
-          const int64_t row = divide(position, args.pieces), start = (position - row * args.pieces) * args.piece;
+          const int64_t row = divide(position, args.pieces),
+                        start = (position - row * args.pieces) * args.piece;
           piece = static_cast<const T*>(args.x.data) + row_at(args.sorted, row) * args.x.stride + start;
           left_in_piece = static_cast<int>(args.x.k - start < args.piece ? args.x.k - start : args.piece);
         }
@@ -253,16 +265,19 @@ __global__ void __launch_bounds__(kMomentThreads, kHistogram || sizeof(T) == 8 ?
       }
     }
 
-    const uint32_t finite = reduce_lanes(sums.finite, kWarp, Add()), nonfinite = reduce_lanes(sums.nonfinite, kWarp, Add());
+    const uint32_t finite = reduce_lanes(sums.finite, kWarp, Add()),
+                   nonfinite = reduce_lanes(sums.nonfinite, kWarp, Add());
     const double s1 = reduce_lanes(sums.s1, kWarp, Add()), s2 = reduce_lanes(sums.s2, kWarp, Add());
     const double s3 = reduce_lanes(sums.s3, kWarp, Add()), s4 = reduce_lanes(sums.s4, kWarp, Add());
     const C low = reduce_lanes(sums.low, kWarp, Smaller()), high = reduce_lanes(sums.high, kWarp, Larger());
     if (lane == 0) {
-      MomentState state = finite == 0 ? empty_moments() : moments_about(pivot, finite, s1, s2, s3, s4, low, high);
+      MomentState state =
+          finite == 0 ? empty_moments() : moments_about(pivot, finite, s1, s2, s3, s4, low, high);
       state.nonfinite = nonfinite;
       args.partials[tile + language] = state;
     }
-    if constexpr (kHistogram) histogram.flush(args.histogram + static_cast<int64_t>(language) * 2 * kHistogramBins, lane);
+    if constexpr (kHistogram)
+      histogram.flush(args.histogram + static_cast<int64_t>(language) * 2 * kHistogramBins, lane);
     begin = run_end;
   }
 }
@@ -293,8 +308,10 @@ __device__ __forceinline__ MomentState merge_lanes(MomentState state, int lane) 
 }
 
 // A block per language.
-__global__ void __launch_bounds__(kMergeThreads) merge_moments_kernel(const MomentArgs args, MomentState* states) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_moments_kernel(const MomentArgs args, MomentState* states) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp,
+            warps = static_cast<int>(blockDim.x) / kWarp;
   const int64_t language = blockIdx.x;
   const int64_t begin = first_position(args.sorted, args.x.rows, language) * args.pieces;
   const int64_t end = first_position(args.sorted, args.x.rows, language + 1) * args.pieces;

@@ -1,5 +1,6 @@
-// The operations on CUDA tensors: checks, memory, and which kernels in which order. Work goes to the current stream of the device of x,
-// memory comes from PyTorch's allocator, and nothing waits for the device, so that all of it can be captured in a graph.
+// The operations on CUDA tensors: checks, memory, and which kernels in which order. Work goes to the current
+// stream of the device of x, memory comes from PyTorch's allocator, and nothing waits for the device, so that
+// all of it can be captured in a graph.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -21,10 +22,13 @@ using cuda::Weights;
 
 // --- Arguments ---
 
-void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
+void check(cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+}
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& x) {
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, ": expected on ", x.device(), ", got on ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, ": expected on ", x.device(), ", got on ",
+                    tensor.device());
 }
 
 Tensor checked_table_like(const char* name, const Tensor& table, int64_t groups, const Tensor& x) {
@@ -37,7 +41,8 @@ LanguageIds checked_language_like(const optional<Tensor>& language, at::IntArray
   return checked_language(language, lead);
 }
 
-// Elements between the starts of consecutive rows of x [..., k], if all of them are equally far apart and each is contiguous.
+// Elements between the starts of consecutive rows of x [..., k], if all of them are equally far apart and
+// each is contiguous.
 optional<int64_t> stride_of_rows(const Tensor& x) {
   if (x.stride(-1) != 1 && x.size(-1) > 1) return std::nullopt;
   int64_t stride = x.size(-1), rows_inside = 0;
@@ -68,7 +73,9 @@ struct Rows {
   }
 };
 
-Languages languages_of(const LanguageIds& ids, const Tensor& table) { return ids.of(table.size(0)); }
+Languages languages_of(const LanguageIds& ids, const Tensor& table) {
+  return ids.of(table.size(0));
+}
 
 struct RotationArgument {
   Tensor signs;  // undefined for none
@@ -93,9 +100,11 @@ struct Sorted {
   Sorted(const LanguageIds& language, int64_t languages) : rows{nullptr, nullptr, 0, 1, languages} {
     if (!language.ids.defined()) return;
     const Tensor flat = language.ids.flatten();
-    const Tensor valid = at::where(flat.ge(0).logical_and(flat.lt(languages)), flat, at::zeros({}, flat.options()));
+    const Tensor valid =
+        at::where(flat.ge(0).logical_and(flat.lt(languages)), flat, at::zeros({}, flat.options()));
     std::tie(ids, order) = at::sort(valid, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-    rows = {order.const_data_ptr<int64_t>(), ids.const_data_ptr<int32_t>(), flat.numel(), language.span, languages};
+    rows = {order.const_data_ptr<int64_t>(), ids.const_data_ptr<int32_t>(), flat.numel(), language.span,
+            languages};
   }
 };
 
@@ -107,7 +116,8 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
 
 // --- Steps ---
 
-// x [rows, k] rotated, in type. Blocks too long for a multiprocessor are done in parts, and the rest of the transform on the parts.
+// x [rows, k] rotated, in type. Blocks too long for a multiprocessor are done in parts, and the rest of the
+// transform on the parts.
 Tensor rotated(const Tensor& x, const RotationArgument& argument, at::ScalarType type, cudaStream_t stream) {
   const Rows rows(x, dtype_of("x", x.scalar_type()));
   const int64_t k = x.size(-1), block = argument.rotation.block;
@@ -115,7 +125,8 @@ Tensor rotated(const Tensor& x, const RotationArgument& argument, at::ScalarType
   while (!cuda::block_fits(rotation.block)) rotation.block /= 2;
   const bool whole = rotation.block == block;
   const Tensor out = at::empty(x.sizes(), x.options().dtype(whole ? type : at::kFloat));
-  check(cuda::rotate(rows.matrix, rotation, out.mutable_data_ptr(), whole ? dtype_of("x", type) : DType::kFloat32, stream));
+  check(cuda::rotate(rows.matrix, rotation, out.mutable_data_ptr(),
+                     whole ? dtype_of("x", type) : DType::kFloat32, stream));
   if (whole) return out;
   Tensor y = out.view({-1, k / block, block / rotation.block, rotation.block});
   for (int64_t half = 1; half < block / rotation.block; half *= 2) {
@@ -128,16 +139,19 @@ Tensor rotated(const Tensor& x, const RotationArgument& argument, at::ScalarType
 
 // --- Operations ---
 
-std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& language, int64_t languages, bool histogram) {
+std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& language, int64_t languages,
+                                   bool histogram) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  TORCH_CHECK_VALUE(languages >= 1 && languages <= INT32_MAX, "languages: expected at least 1, got ", languages);
+  TORCH_CHECK_VALUE(languages >= 1 && languages <= INT32_MAX, "languages: expected at least 1, got ",
+                    languages);
   const DType dtype = x.scalar_type() == at::kDouble ? DType::kFloat64 : dtype_of("x", x.scalar_type());
   const auto lead = x.dim() ? x.sizes().slice(0, x.dim() - 1) : x.sizes();
   const LanguageIds ids = checked_language_like(language, lead, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const Tensor states = at::empty({languages, 8}, x.options().dtype(at::kDouble));
-  const Tensor counts = at::empty({languages, histogram ? kHistogramBins : 0, 2}, x.options().dtype(at::kLong));
+  const Tensor counts =
+      at::empty({languages, histogram ? kHistogramBins : 0, 2}, x.options().dtype(at::kLong));
   // Where no row has a language of its own, rows need not be kept apart.
   const bool flat = !ids.ids.defined() && (x.dim() == 0 || x.is_contiguous());
   const Sorted sorted(ids, languages);
@@ -152,8 +166,8 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& lang
 }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const optional<Tensor>& language,
-                                    int64_t group_size, c10::string_view codebook, const optional<Tensor>& signs,
-                                    int64_t block_size, bool tail_sums) {
+                                    int64_t group_size, c10::string_view codebook,
+                                    const optional<Tensor>& signs, int64_t block_size, bool tail_sums) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_rows_of_k("x", x);
   const int64_t k = x.size(-1);
@@ -165,7 +179,8 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const 
   const RotationArgument rotation = checked_rotation(signs, block_size, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Clips clips{table.const_data_ptr<float>(), groups.count, groups.size, false, languages_of(ids, table)};
+  const Clips clips{table.const_data_ptr<float>(), groups.count, groups.size, false,
+                    languages_of(ids, table)};
   const Tensor codes = at::empty(with_last(x.sizes(), (k + 1) / 2), x.options().dtype(at::kByte));
   auto* target = codes.mutable_data_ptr<uint8_t>();
   Tensor tail = at::empty({tail_sums ? table.size(0) : 0, groups.count, 4}, x.options().dtype(at::kDouble));
@@ -173,7 +188,8 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const 
   Rows rows(x, dtype);
   if (rotation.signs.defined()) {
     if (!tail_sums && cuda::row_fits(rows.matrix, rotation.rotation, clips, Clip::kStatic)) {
-      check(cuda::quantize_rows(rows.matrix, rotation.rotation, clips, Clip::kStatic, book, target, nullptr, stream));
+      check(cuda::quantize_rows(rows.matrix, rotation.rotation, clips, Clip::kStatic, book, target, nullptr,
+                                stream));
       return {codes, tail};
     }
     rows = Rows(rotated(x, rotation, at::kFloat, stream), DType::kFloat32);
@@ -183,14 +199,16 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const 
     return {codes, tail};
   }
   const Sorted sorted(ids, table.size(0));
-  const Tensor partials = at::empty({cuda::tail_partials_size(rows.matrix, clips, sorted.rows)}, codes.options());
+  const Tensor partials =
+      at::empty({cuda::tail_partials_size(rows.matrix, clips, sorted.rows)}, codes.options());
   check(cuda::quantize_tails(rows.matrix, clips, sorted.rows, book, target, tail.mutable_data_ptr<double>(),
-                       partials.mutable_data_ptr(), stream));
+                             partials.mutable_data_ptr(), stream));
   return {codes, tail};
 }
 
-std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape, const optional<Tensor>& language,
-                                            int64_t group_size, c10::string_view statistic, c10::string_view codebook,
+std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape,
+                                            const optional<Tensor>& language, int64_t group_size,
+                                            c10::string_view statistic, c10::string_view codebook,
                                             const optional<Tensor>& signs, int64_t block_size) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_rows_of_k("x", x);
@@ -204,14 +222,16 @@ std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape
   const RotationArgument rotation = checked_rotation(signs, block_size, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Clips factors{table.const_data_ptr<float>(), groups.count, groups.size, false, languages_of(ids, table)};
+  const Clips factors{table.const_data_ptr<float>(), groups.count, groups.size, false,
+                      languages_of(ids, table)};
   const Tensor codes = at::empty(with_last(x.sizes(), (k + 1) / 2), x.options().dtype(at::kByte));
   const Tensor scales = at::empty(with_last(x.sizes(), groups.count), x.options().dtype(at::kFloat));
   auto* target = codes.mutable_data_ptr<uint8_t>();
 
   Rows rows(x, dtype_of("x", x.scalar_type()));
   if (cuda::row_fits(rows.matrix, rotation.rotation, factors, clip)) {
-    check(cuda::quantize_rows(rows.matrix, rotation.rotation, factors, clip, book, target, scales.mutable_data_ptr<float>(), stream));
+    check(cuda::quantize_rows(rows.matrix, rotation.rotation, factors, clip, book, target,
+                              scales.mutable_data_ptr<float>(), stream));
     return {codes, scales};
   }
   if (rotation.signs.defined()) rows = Rows(rotated(x, rotation, at::kFloat, stream), DType::kFloat32);
@@ -221,21 +241,25 @@ std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape
   return {codes, scales};
 }
 
-Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tensor>& language, int64_t k, int64_t group_size,
-                  c10::string_view codebook, bool per_row, at::ScalarType dtype) {
+Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tensor>& language, int64_t k,
+                  int64_t group_size, c10::string_view codebook, bool per_row, at::ScalarType dtype) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_codes("codes", codes, k);
   const auto lead = codes.sizes().slice(0, codes.dim() - 1);
   const Groups groups = groups_of(k, group_size);
   check_device("alpha", alpha, codes);
-  const Tensor table = per_row ? checked_scales("alpha", alpha, lead, groups.count) : checked_table("alpha", alpha, groups.count);
+  const Tensor table = per_row ? checked_scales("alpha", alpha, lead, groups.count)
+                               : checked_table("alpha", alpha, groups.count);
   const LanguageIds ids = per_row ? LanguageIds{} : checked_language_like(language, lead, codes);
   const c10::cuda::CUDAGuard guard(codes.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor packed = codes.contiguous(), out = at::empty(with_last(codes.sizes(), k), codes.options().dtype(dtype));
-  const Clips clips{table.const_data_ptr<float>(), groups.count, groups.size, per_row, languages_of(ids, table)};
-  check(cuda::dequantize(packed.const_data_ptr<uint8_t>(), product(lead), k, clips, codebook_of("codebook", codebook),
-                         out.mutable_data_ptr(), dtype_of("dtype", dtype), stream));
+  const Tensor packed = codes.contiguous(),
+               out = at::empty(with_last(codes.sizes(), k), codes.options().dtype(dtype));
+  const Clips clips{table.const_data_ptr<float>(), groups.count, groups.size, per_row,
+                    languages_of(ids, table)};
+  check(cuda::dequantize(packed.const_data_ptr<uint8_t>(), product(lead), k, clips,
+                         codebook_of("codebook", codebook), out.mutable_data_ptr(), dtype_of("dtype", dtype),
+                         stream));
   return out;
 }
 
@@ -248,8 +272,8 @@ Tensor rotate(const Tensor& x, const Tensor& signs, int64_t block_size) {
 }
 
 // x [rows, k] rounded to the codebook of its activations, in the dtype it has.
-Tensor rounded(const Tensor& x, const Tensor& table, const LanguageIds& ids, Groups groups, Clip clip, Codebook codebook,
-               int64_t bits, cudaStream_t stream) {
+Tensor rounded(const Tensor& x, const Tensor& table, const LanguageIds& ids, Groups groups, Clip clip,
+               Codebook codebook, int64_t bits, cudaStream_t stream) {
   const Rows rows(x, dtype_of("x", x.scalar_type()));
   Clips clips{table.const_data_ptr<float>(), groups.count, groups.size, false, languages_of(ids, table)};
   Tensor scales;
@@ -259,14 +283,16 @@ Tensor rounded(const Tensor& x, const Tensor& table, const LanguageIds& ids, Gro
     clips = {scales.const_data_ptr<float>(), groups.count, groups.size, true, {}};
   }
   const Tensor values = at::empty(x.sizes(), x.options());
-  check(cuda::round_to_codebook(rows.matrix, clips, codebook, static_cast<int>(bits), values.mutable_data_ptr(), stream));
+  check(cuda::round_to_codebook(rows.matrix, clips, codebook, static_cast<int>(bits),
+                                values.mutable_data_ptr(), stream));
   return values;
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
-              int64_t group_size, c10::string_view weight_codebook, const optional<Tensor>& signs, int64_t block_size,
-              int64_t activation_bits, c10::string_view activation_clip, const optional<Tensor>& clip,
-              const optional<Tensor>& language, int64_t activation_group_size, c10::string_view activation_codebook) {
+              int64_t group_size, c10::string_view weight_codebook, const optional<Tensor>& signs,
+              int64_t block_size, int64_t activation_bits, c10::string_view activation_clip,
+              const optional<Tensor>& clip, const optional<Tensor>& language, int64_t activation_group_size,
+              c10::string_view activation_codebook) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_rows_of_k("x", x);
   const int64_t k = x.size(-1), rows = x.numel() / k, n = weight.size(0);
@@ -287,30 +313,38 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
     activations = rotated(activations, rotation, activation_bits < 16 ? at::kFloat : x.scalar_type(), stream);
   }
   if (activation_bits < 16) {
-    TORCH_CHECK_VALUE(clip.has_value(), "clip: expected the clips of the activations for activation_bits=", activation_bits);
+    TORCH_CHECK_VALUE(clip.has_value(),
+                      "clip: expected the clips of the activations for activation_bits=", activation_bits);
     const Groups activation_groups = groups_of(k, activation_group_size);
     const Tensor table = checked_table_like("clip", *clip, activation_groups.count, x);
     const LanguageIds ids = checked_language_like(language, x.sizes().slice(0, x.dim() - 1), x);
-    activations = rounded(activations, table, ids, activation_groups, clip_of("activation_clip", activation_clip),
-                          codebook_of("activation_codebook", activation_codebook), activation_bits, stream)
-                      .to(x.scalar_type());
+    activations =
+        rounded(activations, table, ids, activation_groups, clip_of("activation_clip", activation_clip),
+                codebook_of("activation_codebook", activation_codebook), activation_bits, stream)
+            .to(x.scalar_type());
   }
 
   const Tensor packed = weight.contiguous(), weight_clips = weight_scale.contiguous();
   const Rows input(activations, dtype);
-  const Weights weights{packed.const_data_ptr<uint8_t>(), weight_clips.const_data_ptr<float>(), n, groups.count, groups.size, codebook};
+  const Weights weights{packed.const_data_ptr<uint8_t>(),
+                        weight_clips.const_data_ptr<float>(),
+                        n,
+                        groups.count,
+                        groups.size,
+                        codebook};
   Tensor out;
   if (rows == 0 || n == 0) {
     out = at::empty({rows, n}, x.options());
   } else if (cuda::linear_fits(input.matrix, weights)) {
     out = at::empty({rows, n}, x.options());
     const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-    const Tensor partials = at::empty({cuda::linear_partials(input.matrix, weights)}, x.options().dtype(at::kFloat));
+    const Tensor partials =
+        at::empty({cuda::linear_partials(input.matrix, weights)}, x.options().dtype(at::kFloat));
     check(cuda::linear(input.matrix, weights, offset.defined() ? offset.const_data_ptr<float>() : nullptr,
                        out.mutable_data_ptr(), partials.mutable_data_ptr<float>(), stream));
   } else {
-    const Tensor dense = dequantize(packed, weight_clips, std::nullopt, k, group_size, weight_codebook, /*per_row=*/true,
-                                    x.scalar_type());
+    const Tensor dense = dequantize(packed, weight_clips, std::nullopt, k, group_size, weight_codebook,
+                                    /*per_row=*/true, x.scalar_type());
     out = at::linear(activations, dense, bias ? optional<Tensor>(bias->to(x.scalar_type())) : std::nullopt);
   }
   return out.view(with_last(x.sizes(), n));

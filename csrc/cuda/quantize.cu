@@ -13,16 +13,19 @@ cudaError_t launch_elementwise(const ElementwiseArgs& args, bool vectors, cudaSt
   if (args.x.rows == 0) return cudaSuccess;
   const RowTiles tiles = row_tiles(args.x.rows, ceil_divide(args.x.k, vectors ? 8 : 2));
   return with_type(args.x.dtype, [&]<class T>(Type<T>) {
-    return launch(vectors ? quantize_kernel<T, 8, kCodes> : quantize_kernel<T, 2, kCodes>, tiles.grid, tiles.block, 0,
-                  stream, args);
+    return launch(vectors ? quantize_kernel<T, 8, kCodes> : quantize_kernel<T, 2, kCodes>, tiles.grid,
+                  tiles.block, 0, stream, args);
   });
 }
 
-int64_t pieces_of(const Matrix& x, bool vectors) { return ceil_divide(x.k, vectors ? 8 : 2); }
+int64_t pieces_of(const Matrix& x, bool vectors) {
+  return ceil_divide(x.k, vectors ? 8 : 2);
+}
 
 }  // namespace
 
-cudaError_t quantize(const Matrix& x, const Clips& clips, Codebook codebook, uint8_t* codes, cudaStream_t stream) {
+cudaError_t quantize(const Matrix& x, const Clips& clips, Codebook codebook, uint8_t* codes,
+                     cudaStream_t stream) {
   const ElementwiseArgs args{x, clips, codebook, 4, codes, nullptr};
   return launch_elementwise<true>(args, takes_vectors(x, clips, codes, 4), stream);
 }
@@ -48,8 +51,8 @@ cudaError_t quantize_tails(const Matrix& x, const Clips& clips, const SortedRows
     const dim3 grid(static_cast<unsigned>(ceil_divide(x.rows, kTailRows)),
                     static_cast<unsigned>(ceil_divide(pieces, kTailThreads)));
     const cudaError_t error = with_type(x.dtype, [&]<class T>(Type<T>) {
-      return launch(vectors ? quantize_tails_kernel<T, 8> : quantize_tails_kernel<T, 2>, grid, dim3(kTailThreads), 0,
-                    stream, args);
+      return launch(vectors ? quantize_tails_kernel<T, 8> : quantize_tails_kernel<T, 2>, grid,
+                    dim3(kTailThreads), 0, stream, args);
     });
     if (error != cudaSuccess) return error;
   }

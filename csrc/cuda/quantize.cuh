@@ -1,10 +1,12 @@
 // INT4 codes, or rounded values, of elements under given clips: one streaming pass.
 //
-// Layout: a block covers 256 / across rows, `across` threads side by side on each (row_tiles). A thread reads its row's language once,
-// then handles pieces of kWidth elements, `across` pieces apart: 8 where rows are aligned and groups are multiples of 8 (16-byte loads,
-// 4-byte stores, a warp's accesses contiguous), else 2 (one byte of codes). Up to kUnroll loads are in flight before the first is used.
+// Layout: a block covers 256 / across rows, `across` threads side by side on each (row_tiles). A thread reads
+// its row's language once, then handles pieces of kWidth elements, `across` pieces apart: 8 where rows are
+// aligned and groups are multiples of 8 (16-byte loads, 4-byte stores, a warp's accesses contiguous), else 2
+// (one byte of codes). Up to kUnroll loads are in flight before the first is used.
 //
-// Tail sums: tiles of kTailRows rows in order of language (sorted_rows.cuh); a thread keeps to one piece of the columns.
+// Tail sums: tiles of kTailRows rows in order of language (sorted_rows.cuh); a thread keeps to one piece of
+// the columns.
 #pragma once
 
 #include "cuda/sorted_rows.cuh"
@@ -35,7 +37,8 @@ struct Piece {
     for (int i = 0; i < kWidth; i++) value[i] = to_float(pack.element[i]);
   }
 
-  __device__ __forceinline__ void store_codes(uint8_t* codes, float inverse, Codebook codebook, int64_t left) const {
+  __device__ __forceinline__ void store_codes(uint8_t* codes, float inverse, Codebook codebook,
+                                              int64_t left) const {
     float value[kWidth];
     widen(value);
     const uint32_t nibbles = encode_nibbles(value, inverse, codebook);
@@ -46,7 +49,8 @@ struct Piece {
     }
   }
 
-  __device__ __forceinline__ void store_values(T* out, float clip, Codebook codebook, int bits, int64_t left) const {
+  __device__ __forceinline__ void store_values(T* out, float clip, Codebook codebook, int bits,
+                                               int64_t left) const {
     const float inverse = inverse_step(clip, bits), scale = value_scale(clip);
     float value[kWidth];
     widen(value);
@@ -90,7 +94,8 @@ __global__ void __launch_bounds__(256, 3) quantize_kernel(const ElementwiseArgs 
 #pragma unroll
     for (int i = 0; i < kUnroll; i++) {
       const int p = first + i * across;
-      if (p < pieces) piece[i].load(x + static_cast<int64_t>(p) * kWidth, k - static_cast<int64_t>(p) * kWidth);
+      if (p < pieces)
+        piece[i].load(x + static_cast<int64_t>(p) * kWidth, k - static_cast<int64_t>(p) * kWidth);
     }
     // After the loads are on their way: the language and its clips depend on each other.
     if (clips == nullptr) clips = clips_of_row(args.clips, row);
@@ -101,9 +106,11 @@ __global__ void __launch_bounds__(256, 3) quantize_kernel(const ElementwiseArgs 
       const float clip = __ldg(clips + (args.clips.groups == 1 ? 0 : p / pieces_per_group));
       const int64_t start = static_cast<int64_t>(p) * kWidth;
       if constexpr (kCodes) {
-        piece[i].store_codes(args.codes + row * ((k + 1) / 2) + start / 2, inverse_step(clip, 4), args.codebook, k - start);
+        piece[i].store_codes(args.codes + row * ((k + 1) / 2) + start / 2, inverse_step(clip, 4),
+                             args.codebook, k - start);
       } else {
-        piece[i].store_values(static_cast<T*>(args.values) + row * k + start, clip, args.codebook, args.bits, k - start);
+        piece[i].store_values(static_cast<T*>(args.values) + row * k + start, clip, args.codebook, args.bits,
+                              k - start);
       }
     }
   }
@@ -128,7 +135,8 @@ struct TailArgs {
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kTailThreads) quantize_tails_kernel(const TailArgs args) {
   const int64_t k = args.x.k, pieces = (k + kWidth - 1) / kWidth;
-  const int64_t p = static_cast<int64_t>(blockIdx.y) * kTailThreads + threadIdx.x, start = p * kWidth, left = k - start;
+  const int64_t p = static_cast<int64_t>(blockIdx.y) * kTailThreads + threadIdx.x, start = p * kWidth,
+                left = k - start;
   if (p >= pieces) return;
   const int64_t tile = blockIdx.x, group = start / args.clips.size;
   const int64_t first = tile * kTailRows;
@@ -147,7 +155,8 @@ __global__ void __launch_bounds__(kTailThreads) quantize_tails_kernel(const Tail
     const float clip = __ldg(args.clips.table + language * args.clips.groups + group);
     Piece<T, kWidth> piece;
     piece.load(static_cast<const T*>(args.x.data) + row * args.x.stride + start, left);
-    piece.store_codes(args.codes + row * ((k + 1) / 2) + start / 2, inverse_step(clip, 4), args.codebook, left);
+    piece.store_codes(args.codes + row * ((k + 1) / 2) + start / 2, inverse_step(clip, 4), args.codebook,
+                      left);
     uint32_t finite = 0;
 #pragma unroll
     for (int i = 0; i < kWidth; i++) {
@@ -165,15 +174,18 @@ __global__ void __launch_bounds__(kTailThreads) quantize_tails_kernel(const Tail
   args.partials[(tile + language) * pieces + p] = sums;
 }
 
-// A block per group and language. Thread t adds every kTailThreads-th partial from the t-th on, then the threads add up as a tree.
+// A block per group and language. Thread t adds every kTailThreads-th partial from the t-th on, then the
+// threads add up as a tree.
 template <int kWidth>
 __global__ void __launch_bounds__(kTailThreads, 4) merge_tails_kernel(const TailArgs args, double* tail) {
-  const int64_t k = args.x.k, pieces = (k + kWidth - 1) / kWidth, per_group = (args.clips.size + kWidth - 1) / kWidth;
+  const int64_t k = args.x.k, pieces = (k + kWidth - 1) / kWidth,
+                per_group = (args.clips.size + kWidth - 1) / kWidth;
   const int64_t group = blockIdx.x, languages = args.sorted.languages;
   for (int64_t language = blockIdx.y; language < languages; language += gridDim.y) {
     const int64_t begin = first_position(args.sorted, args.x.rows, language);
     const int64_t end = first_position(args.sorted, args.x.rows, language + 1);
-    const int64_t first_tile = begin / kTailRows, tiles = end > begin ? (end - 1) / kTailRows - first_tile + 1 : 0;
+    const int64_t first_tile = begin / kTailRows,
+                  tiles = end > begin ? (end - 1) / kTailRows - first_tile + 1 : 0;
     const int64_t first_piece = group * per_group;
     const int64_t width = per_group < pieces - first_piece ? per_group : pieces - first_piece;
     double total[4] = {0, 0, 0, 0};

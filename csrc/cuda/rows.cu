@@ -11,9 +11,13 @@ namespace {
 
 constexpr int64_t kUsualSegment = 4096;  // longer only where a block or a group is
 
-bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
+bool is_power_of_two(int64_t n) {
+  return n > 0 && (n & (n - 1)) == 0;
+}
 
-int64_t block_of(const Rotation& rotation) { return rotation.signs == nullptr ? 1 : rotation.block; }
+int64_t block_of(const Rotation& rotation) {
+  return rotation.signs == nullptr ? 1 : rotation.block;
+}
 
 struct Plan {
   int64_t segment;
@@ -55,7 +59,9 @@ Plan plan_rows(int64_t k, const Rotation& rotation, const Clips& clips, Clip cli
   const bool share_warps = aligned && plan.team == kWarp && plan.segment == k && is_power_of_two(k) &&
                            (!codes || plan.grouping != Grouping::kIrregular);
   plan.lanes_per_row = share_warps ? static_cast<int>(k / 8) : kWarp;
-  const int groups = codes && plan.grouping == Grouping::kIrregular ? static_cast<int>(ceil_divide(plan.segment, clips.size)) : 0;
+  const int groups = codes && plan.grouping == Grouping::kIrregular
+                         ? static_cast<int>(ceil_divide(plan.segment, clips.size))
+                         : 0;
   plan.shared_bytes = static_cast<int64_t>(sizeof(float)) * plan.teams *
                       shared_layout(static_cast<int>(plan.segment), plan.row_in_shared_memory, groups).total;
   return plan;
@@ -70,11 +76,14 @@ cudaError_t launch_plan(const RowsArgs& args, const Plan& plan, cudaStream_t str
     if (error != cudaSuccess) return error;
   }
   const int64_t rows_per_block = plan.teams * (kWarp / plan.lanes_per_row);
-  const int64_t resident = device_attribute(cudaDevAttrMultiProcessorCount) * (2048 / (plan.team * plan.teams));
-  const int64_t segments = ceil_divide(args.x.k, plan.segment), blocks = ceil_divide(args.x.rows, rows_per_block);
+  const int64_t resident =
+      device_attribute(cudaDevAttrMultiProcessorCount) * (2048 / (plan.team * plan.teams));
+  const int64_t segments = ceil_divide(args.x.k, plan.segment),
+                blocks = ceil_divide(args.x.rows, rows_per_block);
   const int64_t across = ceil_divide(resident, segments);
-  return launch(kernel, dim3(static_cast<unsigned>(blocks < across ? blocks : across), static_cast<unsigned>(segments)),
-                dim3(plan.team, plan.teams), static_cast<size_t>(plan.shared_bytes), stream, args);
+  return launch(
+      kernel, dim3(static_cast<unsigned>(blocks < across ? blocks : across), static_cast<unsigned>(segments)),
+      dim3(plan.team, plan.teams), static_cast<size_t>(plan.shared_bytes), stream, args);
 }
 
 template <class T, class Out, Grouping kGrouping>
@@ -93,7 +102,8 @@ cudaError_t launch_rows(RowsArgs args, const Plan& plan, bool aligned, cudaStrea
   constexpr bool kCodes = std::is_same_v<Out, void>;
   if constexpr (kCodes) {
     if (plan.grouping == Grouping::kRow) return launch_aligned<T, Out, Grouping::kRow>(args, plan, stream);
-    if (plan.grouping == Grouping::kLanes) return launch_aligned<T, Out, Grouping::kLanes>(args, plan, stream);
+    if (plan.grouping == Grouping::kLanes)
+      return launch_aligned<T, Out, Grouping::kLanes>(args, plan, stream);
   } else if (aligned) {
     return launch_aligned<T, Out, Grouping::kIrregular>(args, plan, stream);
   }
@@ -108,7 +118,8 @@ cudaError_t launch_rows(RowsArgs args, const Plan& plan, bool aligned, cudaStrea
 
 bool fits(const Plan& plan, bool codes) {
   const int team = codes && plan.grouping == Grouping::kIrregular ? kLargestIrregularTeam : kLargestTeam;
-  return plan.segment <= 16 * team && plan.shared_bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return plan.segment <= 16 * team &&
+         plan.shared_bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 }  // namespace
@@ -119,10 +130,13 @@ bool row_fits(const Matrix& x, const Rotation& rotation, const Clips& clips, Cli
 }
 
 bool block_fits(int64_t block) {
-  return fits(plan_rows(block, Rotation{&block, false, block}, Clips{}, Clip::kStatic, /*codes=*/false, /*aligned=*/true), /*codes=*/false);
+  return fits(plan_rows(block, Rotation{&block, false, block}, Clips{}, Clip::kStatic, /*codes=*/false,
+                        /*aligned=*/true),
+              /*codes=*/false);
 }
 
-cudaError_t rotate(const Matrix& x, const Rotation& rotation, void* out, DType out_dtype, cudaStream_t stream) {
+cudaError_t rotate(const Matrix& x, const Rotation& rotation, void* out, DType out_dtype,
+                   cudaStream_t stream) {
   if (x.rows == 0) return cudaSuccess;
   const bool aligned = rows_are_aligned(x) && is_aligned(out, 16);
   const Plan plan = plan_rows(x.k, rotation, Clips{}, Clip::kStatic, /*codes=*/false, aligned);
@@ -133,12 +147,13 @@ cudaError_t rotate(const Matrix& x, const Rotation& rotation, void* out, DType o
   args.out = out;
   return with_type(x.dtype, [&]<class T>(Type<T>) {
     if (out_dtype == x.dtype) return launch_rows<T, T>(args, plan, aligned, stream);
-    return out_dtype == DType::kFloat32 ? launch_rows<T, float>(args, plan, aligned, stream) : cudaErrorInvalidValue;
+    return out_dtype == DType::kFloat32 ? launch_rows<T, float>(args, plan, aligned, stream)
+                                        : cudaErrorInvalidValue;
   });
 }
 
-cudaError_t quantize_rows(const Matrix& x, const Rotation& rotation, const Clips& clips, Clip clip, Codebook codebook,
-                          uint8_t* codes, float* scales, cudaStream_t stream) {
+cudaError_t quantize_rows(const Matrix& x, const Rotation& rotation, const Clips& clips, Clip clip,
+                          Codebook codebook, uint8_t* codes, float* scales, cudaStream_t stream) {
   if (x.rows == 0) return cudaSuccess;
   const bool aligned = rows_are_aligned(x) && is_aligned(codes, 4);
   const Plan plan = plan_rows(x.k, rotation, clips, clip, /*codes=*/true, aligned);
@@ -150,10 +165,12 @@ cudaError_t quantize_rows(const Matrix& x, const Rotation& rotation, const Clips
   args.codebook = codebook;
   args.codes = codes;
   args.scales = scales;
-  return with_type(x.dtype, [&]<class T>(Type<T>) { return launch_rows<T, void>(args, plan, aligned, stream); });
+  return with_type(x.dtype,
+                   [&]<class T>(Type<T>) { return launch_rows<T, void>(args, plan, aligned, stream); });
 }
 
-cudaError_t measure_clips(const Matrix& x, const Clips& clips, Clip clip, float* scales, cudaStream_t stream) {
+cudaError_t measure_clips(const Matrix& x, const Clips& clips, Clip clip, float* scales,
+                          cudaStream_t stream) {
   if (x.rows == 0) return cudaSuccess;
   const MeasureArgs args{x, clips, clip, scales};
   const dim3 grid(static_cast<unsigned>(ceil_divide(x.rows * clips.groups, 256 / kWarp)));

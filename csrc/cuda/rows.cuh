@@ -1,17 +1,20 @@
-// Operations that need a whole row, or a whole segment of one, on chip: rotation, and clips measured on the data.
+// Operations that need a whole row, or a whole segment of one, on chip: rotation, and clips measured on the
+// data.
 //
-// A row is cut in segments of whole Hadamard blocks and whole groups. A team of threads holds one segment in registers, kVectors
-// vectors of 8 elements per thread:
+// A row is cut in segments of whole Hadamard blocks and whole groups. A team of threads holds one segment in
+// registers, kVectors vectors of 8 elements per thread:
 //
 //   element of the segment = 8 * (thread + team * vector) + position in the vector
 //   bits of the index:       0-2 position, 3-7 lane, 8 and up warp and vector
 //
-// Hadamard stages over bits 0-2 stay in a thread's registers, those over bits 3-7 are shuffles, those above go through shared memory,
-// up to three bits at a time. Groups of 8 to 256 elements, a power of two, are aligned runs of lanes and are measured by shuffles; a row
-// that is one group by its team; other groups from shared memory, a warp each.
+// Hadamard stages over bits 0-2 stay in a thread's registers, those over bits 3-7 are shuffles, those above
+// go through shared memory, up to three bits at a time. Groups of 8 to 256 elements, a power of two, are
+// aligned runs of lanes and are measured by shuffles; a row that is one group by its team; other groups from
+// shared memory, a warp each.
 //
-// A team is one warp for segments up to 256 elements, then several teams share a block, and several rows share a warp where they are
-// shorter still; beyond that a team is the block. Blocks take rows in turns, so the signs are read once per block.
+// A team is one warp for segments up to 256 elements, then several teams share a block, and several rows
+// share a warp where they are shorter still; beyond that a team is the block. Blocks take rows in turns, so
+// the signs are read once per block.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -31,8 +34,9 @@ struct RowsArgs {
   Matrix x;
   Rotation rotation;
   float rotation_scale;  // 1 / sqrt(block)
-  int segment;           // elements, a multiple of the block, of the group size and of 8; the last one of a row may be short
-  int lanes_per_row;     // of a warp; 32 unless several rows share it
+  int segment;  // elements, a multiple of the block, of the group size and of 8; the last one of a row may be
+                // short
+  int lanes_per_row;  // of a warp; 32 unless several rows share it
   bool row_in_shared_memory;
   Clips clips;
   Clip clip;
@@ -102,7 +106,8 @@ __device__ __forceinline__ void shared_memory_stage(float* row, int length, int 
 }
 
 template <int kVectors, int kMostBits>
-__device__ __forceinline__ void hadamard_segment(float (&v)[kVectors][8], int64_t block, int length, float* row) {
+__device__ __forceinline__ void hadamard_segment(float (&v)[kVectors][8], int64_t block, int length,
+                                                 float* row) {
 #pragma unroll
   for (int half = 1; half < 8; half *= 2) {
     if (half >= block) break;
@@ -124,7 +129,8 @@ __device__ __forceinline__ void hadamard_segment(float (&v)[kVectors][8], int64_
 #pragma unroll
     for (int m = 0; m < kVectors; m++) {
 #pragma unroll
-      for (int i = 0; i < 8; i++) v[m][i] = __fmaf_rn(sign, v[m][i], __shfl_xor_sync(kFullWarp, v[m][i], distance));
+      for (int i = 0; i < 8; i++)
+        v[m][i] = __fmaf_rn(sign, v[m][i], __shfl_xor_sync(kFullWarp, v[m][i], distance));
     }
   }
   if (block <= 8 * kWarp) return;
@@ -169,17 +175,19 @@ __device__ __forceinline__ bool in_float_range(float sum_of_squares) {
   return sum_of_squares > 1e-30f && sum_of_squares < 1e38f;
 }
 
-// A power of two that brings magnitudes up to `largest` to between 1 and 4, or as near as float32 has powers of two.
+// A power of two that brings magnitudes up to `largest` to between 1 and 4, or as near as float32 has powers
+// of two.
 __device__ __forceinline__ float scale_to_one(float largest) {
   const uint32_t exponent = __float_as_uint(largest) >> 23;
   return __uint_as_float((254 - (exponent < 253 ? exponent : 253)) << 23);
 }
 
-// rms or absmax of the finite elements of a group of `elements`, of which this thread holds the first `used` in v. reduce(value, combine)
-// combines over the threads of the group; any(flag) says whether a thread taking part in the same reductions raises the flag.
+// rms or absmax of the finite elements of a group of `elements`, of which this thread holds the first `used`
+// in v. reduce(value, combine) combines over the threads of the group; any(flag) says whether a thread taking
+// part in the same reductions raises the flag.
 template <int kCount, class Reduce, class Any>
-__device__ __forceinline__ float measure(const float (&v)[kCount], int used, Clip clip, int64_t elements, Reduce reduce,
-                                         Any any) {
+__device__ __forceinline__ float measure(const float (&v)[kCount], int used, Clip clip, int64_t elements,
+                                         Reduce reduce, Any any) {
   float squares = 0;
   bool usual = false;
   if (clip == Clip::kRms) {
@@ -215,8 +223,9 @@ __device__ __forceinline__ float measure(const float (&v)[kCount], int used, Cli
 }
 
 // Clips of the groups of a segment in shared memory, a warp per group.
-__device__ __forceinline__ void measure_irregular(const RowsArgs& args, const float* row, int length, int64_t start,
-                                                  const float* table, float* scales, float* clips) {
+__device__ __forceinline__ void measure_irregular(const RowsArgs& args, const float* row, int length,
+                                                  int64_t start, const float* table, float* scales,
+                                                  float* clips) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, size = static_cast<int>(args.clips.size);
   const int groups = (length + size - 1) / size, warps = static_cast<int>(blockDim.x) / kWarp;
   const int64_t first_group = start / args.clips.size;
@@ -289,19 +298,24 @@ constexpr int resident_blocks(Grouping grouping, int vectors, int threads) {
 
 // Out: void for codes, else the element type of the rotated rows. kThreads: the largest block.
 template <class T, class Out, Grouping kGrouping, int kVectors, bool kAligned, int kThreads>
-__global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors, kThreads)) rows_kernel(const RowsArgs args) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors, kThreads))
+    rows_kernel(const RowsArgs args) {
   const int thread = static_cast<int>(threadIdx.x), team = static_cast<int>(blockDim.x);
   const int lanes = args.lanes_per_row, rows_per_team = kWarp / lanes;
   const int64_t start = static_cast<int64_t>(args.segment) * blockIdx.y;
   const int length = static_cast<int>(args.x.k - start < args.segment ? args.x.k - start : args.segment);
   const int first = 8 * (lanes == kWarp ? thread : thread % lanes);  // element of this thread's first vector
-  const int groups_of_segment =
-      kGrouping == Grouping::kIrregular ? static_cast<int>((length + args.clips.size - 1) / args.clips.size) : 0;
-  const SharedLayout layout = shared_layout(
-      args.segment, args.row_in_shared_memory,
-      kGrouping == Grouping::kIrregular ? static_cast<int>((args.segment + args.clips.size - 1) / args.clips.size) : 0);
+  const int groups_of_segment = kGrouping == Grouping::kIrregular
+                                    ? static_cast<int>((length + args.clips.size - 1) / args.clips.size)
+                                    : 0;
+  const SharedLayout layout =
+      shared_layout(args.segment, args.row_in_shared_memory,
+                    kGrouping == Grouping::kIrregular
+                        ? static_cast<int>((args.segment + args.clips.size - 1) / args.clips.size)
+                        : 0);
   float* shared = static_cast<float*>(shared_memory()) + threadIdx.y * layout.total;
-  float *row_shared = shared + layout.row, *clips_shared = shared + layout.clips, *scratch = shared + layout.scratch;
+  float *row_shared = shared + layout.row, *clips_shared = shared + layout.clips,
+        *scratch = shared + layout.scratch;
 
   uint32_t negative = 0;  // a bit per element of this thread
   if (args.rotation.signs != nullptr) {
@@ -311,9 +325,9 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
       for (int i = 0; i < 8; i++) {
         const int element = first + 8 * team * m + i;
         if (element >= length) continue;
-        const bool is_negative = args.rotation.int8
-                                     ? __ldg(static_cast<const int8_t*>(args.rotation.signs) + start + element) < 0
-                                     : __ldg(static_cast<const float*>(args.rotation.signs) + start + element) < 0;
+        const bool is_negative =
+            args.rotation.int8 ? __ldg(static_cast<const int8_t*>(args.rotation.signs) + start + element) < 0
+                               : __ldg(static_cast<const float*>(args.rotation.signs) + start + element) < 0;
         negative |= static_cast<uint32_t>(is_negative) << (8 * m + i);
       }
     }
@@ -340,7 +354,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
           v[m][i] *= __uint_as_float(__float_as_uint(args.rotation_scale) ^ sign);
         }
       }
-      hadamard_segment<kVectors, kThreads == kLargestTeam ? 2 : 3>(v, args.rotation.block, length, row_shared);
+      hadamard_segment<kVectors, kThreads == kLargestTeam ? 2 : 3>(v, args.rotation.block, length,
+                                                                   row_shared);
     }
 
     if constexpr (!std::is_same_v<Out, void>) {
@@ -381,8 +396,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
               used += left < 0 ? 0 : left < 8 ? left : 8;
             }
           }
-          const auto reduce = [&](auto value, auto combine) { return reduce_team(value, lanes, combine, scratch); };
-          const auto any = [&](bool flag) { return blockDim.x == kWarp ? __any_sync(kFullWarp, flag) : flag; };
+          const auto reduce = [&](auto value, auto combine) {
+            return reduce_team(value, lanes, combine, scratch);
+          };
+          const auto any = [&](bool flag) {
+            return blockDim.x == kWarp ? __any_sync(kFullWarp, flag) : flag;
+          };
           row_clip *= measure(flat, used, args.clip, args.x.k, reduce, any);
           if (exists && first == 0) scales[0] = row_clip;
         }
@@ -418,10 +437,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
             if (args.clip != Clip::kStatic) {
               const int width = static_cast<int>(args.clips.size / 8);
               const int64_t rest = args.x.k - group * args.clips.size;
-              const auto reduce = [&](auto value, auto combine) { return reduce_lanes(value, width, combine); };
+              const auto reduce = [&](auto value, auto combine) {
+                return reduce_lanes(value, width, combine);
+              };
               const auto any = [&](bool flag) { return __any_sync(kFullWarp, flag); };
-              clip *= measure(v[m], left < 8 ? left : 8, args.clip, rest < args.clips.size ? rest : args.clips.size, reduce,
-                              any);
+              clip *= measure(v[m], left < 8 ? left : 8, args.clip,
+                              rest < args.clips.size ? rest : args.clips.size, reduce, any);
               if (exists && in_row && element % args.clips.size == 0) scales[group] = clip;
             }
           }
@@ -468,7 +489,8 @@ __global__ void __launch_bounds__(256) measure_clips_kernel(const MeasureArgs ar
   count = reduce_lanes(count, kWarp, Add());
   if (lane > 0) return;
   const float rms = count == 0 ? 0.0f : static_cast<float>(sqrt(squares / static_cast<double>(count)));
-  args.scales[pair] = __ldg(clips_of_row(args.clips, row) + group) * (args.clip == Clip::kRms ? rms : largest);
+  args.scales[pair] =
+      __ldg(clips_of_row(args.clips, row) + group) * (args.clip == Clip::kRms ? rms : largest);
 }
 
 }  // namespace la_aciq::cuda

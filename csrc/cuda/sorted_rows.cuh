@@ -1,9 +1,10 @@
 // Rows in order of language (SortedRows in kernels.h), and the slots of partial results along them.
 //
-// Sums over the rows of a language are taken in two steps that no timing can reorder. The sorted rows are cut in tiles; whoever works on a
-// tile leaves a partial result in slot tile + language wherever the language changes and where the tile ends. Along the sorted rows neither
-// number decreases and one of them grows from each run to the next, so no two runs share a slot; the partial results of a language
-// are in the slots of the tiles its rows reach, and a second kernel adds those up in order.
+// Sums over the rows of a language are taken in two steps that no timing can reorder. The sorted rows are cut
+// in tiles; whoever works on a tile leaves a partial result in slot tile + language wherever the language
+// changes and where the tile ends. Along the sorted rows neither number decreases and one of them grows from
+// each run to the next, so no two runs share a slot; the partial results of a language are in the slots of
+// the tiles its rows reach, and a second kernel adds those up in order.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -21,7 +22,8 @@ __device__ __forceinline__ int64_t row_at(const SortedRows& sorted, int64_t posi
 }
 
 // The first of `positions` sorted positions whose language is at least `language`.
-__device__ __forceinline__ int64_t first_position(const SortedRows& sorted, int64_t positions, int64_t language) {
+__device__ __forceinline__ int64_t first_position(const SortedRows& sorted, int64_t positions,
+                                                  int64_t language) {
   if (sorted.sorted == nullptr) return language <= 0 ? 0 : positions;
   int64_t low = 0, high = sorted.count;
   while (low < high) {

@@ -25,7 +25,7 @@ def random_signs(k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def assert_codes(codes, x, clip, codebook="midrise", doubt=4e-6):
-    """codes are those of x under the clip of each element, but for elements as near a decision boundary as float32 may confuse."""
+    """codes are those of x under the clip of each element, but for elements so near a boundary that float32 may err."""
     k = x.shape[-1]
     assert codes.dtype == torch.uint8
     assert codes.shape == (*x.shape[:-1], (k + 1) // 2)
@@ -194,8 +194,26 @@ def test_ends_of_the_midrise_codebook_are_the_clip(ops):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("k", "block"),
-    [(64, 0), (128, 32), (1, 0), (6, 2), (33, 1), (100, 4), (256, 8), (576, 64), (512, 0), (1024, 0), (2048, 0)]
-    + [(4096, 0), (11008, 0), (8192, 0), (14336, 0), (28672, 0), (8192, 256), (32768, 0)],
+    [
+        (64, 0),
+        (128, 32),
+        (1, 0),
+        (6, 2),
+        (33, 1),
+        (100, 4),
+        (256, 8),
+        (576, 64),
+        (512, 0),
+        (1024, 0),
+        (2048, 0),
+        (4096, 0),
+        (11008, 0),
+        (8192, 0),
+        (14336, 0),
+        (28672, 0),
+        (8192, 256),
+        (32768, 0),
+    ],
 )
 def test_rotate(ops, dtype, k, block):
     x = normal(3, k, dtype=dtype)
@@ -348,8 +366,17 @@ def test_histogram_of_extremes(ops):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "n", "k", "group_size"),
-    [(1, 40, 256, 64), (1, 16, 4096, 64), (3, 100, 576, 64), (5, 33, 512, 128), (8, 70, 384, 0), (9, 20, 96, 32)]
-    + [(16, 48, 1024, 256), (2, 1, 32, 0), (16, 64, 64, 64)],
+    [
+        (1, 40, 256, 64),
+        (1, 16, 4096, 64),
+        (3, 100, 576, 64),
+        (5, 33, 512, 128),
+        (8, 70, 384, 0),
+        (9, 20, 96, 32),
+        (16, 48, 1024, 256),
+        (2, 1, 32, 0),
+        (16, 64, 64, 64),
+    ],
 )
 def test_linear(ops, dtype, codebook, rows, n, k, group_size):
     weight = torch.randint(0, 256, (n, k // 2), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)

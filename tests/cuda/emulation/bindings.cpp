@@ -1,5 +1,6 @@
-// torch.ops.la_aciq_emulated: the schemas of csrc/ops.cpp with the implementation in csrc/cuda/ops.cpp, on CPU tensors. The two files are
-// included unchanged; only the macros that would register them for la_aciq on CUDA tensors mean something else here.
+// torch.ops.la_aciq_emulated: the schemas of csrc/ops.cpp with the implementation in csrc/cuda/ops.cpp, on
+// CPU tensors. The two files are included unchanged; only the macros that would register them for la_aciq on
+// CUDA tensors mean something else here.
 #include <torch/library.h>
 
 #pragma push_macro("TORCH_LIBRARY")
@@ -13,5 +14,9 @@
 #pragma pop_macro("TORCH_LIBRARY")
 #pragma pop_macro("TORCH_LIBRARY_IMPL")
 
-TORCH_LIBRARY(la_aciq_emulated, m) { define_schemas(m); }
-TORCH_LIBRARY_IMPL(la_aciq_emulated, CPU, m) { la_aciq::register_kernels(m); }
+TORCH_LIBRARY(la_aciq_emulated, m) {
+  define_schemas(m);
+}
+TORCH_LIBRARY_IMPL(la_aciq_emulated, CPU, m) {
+  la_aciq::register_kernels(m);
+}

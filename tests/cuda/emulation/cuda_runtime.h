@@ -1,15 +1,19 @@
-// Runs the source of csrc/cuda on the CPU: stands in for the CUDA headers when a .cu file is compiled as ordinary C++.
+// Runs the source of csrc/cuda on the CPU: stands in for the CUDA headers when a .cu file is compiled as
+// ordinary C++.
 //
-// A kernel launch runs the blocks one after the other, each CUDA thread as a fiber (emulation.cpp). A fiber runs until it waits
-// at a barrier, then the next one runs; the order of blocks and of threads is a parameter, so that a test can demand the same
-// result from several orders, which a missing barrier or an order-dependent sum does not give.
+// A kernel launch runs the blocks one after the other, each CUDA thread as a fiber (emulation.cpp). A fiber
+// runs until it waits at a barrier, then the next one runs; the order of blocks and of threads is a
+// parameter, so that a test can demand the same result from several orders, which a missing barrier or an
+// order-dependent sum does not give.
 //
-// Covered is what csrc/cuda uses: one-dimensional to three-dimensional grids and blocks of whole warps, dynamic shared memory,
-// __syncthreads, __syncwarp, shuffles, votes and atomics of the whole warp, 16-bit floats, vector types, the mma instructions of
-// mma.cuh, launches, memset and the attributes asked for. Refused at run time: barriers that some threads never reach, masks
-// other than the full warp, writes beyond the shared memory asked for, and more of it than the device would give. Shared memory
-// holds NaN (all bits set) before a block runs. Not covered: anything about time, memory ordering between warps within an
-// interval without barriers, and what the compiler makes of the source.
+// Covered is what csrc/cuda uses: one-dimensional to three-dimensional grids and blocks of whole warps,
+// dynamic shared memory,
+// __syncthreads, __syncwarp, shuffles, votes and atomics of the whole warp, 16-bit floats, vector types, the
+// mma instructions of mma.cuh, launches, memset and the attributes asked for. Refused at run time: barriers
+// that some threads never reach, masks other than the full warp, writes beyond the shared memory asked for,
+// and more of it than the device would give. Shared memory holds NaN (all bits set) before a block runs. Not
+// covered: anything about time, memory ordering between warps within an interval without barriers, and what
+// the compiler makes of the source.
 #pragma once
 
 #include <math.h>
@@ -59,7 +63,8 @@ cudaError_t allow_shared_memory(const void* kernel, int bytes);
 
 void* shared_memory();
 void block_barrier();
-// Every lane of the warp gives `size` <= 32 bytes; returns where those of lane 0, 1, ... stand, 32 bytes apart.
+// Every lane of the warp gives `size` <= 32 bytes; returns where those of lane 0, 1, ... stand, 32 bytes
+// apart.
 const unsigned char* exchange(const void* value, size_t size);
 int lane();
 void require_full_mask(unsigned mask);
@@ -106,11 +111,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 99 * 1024;
   return cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "emulated CUDA error"; }
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "emulated CUDA error";
+}
 
 // --- Synchronization, shuffles, votes, atomics ---
 
-inline void __syncthreads() { emulation::block_barrier(); }
+inline void __syncthreads() {
+  emulation::block_barrier();
+}
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
   emulation::require_full_mask(mask);
   const char nothing = 0;
@@ -133,7 +142,9 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   for (int i = 0; i < 32; i++) result |= static_cast<unsigned>(votes[32 * i]) << i;
   return result;
 }
-inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline bool __any_sync(unsigned mask, bool vote) {
+  return __ballot_sync(mask, vote) != 0;
+}
 
 template <class T>
 T atomicAdd(T* p, T value) {
@@ -156,9 +167,15 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
 
 template <class T>
 T __ldg(const T* p) {
@@ -175,10 +192,13 @@ inline unsigned __float_as_uint(float value) {
   memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fmaf_rn(float a, float b, float c) {
+  return fmaf(a, b, c);
+}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
   unsigned result = 0;
-  for (int i = 0; i < 4; i++) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  for (int i = 0; i < 4; i++)
+    result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
   return result;
 }

@@ -26,8 +26,8 @@ constexpr size_t kDefaultSharedMemory = 48 << 10;
 constexpr size_t kMostSharedMemory = 99 << 10;
 constexpr int kMostThreads = 1024;
 
-// What the lanes of a warp hand each other. Two sets take turns: a lane can be at most one exchange ahead of the others, since it
-// waits in the next one for all of them.
+// What the lanes of a warp hand each other. Two sets take turns: a lane can be at most one exchange ahead of
+// the others, since it waits in the next one for all of them.
 struct Warp {
   alignas(16) unsigned char values[2][32][32];
   int waiting = 0;
@@ -64,7 +64,8 @@ void leave_to_scheduler(bool forever) {
   Fiber* self = machine.current;
 #ifdef __SANITIZE_ADDRESS__
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(forever ? nullptr : &fake_stack, machine.scheduler_stack, machine.scheduler_stack_size);
+  __sanitizer_start_switch_fiber(forever ? nullptr : &fake_stack, machine.scheduler_stack,
+                                 machine.scheduler_stack_size);
   swapcontext(&self->context, &machine.scheduler);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #else
@@ -156,7 +157,8 @@ void run_block(size_t shared_size) {
     }
     if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
     if (!progress) {
-      throw std::runtime_error("emulated kernel: " + std::to_string(machine.at_barrier) + " threads wait at a barrier of the block and " +
+      throw std::runtime_error("emulated kernel: " + std::to_string(machine.at_barrier) +
+                               " threads wait at a barrier of the block and " +
                                std::to_string(machine.threads - machine.at_barrier - machine.done) +
                                " in a warp operation that others never reach");
     }
@@ -165,7 +167,8 @@ void run_block(size_t shared_size) {
   __asan_unpoison_memory_region(machine.shared, sizeof(machine.shared));
 #endif
   for (size_t i = shared_size; i < sizeof(machine.shared); i++) {
-    if (machine.shared[i] != 0xFF) throw std::runtime_error("emulated kernel: wrote beyond its shared memory");
+    if (machine.shared[i] != 0xFF)
+      throw std::runtime_error("emulated kernel: wrote beyond its shared memory");
   }
 }
 
@@ -173,11 +176,12 @@ void run_block(size_t shared_size) {
 
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, Body body, void* closure) {
   const auto allowed = machine.allowed_shared_memory.find(kernel);
-  const size_t limit = allowed == machine.allowed_shared_memory.end() ? kDefaultSharedMemory : allowed->second;
+  const size_t limit =
+      allowed == machine.allowed_shared_memory.end() ? kDefaultSharedMemory : allowed->second;
   const dim3 grid = config.gridDim, block = config.blockDim;
   const unsigned threads = block.x * block.y * block.z;
-  if (config.dynamicSmemBytes > limit || threads == 0 || threads > kMostThreads || threads % 32 || grid.x == 0 ||
-      grid.x > 0x7FFFFFFFu || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
+  if (config.dynamicSmemBytes > limit || threads == 0 || threads > kMostThreads || threads % 32 ||
+      grid.x == 0 || grid.x > 0x7FFFFFFFu || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
   gridDim = grid;
@@ -198,7 +202,9 @@ cudaError_t allow_shared_memory(const void* kernel, int bytes) {
   return cudaSuccess;
 }
 
-int lane() { return machine.current->number % 32; }
+int lane() {
+  return machine.current->number % 32;
+}
 
 void* shared_memory() {
   return machine.shared;
@@ -231,9 +237,12 @@ const unsigned char* exchange(const void* value, size_t size) {
 }
 
 void require_full_mask(unsigned mask) {
-  if (mask != 0xFFFFFFFFu) throw std::runtime_error("emulated kernel: only warp operations of all 32 lanes are covered");
+  if (mask != 0xFFFFFFFFu)
+    throw std::runtime_error("emulated kernel: only warp operations of all 32 lanes are covered");
 }
 
-extern "C" void la_aciq_emulation_order(unsigned order) { machine.order = order; }
+extern "C" void la_aciq_emulation_order(unsigned order) {
+  machine.order = order;
+}
 
 }  // namespace emulation

@@ -8,7 +8,9 @@ namespace {
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
-float* shared() { return static_cast<float*>(emulation::shared_memory()); }
+float* shared() {
+  return static_cast<float*>(emulation::shared_memory());
+}
 
 // Reverses 64 numbers through shared memory; right with the barrier.
 void reverse(float* data, bool barrier) {
@@ -17,19 +19,26 @@ void reverse(float* data, bool barrier) {
   data[threadIdx.x] = shared()[63 - threadIdx.x];
 }
 
-void add_in_order_of_arrival(float* data, bool) { atomicAdd(data, threadIdx.x == 0 ? 1e8f : 1.0f); }
+void add_in_order_of_arrival(float* data, bool) {
+  atomicAdd(data, threadIdx.x == 0 ? 1e8f : 1.0f);
+}
 
 void barrier_in_a_branch(float*, bool) {
   if (threadIdx.x < 40) __shfl_xor_sync(kFullWarp, 1, 1);
 }
 
-void write_beyond_shared_memory(float*, bool) { shared()[64 + threadIdx.x % 2] = 0; }
+void write_beyond_shared_memory(float*, bool) {
+  shared()[64 + threadIdx.x % 2] = 0;
+}
 
-void partial_mask(float*, bool) { __shfl_xor_sync(0xFFFFu, 1, 1); }
+void partial_mask(float*, bool) {
+  __shfl_xor_sync(0xFFFFu, 1, 1);
+}
 
 }  // namespace
 
-// Runs a kernel on one block of 64 threads with 256 bytes of shared memory; the message of what was found, or an empty one.
+// Runs a kernel on one block of 64 threads with 256 bytes of shared memory; the message of what was found, or
+// an empty one.
 extern "C" const char* la_aciq_emulation_fault(const char* name, float* data) {
   static std::string message;
   const std::string kernel = name;
@@ -41,9 +50,11 @@ extern "C" const char* la_aciq_emulation_fault(const char* name, float* data) {
     cudaError_t error = cudaErrorInvalidValue;
     if (kernel == "reverse") error = cudaLaunchKernelEx(&config, reverse, data, true);
     if (kernel == "reverse without barrier") error = cudaLaunchKernelEx(&config, reverse, data, false);
-    if (kernel == "add in order of arrival") error = cudaLaunchKernelEx(&config, add_in_order_of_arrival, data, true);
+    if (kernel == "add in order of arrival")
+      error = cudaLaunchKernelEx(&config, add_in_order_of_arrival, data, true);
     if (kernel == "barrier in a branch") error = cudaLaunchKernelEx(&config, barrier_in_a_branch, data, true);
-    if (kernel == "write beyond shared memory") error = cudaLaunchKernelEx(&config, write_beyond_shared_memory, data, true);
+    if (kernel == "write beyond shared memory")
+      error = cudaLaunchKernelEx(&config, write_beyond_shared_memory, data, true);
     if (kernel == "partial mask") error = cudaLaunchKernelEx(&config, partial_mask, data, true);
     if (kernel == "too much shared memory") {
       config.dynamicSmemBytes = 49 << 10;

@@ -4,5 +4,7 @@
 #include "cuda_runtime.h"
 
 namespace c10::cuda {
-inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
+inline cudaStream_t getCurrentCUDAStream() {
+  return nullptr;
+}
 }  // namespace c10::cuda
