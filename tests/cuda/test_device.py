@@ -147,9 +147,10 @@ def test_a_million_rows(languages):
     torch.testing.assert_close(state[:, :3], reference.moments(x, ids, languages)[0][:, :3], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_offsets_beyond_32_bits():
     """More than 2^32 elements; the last rows are what they are alone."""
+    if torch.cuda.mem_get_info()[0] < 32 << 30:
+        pytest.skip("needs 32 GiB of free memory on the device")
     rows, k = 2**21 + 3, 2048
     x = torch.empty(rows, k, device="cuda", dtype=torch.bfloat16).normal_()
     table = torch.full((1, k // 64), 2.5, device="cuda")
