@@ -8,8 +8,9 @@ from pathlib import Path
 
 import emulated
 import pytest
-from benchmarks import cuda_compile
 from torch.utils import cpp_extension
+
+from benchmarks import cuda_compile
 
 NVCC = shutil.which("nvcc")
 RECORD = json.loads(cuda_compile.RESULTS.read_text())
