@@ -135,5 +135,5 @@ def assert_codes(case: Case, packed: Tensor, clip_per_group: Tensor) -> None:
     slack = torch.nan_to_num(slack, posinf=0.0)
     codes = reference.unpack(packed, case.k).to(torch.float64)
     low, high = (reference.to_codes(x + sign * slack, clip, 4, case.codebook) for sign in (-1, 1))
-    wrong = (codes < low) | (codes > high)
+    wrong = ~((codes >= low) & (codes <= high))
     assert not wrong.any(), f"{int(wrong.sum())} of {codes.numel()} codes are wrong"

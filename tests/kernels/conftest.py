@@ -1,4 +1,7 @@
-"""The Triton kernels' tests run on the first CUDA device, or in Triton's interpreter where there is none."""
+"""The Triton kernels' tests run on the first CUDA device, or in Triton's interpreter where there is none.
+
+Three faults of the interpreter with bfloat16, which it keeps as bit patterns, are put right here.
+"""
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _convert_float = interpreter._convert_float
+_create_dot = interpreter.InterpreterBuilder.create_dot
+_cast = interpreter.InterpreterBuilder.cast_impl
 
 
 def _convert_float_rounding_bfloat16(data, source, target, rounding):
@@ -20,7 +25,22 @@ def _convert_float_rounding_bfloat16(data, source, target, rounding):
     return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
 
 
+def _create_dot_of_bfloat16(builder, a, b, *rest):
+    """The interpreter multiplies the bit patterns as integers; bfloat16 products are exact in float32."""
+    a, b = (builder.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+    return _create_dot(builder, a, b, *rest)
+
+
+def _cast_to_bfloat16_by_value(builder, source, target):
+    """The interpreter takes an integer for the bit pattern of a bfloat16."""
+    if source.dtype.scalar.is_int() and target.scalar == tl.bfloat16:
+        source = _cast(builder, source, tl.float32)
+    return _cast(builder, source, target)
+
+
 interpreter._convert_float = _convert_float_rounding_bfloat16
+interpreter.InterpreterBuilder.create_dot = _create_dot_of_bfloat16
+interpreter.InterpreterBuilder.cast_impl = _cast_to_bfloat16_by_value
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, 
     allowed = sizes * 2.0**-18 + expected.abs() * eps + flip_bound(x, dense, options)
     if options.get("signs") is not None and options.get("activation_bits", 16) == 16:
         allowed = allowed + sizes * eps
-    wrong = (out.double() - expected).abs() > allowed
+    wrong = ~((out.double() - expected).abs() <= allowed)
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} outputs are wrong"
     assert torch.equal(kernel("linear")(x, weight, scale, bias, **options), out), "another result the second time"
 
