@@ -26,6 +26,7 @@ from torch import Tensor
 
 import la_aciq
 from la_aciq.backends import why_unavailable
+from la_aciq.ops import moments_state
 
 HERE = Path(__file__).parent
 GROUP, LANGUAGES = 64, 12
@@ -211,7 +212,7 @@ def elementwise_cases(rows: int, k: int, dtype: torch.dtype, composed: bool = Fa
     yield case
 
     case = Case("moments", name, x.nbytes, same_kurtosis)
-    case.add_ours(lambda: la_aciq.moments_state(x, ids, LANGUAGES))
+    case.add_ours(lambda: moments_state(x, ids, LANGUAGES))
     if composed:
         case.add_compiled(torch_moments, x)  # of all languages together
     yield case

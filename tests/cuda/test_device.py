@@ -6,6 +6,7 @@ import torch
 import la_aciq
 from la_aciq import reference
 from la_aciq.backends import why_unavailable
+from la_aciq.ops import moments_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +35,7 @@ def every_operation(x, table, ids):
     dynamic, scales = la_aciq.quantize_dynamic(x, table, ids, group_size=64, signs=signs)
     values = la_aciq.dequantize(codes, table, ids, k=x.shape[-1], group_size=64)
     y = la_aciq.linear(x[:4].bfloat16(), dynamic, scales, group_size=64)
-    state, counts = la_aciq.moments_state(x, ids, 3, histogram=True)
+    state, counts = moments_state(x, ids, 3, histogram=True)
     return codes, tail, dynamic, scales, values, y, state, counts, la_aciq.rotate(x, signs)
 
 
@@ -143,7 +144,7 @@ def test_a_million_rows(languages):
     codes, tail = la_aciq.quantize(x, table, ids, tail_sums=True)
     assert torch.equal(codes, reference.quantize(x, table, ids)[0])
     torch.testing.assert_close(tail, reference.quantize(x, table, ids, tail_sums=True)[1], rtol=1e-6, atol=0)
-    state, _ = la_aciq.moments_state(x, ids, languages)
+    state, _ = moments_state(x, ids, languages)
     torch.testing.assert_close(state[:, :3], reference.moments(x, ids, languages)[0][:, :3], rtol=1e-5, atol=1e-6)
 
 
@@ -163,5 +164,5 @@ def test_offsets_beyond_32_bits():
     del values, codes
     dynamic, scales = la_aciq.quantize_dynamic(x, table, group_size=64)
     assert_equal((dynamic[-3:], scales[-3:]), la_aciq.quantize_dynamic(last, table, group_size=64))
-    state, _ = la_aciq.moments_state(x)
+    state, _ = moments_state(x)
     assert state[0, 0] == rows * k
