@@ -64,7 +64,7 @@ def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, 
     assert torch.equal(kernel("linear")(x, weight, scale, bias, **options), out), "another result the second time"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=35)
 @given(data=st.data())
 def test_linear(data):
     draw = data.draw
