@@ -1,13 +1,13 @@
 """Triton kernels of LA-ACIQ, one file per operation; installed as `la_aciq.kernels`.
 
-Each file registers its operation with `torch.library.triton_op` as `torch.ops.la_aciq_triton.<name>`, with the arguments
-of the schema in csrc/ops.cpp. A namespace of its own, and not kernels for the schemas of the compiled core, because then
-a machine without a compiler still has them, both GPU implementations can be called side by side, and torch.compile sees
-the kernels themselves and not an opaque call. The price is triton_op's dispatch in Python on every eager call, which
-disappears under torch.compile and CUDA graphs. la_aciq.backends decides when these run.
+Each file registers its operation with `torch.library.triton_op` as `torch.ops.la_aciq_triton.<name>`, with the
+arguments of the schema in csrc/ops.cpp. A namespace of its own, and not kernels for the schemas of the compiled core,
+because then a machine without a compiler still has them, both GPU implementations can be called side by side, and
+torch.compile sees the kernels themselves and not an opaque call. The price is triton_op's dispatch in Python on every
+eager call, which disappears under torch.compile and CUDA graphs. la_aciq.backends decides when these run.
 
-There is no autotuning: sizes of tiles follow from shapes (common.cut, linear.tile_sizes), so the first call compiles one
-kernel and nothing is timed, also while a CUDA graph is captured. Kernels launch on the current stream of the tensors'
+There is no autotuning: sizes of tiles follow from shapes (common.cut, linear.tile_sizes), so a first call compiles its
+kernel and times nothing, also while a CUDA graph is captured. Kernels launch on the current stream of the tensors'
 device, allocate through PyTorch alone, and never wait for the device.
 
 Nothing is imported here: `moments`, `quantize` and the other names are the modules, and importing la_aciq does not
