@@ -37,7 +37,7 @@ def summarize(raw: dict) -> dict:
     limits = {row["limit"]: row["bytes"] / row["median_s"] for row in rows if row["operation"].startswith("limit: ")}
     for row in rows:
         row["bytes_per_s"] = row["bytes"] / row["median_s"]
-        row["share_of_limit"] = row["bytes_per_s"] / limits[row["limit"]]
+        row["share_of_limit"] = row["bytes_per_s"] / limits[row["limit"]] if row["limit"] else None
     return {
         "schema": 1,
         "device": cpu_name(),
