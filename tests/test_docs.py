@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from la_aciq.evaluation import Report
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -13,6 +14,16 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_tables_are_what_the_result_files_give(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_what_the_readme_says_of_the_demo_holds():
+    costs = {configuration.name: configuration for configuration in Report.load(tables.REPORT).configurations}
+    assert costs["W4A16"].mean > 0.5 * costs["W4A4 static, pooled"].mean
+    assert costs["W4A4 static, per language, no rotation"].mean > 5 * costs["W4A4 static, per language"].mean
+    per_token = [costs[f"W4A4 dynamic {statistic}, per token"] for statistic in ("absmax", "rms")]
+    for static in (costs["W4A4 static, pooled"], costs["W4A4 static, per language"]):
+        assert all(static.mean + 2 * static.mean_se < c.mean - 2 * c.mean_se for c in per_token)
+        assert static.by_language["ko"].change > 5 * static.by_language["en"].change
 
 
 def test_a_table_without_its_place_is_refused():
