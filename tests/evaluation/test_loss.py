@@ -11,7 +11,15 @@ from tiny_llama import tiny_llama
 import la_aciq
 from la_aciq.calibration import Window
 from la_aciq.errors import LaAciqError
-from la_aciq.evaluation.loss import bootstrap_ratios, interval, segment_sums, tail_rate, token_losses
+from la_aciq.evaluation.loss import (
+    Estimate,
+    bootstrap_ratios,
+    gap_difference,
+    gap_interval,
+    segment_sums,
+    tail_rate,
+    token_losses,
+)
 
 
 def test_token_losses_are_those_of_a_float64_softmax():
@@ -68,10 +76,6 @@ def test_bootstrap_agrees_with_scipy():
         random_state=1,
     )
     assert ours.std(ddof=1) == pytest.approx(theirs.standard_error, rel=0.03)
-    low, high = interval(ours)
-    width = theirs.confidence_interval.high - theirs.confidence_interval.low
-    assert low == pytest.approx(theirs.confidence_interval.low, abs=0.03 * width)
-    assert high == pytest.approx(theirs.confidence_interval.high, abs=0.03 * width)
 
 
 def test_bootstrap_replicates_are_ratios_of_resampled_sums():
@@ -97,18 +101,87 @@ def test_bootstrap_is_seeded_and_paired(monkeypatch):
     assert len(bootstrap_ratios(difference, weight, resamples=100)) == 100
 
 
-def test_interval_of_known_replicates():
-    low, high = interval(np.arange(1001, dtype=float))
-    assert (low, high) == pytest.approx((25, 975))
+def test_the_interval_of_a_mean_is_students():
+    values = np.random.default_rng(3).standard_normal(8)
+    estimate = Estimate.ratio(values, np.ones(8), resamples=100_000)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert estimate.interval() == pytest.approx((expected.low, expected.high), abs=0.01)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(1 - 0.05 / 12)
+    assert estimate.interval(12) == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert estimate.se == pytest.approx(scipy.stats.sem(values), rel=0.01)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_a_mean_of_languages_has_welchs_degrees_of_freedom():
+    random = np.random.default_rng(4)
+    samples = [random.standard_normal(5), 3 * random.standard_normal(9)]
+    a, b = (Estimate.ratio(s, np.ones(len(s)), resamples=100_000, seed=i) for i, s in enumerate(samples))
+    # Twice the mean of a and -b is their difference.
+    welch = scipy.stats.ttest_ind(samples[0], samples[1], equal_var=False)
+    mean = Estimate.mean([a, Estimate(-b.value, -b.replicates, b.freedom)])
+    low, high = mean.interval()
+    expected = welch.confidence_interval(0.95)
+    assert mean.freedom == pytest.approx(welch.df, rel=0.02)
+    assert (2 * low, 2 * high) == pytest.approx((expected.low, expected.high), abs=0.05)
+
+
+def language_estimates(random, kind, n, languages, shift=0.0):
+    """Estimates of 0.1 + shift from n segments per language: Gaussian, or Gamma(16), whose skewness is 0.5."""
+    size = languages, n
+    weight = random.uniform(400, 600, size)
+    noise = random.standard_normal(size) if kind == "gaussian" else random.gamma(16, 0.25, size) - 4
+    return [
+        Estimate.ratio(w * (0.1 + 0.2 * e + s), w, resamples=300, seed=int(random.integers(2**32)))
+        for w, e, s in zip(weight, noise, np.broadcast_to(shift, languages), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "skewed"])
+def test_the_interval_of_eight_segments_covers_the_truth(kind):
+    random = np.random.default_rng(0)
+    estimates = language_estimates(random, kind, 8, 4000)
+    covered = np.mean([low <= 0.1 <= high for low, high in (e.interval() for e in estimates)])
+    assert 0.93 <= covered <= 0.97  # the standard error of 4000 runs is 0.0034
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "skewed"])
+def test_twelve_languages_without_a_difference_seldom_show_one(kind):
+    random = np.random.default_rng(1)
+    wrong = mean_covered = 0
+    for _ in range(1500):
+        estimates = language_estimates(random, kind, 8, 12)
+        wrong += any(not low <= 0.1 <= high for low, high in (e.interval(12) for e in estimates))
+        low, high = Estimate.mean(estimates).interval()
+        mean_covered += low <= 0.1 <= high
+    assert 0.02 <= wrong / 1500 <= 0.08
+    assert mean_covered / 1500 >= 0.93
+
+
+@pytest.mark.parametrize(
+    "truth", [np.zeros(12), np.linspace(0, 0.4, 12), np.eye(12)[0] * 0.5], ids=["0", "even", "one"]
+)
+def test_the_gaps_interval_covers_the_truth_whichever_languages_are_the_extremes(truth):
+    random = np.random.default_rng(2)
     covered = 0
-    for seed in range(300):
-        difference, weight = pairs(30, seed)
-        low, high = interval(bootstrap_ratios(difference, weight, resamples=400, seed=seed))
-        covered += low <= 0.1 <= high
-    assert 0.88 <= covered / 300 <= 0.99
+    for _ in range(200):
+        gap, low, high = gap_interval(language_estimates(random, "gaussian", 8, 12, truth))
+        assert low <= gap <= high
+        covered += low <= np.ptp(truth) <= high
+    assert covered / 200 >= 0.93
+
+
+def test_a_difference_of_gaps_is_paired():
+    random = np.random.default_rng(5)
+    first = language_estimates(random, "gaussian", 8, 12, np.linspace(0, 0.4, 12))
+    same = gap_difference(first, first)
+    assert (same.value, same.se) == (0, 0)
+    second = [
+        Estimate(e.value + s, e.replicates + s, e.freedom) for e, s in zip(first, [0.0] * 11 + [1.0], strict=True)
+    ]
+    assert gap_difference(second, first).value == pytest.approx(
+        np.ptp([e.value for e in second]) - np.ptp([e.value for e in first])
+    )
+    low, high = gap_difference(second, first).interval()
+    assert 0 < low < high
 
 
 def test_tail_rate_counts_segments_by_their_loss_per_token():

@@ -1,9 +1,11 @@
 """Evaluation end to end on a small Llama, checked against numbers computed here by hand."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from tiny_llama import random_texts, tiny_llama
 
@@ -64,9 +66,15 @@ def test_bits_per_byte_by_hand(model, profile):
     changes = [result.change for result in configuration.by_language.values()]
     errors = [result.se for result in configuration.by_language.values()]
     assert configuration.mean == pytest.approx(np.mean(changes))
-    assert configuration.mean_se == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 3)
+    assert configuration.mean_se == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 3, rel=0.1)
+    assert configuration.mean_low < configuration.mean < configuration.mean_high
+    # Student's t of 4 degrees of freedom for five segments each.
+    for result in configuration.by_language.values():
+        assert (result.high - result.change) / result.se == pytest.approx(2.776, abs=1e-3)
+        assert (result.change - result.low) / result.se == pytest.approx(2.776, abs=1e-3)
     assert configuration.worst == max(changes) == configuration.by_language[configuration.worst_language].change
     assert configuration.gap == pytest.approx(max(changes) - min(changes))
+    assert 0 <= configuration.gap_low < configuration.gap < configuration.gap_high
     assert configuration.config["activations"] == 4
 
 
@@ -135,9 +143,13 @@ def test_per_language_clips_are_compared_with_pooled_ones_pairwise(several):
         assert difference.difference == pytest.approx(expected, abs=1e-9)
         assert difference.low <= difference.difference <= difference.high
         # Paired: narrower than two independent intervals would give.
-        width = sum(c.by_language[tag].high - c.by_language[tag].low for c in (own, pooled))
-        assert difference.high - difference.low < width
+        errors = [result.by_language[tag].se for result in (own, pooled)]
+        # Of three intervals at 1 - 0.05 / 3 with 4 degrees of freedom.
+        margin = scipy.stats.t.ppf(1 - 0.05 / 6, 4) * math.hypot(*errors)
+        assert difference.high - difference.difference < margin
     assert comparison.mean.difference == pytest.approx(own.mean - pooled.mean, abs=1e-9)
+    assert comparison.gap.difference == pytest.approx(own.gap - pooled.gap, abs=1e-9)
+    assert comparison.gap.low < comparison.gap.difference < comparison.gap.high
     assert comparison.segments == 15
 
 
@@ -167,6 +179,18 @@ def test_each_configuration_takes_the_profile_with_its_rotation(model, profile):
     assert report.configurations[1] == alone.configurations[0]
     with pytest.raises(LaAciqError, match="rotate = False"):
         evaluate_configurations(model, profile, configurations, texts=texts, **SETTINGS)
+
+
+def test_one_segment_is_no_sample(model):
+    with pytest.raises(LaAciqError, match=r"tokens = 100.*at least two segments.*'en' has one"):
+        evaluate(model, model, texts=random_texts(), seqlen=200, tokens=100, progress=False)
+
+
+def test_evaluation_sets_a_language(model, profile):
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        evaluate(quantized, model, texts=random_texts(), **SETTINGS)
 
 
 def test_nothing_to_evaluate(model, profile):

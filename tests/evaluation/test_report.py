@@ -24,10 +24,14 @@ def configuration(name, changes):
         config={"weights": 4},
         bits=4.5,
         mean=sum(changes) / 3,
+        mean_low=sum(changes) / 3 - 0.008,
+        mean_high=sum(changes) / 3 + 0.008,
         mean_se=0.004,
         worst=worst,
         worst_language=TAGS[changes.index(worst)],
         gap=worst - min(changes),
+        gap_low=0.0,
+        gap_high=worst - min(changes) + 0.05,
         tail_rate=0.125,
         nats=0.1,
         by_language={tag: result(change) for tag, change in zip(TAGS, changes, strict=True)},
@@ -35,10 +39,11 @@ def configuration(name, changes):
     )
 
 
-def comparison(mean, languages=((-0.01, 0.01), (-0.01, 0.01), (-0.01, 0.01))):
+def comparison(mean, languages=((-0.01, 0.01), (-0.01, 0.01), (-0.01, 0.01)), gap=(-0.03, 0.02)):
     low, high = mean
+    gap = Difference(sum(gap) / 2, *gap)
     by_language = {tag: Difference((a + b) / 2, a, b) for tag, (a, b) in zip(TAGS, languages, strict=True)}
-    return Comparison("own", "pooled", Difference((low + high) / 2, low, high), by_language, 24)
+    return Comparison("own", "pooled", Difference((low + high) / 2, low, high), gap, by_language, 24)
 
 
 @pytest.fixture
@@ -151,6 +156,7 @@ def test_the_terminal_table_is_aligned_whatever_the_script(report):
     assert "+0.150 ±0.008" in lines[start + 4]
     assert "+0.200 sw" in lines[start + 4]
     assert "12.5%" in lines[start + 4]
+    assert "0.100 [0.000, 0.150]" in lines[start + 4]
     assert "1.2%" in text
     assert "–" in text  # a language that was never seen there
     assert all(sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line) <= 110 for line in lines)
@@ -177,7 +183,10 @@ def test_the_verdict_follows_the_interval():
     null = comparison((-0.01, 0.02)).sentence()
     assert "no measurable difference between per-language clips and the pooled clip (+0.0050 bits per byte" in null
     assert "interval -0.0100 to +0.0200, mean of 3 languages, paired over 24 segments" in null
-    assert "no difference in any" in null
+    assert "gap not measurably different (-0.0050, -0.0300 to +0.0200)" in null
+    assert "language by language, corrected for 3 languages, no difference in any" in null
+    assert "gap smaller" in comparison((-0.01, 0.02), gap=(-0.03, -0.01)).sentence()
+    assert "gap larger" in comparison((-0.01, 0.02), gap=(0.01, 0.03)).sentence()
     assert "per-language clips beat the pooled clip" in comparison((-0.02, -0.01)).sentence()
     mixed = comparison((0.01, 0.02), ((-0.02, -0.01), (0.01, 0.02), (-0.01, 0.01))).sentence("token")
     assert "per-language clips are worse than the pooled clip (+0.0150 bits per token" in mixed

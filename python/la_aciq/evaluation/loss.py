@@ -1,18 +1,22 @@
 """Losses of a model on text, and how sure one can be of a difference between two models' losses.
 
 All differences are paired: both models read the same windows, and the bootstrap resamples segments of them. A segment
-is up to 128 consecutive predicted tokens of one window; losses within a text are correlated over short distances, and
-a segment is long enough to carry most of that correlation inside it.
+is up to 128 consecutive predicted tokens of one window. Segments are taken as independent draws: a text's losses are
+correlated over short distances, most of which a segment has inside it, but neighbours of one window share a context.
+Windows would need no such assumption, but there are too few of them (two per language by default) to tell how they
+vary.
 
 The intervals are about the stretch of text that was read: they say how another draw of such segments would differ, not
 how another document, let alone another language, would.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 from torch import nn
 
 from ..calibration import Window
@@ -22,7 +26,7 @@ from ..nn import language
 Float64 = NDArray[np.float64]
 
 SEGMENT = 128  # predicted tokens
-TAIL_NATS = 0.5  # per token; about the loss of going from one good model to one a quarter of its size
+TAIL_NATS = 0.5  # per token: the text is e^0.5 = 1.65 times less likely with every token
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 _RESAMPLES_AT_ONCE = 1 << 22  # entries of the matrix of counts
@@ -79,10 +83,88 @@ def bootstrap_ratios(
     return ratios
 
 
-def interval(replicates: Float64, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The percentile interval of bootstrap replicates."""
-    low, high = np.quantile(replicates, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+@dataclass(frozen=True)
+class Estimate:
+    """A value with bootstrap replicates (float64 [resamples]) that vary as much as the value itself would.
+
+    The interval is Student's t with the bootstrap's standard error: with few segments a percentile interval is too
+    narrow (Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69, 2015, sections
+    4.2 and 5). Of eight segments per language it covers Gaussian ones' mean in 95 %, ones' of skewness 0.7 in 94 % of
+    simulated runs; corrected for 12 languages, it shows a difference where there is none in 5 % and 8 % of them (12 %
+    with skewness 1). freedom: its degrees of freedom.
+    """
+
+    value: float
+    replicates: Float64
+    freedom: float
+
+    @classmethod
+    def ratio(
+        cls,
+        numerator: Float64,
+        denominator: Float64,
+        *,
+        resamples: int = RESAMPLES,
+        seed: int | Sequence[int] = 0,
+    ) -> "Estimate":
+        """sum(numerator) / sum(denominator), both float64 [segments], of at least two segments.
+
+        The bootstrap's variance is of n segments about their own mean, (n - 1) / n of what it should be.
+        """
+        n = len(numerator)
+        value = float(numerator.sum() / denominator.sum())
+        replicates = bootstrap_ratios(numerator, denominator, resamples=resamples, seed=seed)
+        return cls(value, value + np.sqrt(n / (n - 1)) * (replicates - value), n - 1)
+
+    @classmethod
+    def mean(cls, estimates: Sequence["Estimate"]) -> "Estimate":
+        """The mean of independent estimates, with Welch and Satterthwaite's degrees of freedom."""
+        variances = np.array([estimate.se**2 for estimate in estimates])
+        freedom = np.array([estimate.freedom for estimate in estimates])
+        own = (variances**2 / freedom).sum()
+        return cls(
+            float(np.mean([estimate.value for estimate in estimates])),
+            np.mean([estimate.replicates for estimate in estimates], axis=0),
+            float(variances.sum() ** 2 / own) if own > 0 else float(freedom.sum()),
+        )
+
+    @property
+    def se(self) -> float:
+        """The standard error."""
+        return float(self.replicates.std(ddof=1))
+
+    def interval(self, comparisons: int = 1) -> tuple[float, float]:
+        """The 95 % interval; with Bonferroni's correction the one of `comparisons` that hold together."""
+        margin = self.se * _t(self.freedom, comparisons)
+        return self.value - margin, self.value + margin
+
+
+def gap_interval(estimates: Sequence[Estimate]) -> tuple[float, float, float]:
+    """The largest minus the smallest value, and its 95 % interval.
+
+    Noise makes a largest value larger and a smallest one smaller, so that this difference is biased upwards. But it is
+    never further from the true one than the range of the errors of all the values, whichever are the extremes, and the
+    bootstrap gives that range's distribution: the interval holds at least as often as it says, and is wide.
+    """
+    values = [estimate.value for estimate in estimates]
+    errors = [(e.replicates - e.value) * _t(e.freedom) / ndtri((1 + CONFIDENCE) / 2) for e in estimates]
+    gap, reach = max(values) - min(values), float(np.quantile(np.ptp(errors, axis=0), CONFIDENCE))
+    return gap, max(gap - reach, 0.0), gap + reach
+
+
+def gap_difference(first: Sequence[Estimate], second: Sequence[Estimate]) -> Estimate:
+    """How much larger the first gap is than the second; in replicates of one seed the two share their segments.
+
+    The two gaps' upward biases mostly cancel.
+    """
+    gaps = [np.ptp([e.value for e in estimates]) for estimates in (first, second)]
+    replicates = [np.ptp([e.replicates for e in estimates], axis=0) for estimates in (first, second)]
+    return Estimate(float(gaps[0] - gaps[1]), replicates[0] - replicates[1], min(e.freedom for e in (*first, *second)))
+
+
+def _t(freedom: float, comparisons: int = 1) -> float:
+    """Student's quantile of a two-sided interval."""
+    return float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / (2 * comparisons)))
 
 
 def tail_rate(difference: Float64, tokens: Float64, threshold: float = TAIL_NATS) -> float:

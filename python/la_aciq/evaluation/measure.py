@@ -24,9 +24,10 @@ from .loss import (
     RESAMPLES,
     SEGMENT,
     TAIL_NATS,
+    Estimate,
     Float64,
-    bootstrap_ratios,
-    interval,
+    gap_difference,
+    gap_interval,
     segment_sums,
     tail_rate,
     token_losses,
@@ -144,7 +145,14 @@ class _Texts:
             tag: text.windows(tag, tokens=tokens, seqlen=seqlen, skip=skipped[tag]) for tag, text in tokenized.items()
         }
         # A window of one token predicts nothing; only the last window of a text can be one.
-        return cls({tag: [w for w in own if len(w.ids) > 1] for tag, own in windows.items()}, skipped, seqlen, tokens)
+        data = cls({tag: [w for w in own if len(w.ids) > 1] for tag, own in windows.items()}, skipped, seqlen, tokens)
+        for tag in data.by_language:
+            if len(data.sizes(tag)[0]) < 2:
+                raise LaAciqError(
+                    f"tokens = {tokens}: an interval needs at least two segments of up to {SEGMENT} predicted tokens "
+                    f"in each language, and {tag!r} has one"
+                )
+        return data
 
     @property
     def windows(self) -> int:
@@ -209,8 +217,12 @@ def _report(
         name: {tag: segment_sums(losses[tag]) - segment_sums(reference[tag]) for tag in data.by_language}
         for name, (losses, _) in results.items()
     }
+    changes = {
+        name: {tag: _estimate(data, tag, difference, seed) for tag, difference in own.items()}
+        for name, own in differences.items()
+    }
     configurations = [
-        _configuration(name, description, data, reference, differences[name], seed)
+        _configuration(name, description, data, reference, differences[name], changes[name])
         for name, (_, description) in results.items()
     ]
     summary = {} if profile is None or config is None else summarize(profile, config)
@@ -241,7 +253,7 @@ def _report(
         texts={tag: {"skipped": data.skipped[tag], "tokens": data.tokens} for tag in data.by_language},
         unit=data.unit,
         configurations=configurations,
-        comparisons=_comparisons(data, results, differences, seed),
+        comparisons=_comparisons(data, results, differences, changes, seed),
         **summary,
     )
 
@@ -252,39 +264,44 @@ def _configuration(
     data: _Texts,
     reference: _Losses,
     differences: Mapping[str, Float64],
-    seed: int,
+    estimates: Mapping[str, Estimate],
 ) -> Configuration:
     by_language = {}
     for tag, difference in differences.items():
         tokens, units = data.sizes(tag)
         before = segment_sums(reference[tag]).sum() / units.sum() * _BITS
-        change = difference.sum() / units.sum() * _BITS
-        replicates = _replicates(data, tag, difference, seed)
-        low, high = interval(replicates)
+        change = estimates[tag]
+        low, high = change.interval()
         by_language[tag] = LanguageResult(
             reference_bpb=float(before),
-            bpb=float(before + change),
-            change=float(change),
+            bpb=float(before + change.value),
+            change=change.value,
             low=low,
             high=high,
-            se=float(replicates.std(ddof=1)),
+            se=change.se,
             nats=float(difference.sum() / tokens.sum()),
             tail_rate=tail_rate(difference, tokens),
             tokens=int(tokens.sum()),
             segments=len(tokens),
         )
     results = list(by_language.values())
-    changes = {tag: result.change for tag, result in by_language.items()}
-    worst = max(changes, key=changes.__getitem__)
+    worst = max(estimates, key=lambda tag: estimates[tag].value)
+    mean = Estimate.mean(list(estimates.values()))
+    mean_low, mean_high = mean.interval()
+    gap, gap_low, gap_high = gap_interval(list(estimates.values()))
     return Configuration(
         name=name,
         config=description.config,
         bits=description.bits,
-        mean=float(np.mean([r.change for r in results])),
-        mean_se=float(np.sqrt(np.sum([r.se**2 for r in results])) / len(results)),
-        worst=changes[worst],
+        mean=mean.value,
+        mean_low=mean_low,
+        mean_high=mean_high,
+        mean_se=mean.se,
+        worst=estimates[worst].value,
         worst_language=worst,
-        gap=changes[worst] - min(changes.values()),
+        gap=gap,
+        gap_low=gap_low,
+        gap_high=gap_high,
         tail_rate=float(np.mean([r.tail_rate for r in results])),
         nats=float(np.mean([r.nats for r in results])),
         by_language=by_language,
@@ -292,16 +309,17 @@ def _configuration(
     )
 
 
-def _replicates(data: _Texts, tag: str, difference: Float64, seed: int) -> Float64:
-    """Bootstrap replicates of a loss difference in bits per unit; each language draws segments of its own."""
+def _estimate(data: _Texts, tag: str, difference: Float64, seed: int) -> Estimate:
+    """A loss difference in bits per unit. Each language draws segments of its own, the same ones for everything."""
     place = list(data.by_language).index(tag)
-    return bootstrap_ratios(difference * _BITS, data.sizes(tag)[1], resamples=RESAMPLES, seed=[seed, place])
+    return Estimate.ratio(difference * _BITS, data.sizes(tag)[1], seed=[seed, place])
 
 
 def _comparisons(
     data: _Texts,
     results: Mapping[str, tuple[_Losses, _Description]],
     differences: Mapping[str, Mapping[str, Float64]],
+    changes: Mapping[str, Mapping[str, Estimate]],
     seed: int,
 ) -> list[Comparison]:
     """Every pair of configurations that differ in nothing but whose clips a language uses."""
@@ -310,18 +328,22 @@ def _comparisons(
         a, b = results[own][1].config, results[pooled][1].config
         if a.get("sharing") != "language" or b != a | {"sharing": "pooled"} or a.get("clip") == "absmax":
             continue
-        paired = {tag: differences[own][tag] - differences[pooled][tag] for tag in data.by_language}
-        replicates = {tag: _replicates(data, tag, values, seed) for tag, values in paired.items()}
-        changes = {tag: float(values.sum() / data.sizes(tag)[1].sum() * _BITS) for tag, values in paired.items()}
+        paired = {
+            tag: _estimate(data, tag, differences[own][tag] - differences[pooled][tag], seed)
+            for tag in data.by_language
+        }
         found.append(
             Comparison(
                 name=own,
                 baseline=pooled,
-                mean=Difference(
-                    float(np.mean(list(changes.values()))), *interval(np.mean(list(replicates.values()), axis=0))
-                ),
-                by_language={tag: Difference(changes[tag], *interval(replicates[tag])) for tag in paired},
-                segments=sum(map(len, paired.values())),
+                mean=_difference(Estimate.mean(list(paired.values()))),
+                gap=_difference(gap_difference(list(changes[own].values()), list(changes[pooled].values()))),
+                by_language={tag: _difference(estimate, len(paired)) for tag, estimate in paired.items()},
+                segments=sum(len(differences[own][tag]) for tag in paired),
             )
         )
     return found
+
+
+def _difference(estimate: Estimate, comparisons: int = 1) -> Difference:
+    return Difference(estimate.value, *estimate.interval(comparisons))

@@ -26,9 +26,9 @@ _WIDTH = 110
 class LanguageResult:
     """One configuration in one language. bpb is bits per byte (bits per token when the report's unit says so).
 
-    change = bpb - reference_bpb, with the paired bootstrap's percentile interval low..high and standard error se;
-    nats is the same change in nats per predicted token. tail_rate is the share of segments that lost more than the
-    threshold.
+    change = bpb - reference_bpb, with the paired bootstrap's standard error se and the 95 % interval low..high of
+    Student's t with it; nats is the same change in nats per predicted token. tail_rate is the share of segments that
+    lost more than the threshold.
     """
 
     reference_bpb: float
@@ -49,19 +49,25 @@ class Configuration:
 
     config: the `QuantConfig`'s fields, or {"dtype": ...} for the unquantized model. bits: stored bits per weight of
     the replaced layers, their clips included. mean: of the languages' changes, each language counting the same;
-    mean_se: its standard error from the text drawn (not from the choice of languages). worst: the largest change,
-    worst_language: whose. gap: the largest minus the smallest change. nats: the mean change in nats per token.
-    skipped: layers left alone, and why.
+    mean_low, mean_high, mean_se: its 95 % interval and standard error from the text drawn (not from the choice of
+    languages). worst: the largest change, worst_language: whose. gap: the largest minus the smallest change, biased
+    upwards as every such range of noisy numbers is; gap_low, gap_high: its 95 % interval, which holds whichever
+    languages are the extremes and is wide. nats: the mean change in nats per token. skipped: layers left alone, and
+    why.
     """
 
     name: str
     config: dict[str, Any]
     bits: float
     mean: float
+    mean_low: float
+    mean_high: float
     mean_se: float
     worst: float
     worst_language: str
     gap: float
+    gap_low: float
+    gap_high: float
     tail_rate: float
     nats: float
     by_language: dict[str, LanguageResult]
@@ -81,11 +87,15 @@ class Difference:
 class Comparison:
     """Per-language clips (`name`) against the pooled clip (`baseline`), otherwise configured alike, paired over
     segments.
+
+    mean: of the languages' differences. gap: the difference of the two gaps. by_language: with intervals that hold
+    together with 95 % (Bonferroni); those of mean and gap are 95 % intervals each.
     """
 
     name: str
     baseline: str
     mean: Difference
+    gap: Difference
     by_language: dict[str, Difference]
     segments: int
 
@@ -97,6 +107,7 @@ class Comparison:
             verdict = "per-language clips are worse than the pooled clip"
         else:
             verdict = "no measurable difference between per-language clips and the pooled clip"
+        gap = "smaller" if self.gap.high < 0 else "larger" if self.gap.low > 0 else "not measurably different"
         better = [tag for tag, d in self.by_language.items() if d.high < 0]
         worse = [tag for tag, d in self.by_language.items() if d.low > 0]
         alone = [f"better in {', '.join(better)}"] if better else []
@@ -104,7 +115,8 @@ class Comparison:
         return (
             f"{self.name} against {self.baseline}: {verdict} ({self.mean.difference:+.4f} bits per {unit}, 95 % "
             f"interval {self.mean.low:+.4f} to {self.mean.high:+.4f}, mean of {len(self.by_language)} languages, "
-            f"paired over {self.segments} segments); by each language's own interval "
+            f"paired over {self.segments} segments); gap {gap} ({self.gap.difference:+.4f}, {self.gap.low:+.4f} to "
+            f"{self.gap.high:+.4f}); language by language, corrected for {len(self.by_language)} languages, "
             f"{' and '.join(alone) or 'no difference in any'}."
         )
 
@@ -237,9 +249,9 @@ class Report:
                 str(number),
                 c.name,
                 f"{c.bits:.2f}",
-                f"{c.mean:+.3f} ±{1.96 * c.mean_se:.3f}",
+                f"{c.mean:+.3f} ±{c.mean_high - c.mean:.3f}",
                 f"{c.worst:+.3f} {c.worst_language}",
-                f"{c.gap:.3f}",
+                f"{c.gap:.3f} [{c.gap_low:.3f}, {c.gap_high:.3f}]",
                 f"{c.tail_rate:.1%}",
             ]
             for number, c in enumerate(self.configurations, 1)
@@ -252,7 +264,9 @@ class Report:
         for tag in self.texts:
             results = [self.configurations[number].by_language[tag] for number in numbers]
             cells = [
-                f"{r.change:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" if intervals else f"{r.change:+.3f} ±{1.96 * r.se:.3f}"
+                f"{r.change:+.3f} [{r.low:+.3f}, {r.high:+.3f}]"
+                if intervals
+                else f"{r.change:+.3f} ±{r.high - r.change:.3f}"
                 for r in results
             ]
             rows.append([tag, f"{results[0].reference_bpb:.3f}", *cells])
@@ -267,8 +281,8 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = (
-            "± is the half-width of a 95 % interval for text like the one read. gap: worst minus best language. tail: "
-            f"share of segments of {self.settings['segment']} tokens whose loss rose by more than "
+            "± is the half-width of a 95 % interval for text like the one read. gap: worst minus best language, with a "
+            f"95 % interval. tail: share of segments of {self.settings['segment']} tokens whose loss rose by more than "
             f"{self.settings['tail_nats']} nats a token."
         )
         return [notes, *(comparison.sentence(self.unit) for comparison in self.comparisons)]
