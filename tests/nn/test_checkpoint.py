@@ -127,20 +127,24 @@ def test_only_quantized_models_are_saved(setting, tmp_path):
 
 
 def edit_settings(folder, change):
+    """Change settings and make the checksums fit again, as somebody with intent would."""
     file = folder / "la_aciq.json"
     settings = json.loads(file.read_text("utf-8"))
+    for name in settings["sha256"]:
+        settings["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     change(settings)
+    settings.pop("checksum", None)
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()
+    settings["checksum"] = hashlib.sha256(text + hashlib.sha256(b"").digest()).hexdigest()
     file.write_text(json.dumps(settings), "utf-8")
 
 
 def edit_tensors(folder, change):
-    """Change tensors and make the checksum fit again, as somebody with intent would."""
     file = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
     change(tensors)
     safetensors.torch.save_file(tensors, file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    edit_settings(folder, lambda settings: settings.update(sha256=digest))
+    edit_settings(folder, lambda settings: None)
 
 
 @pytest.mark.parametrize(
@@ -160,11 +164,35 @@ def edit_tensors(folder, change):
         (lambda s: s["layers"].pop(), "does not fit"),
         (lambda s: s["projections"].update({"model.layers.0.self_attn.k_proj": 5}), "heads of 5"),
         (lambda s: s.update(layers="all"), "'layers' is missing or not a JSON list"),
+        (lambda s: s["layers"].append(5), "'layers' has an entry that is not a JSON str"),
+        (lambda s: s["rows"].append(5), "'rows' has an entry"),
+        (lambda s: s["rows"].__setitem__(1, "no language"), "not BCP-47"),
+        (lambda s: s["calibration_tokens"].update(en="many"), "'calibration_tokens' has an entry"),
+        (lambda s: s["config"].update(ignore=5), "ignore = 5"),
+        (lambda s: s["config"].update(weights=4.0), r"weights = 4\.0"),
+        (lambda s: s["config"].update(clip=["static"]), "clip = "),
     ],
 )
 def test_edited_settings_are_refused(saved, change, message):
     edit_settings(saved, change)
     with pytest.raises(LaAciqError, match=message):
+        load_quantized(saved)
+
+
+@pytest.mark.parametrize("name", ["la_aciq.json", "config.json", "model.safetensors"])
+def test_an_edit_that_leaves_everything_consistent_is_noticed(saved, name):
+    """Two languages' rows swapped, say, would serve each other's clips."""
+    file = saved / name
+    edits = {
+        "la_aciq.json": (b'"sw",\n    "th"', b'"th",\n    "sw"'),
+        "config.json": (b'"rms_norm_eps": 1e-0', b'"rms_norm_eps": 9e-0'),
+        "model.safetensors": (file.read_bytes()[-8:], bytes(8)),
+    }
+    before, after = edits[name]
+    data = file.read_bytes()
+    assert data.count(before) >= 1
+    file.write_bytes(data.replace(before, after))
+    with pytest.raises(LaAciqError, match="edited or cut short"):
         load_quantized(saved)
 
 
@@ -224,15 +252,14 @@ def test_truncated_or_missing_files(saved, tmp_path):
 
 
 def test_a_tensor_file_that_is_not_one(saved):
-    file = saved / "model.safetensors"
-    file.write_bytes(b"\x00" * 100)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    edit_settings(saved, lambda settings: settings.update(sha256=digest))
+    (saved / "model.safetensors").write_bytes(b"\x00" * 100)
+    edit_settings(saved, lambda settings: None)
     with pytest.raises(LaAciqError, match="not a valid safetensors file"):
         load_quantized(saved)
 
 
 def test_a_config_that_is_not_a_causal_model(saved):
     (saved / "config.json").write_text(json.dumps({"model_type": "no-such-model"}), "utf-8")
+    edit_settings(saved, lambda settings: None)
     with pytest.raises(LaAciqError, match="does not describe a causal language model"):
         load_quantized(saved)

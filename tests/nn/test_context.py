@@ -1,8 +1,10 @@
 """Which row of the clip tables each token of a forward pass reads."""
 
 import asyncio
+import contextvars
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageState, language, languages
+from la_aciq.nn.context import _match
 
 ROWS = ("und", "en", "sw", "pt", "sink")
 UND, EN, SW, PT, SINK = range(5)
@@ -104,7 +107,18 @@ def test_regional_tags_are_served_by_their_language_and_unknown_ones_counted():
         model(ids(3))
     with language("und"):
         model(ids())
-    assert model.state.unserved == {"th": 4}
+    with language("th-Thai-TH"):
+        model(ids())
+    assert model.state.unserved == {"th": 5}
+
+
+def test_what_clients_send_is_kept_in_bounds():
+    model = Spy()
+    for variant in range(200):
+        with language(f"th-x-{variant}"):
+            model(ids())
+    assert model.state.unserved == {"th": 200}
+    assert _match.cache_info().currsize <= _match.cache_info().maxsize == 4096
 
 
 def test_contexts_nest_and_end():
@@ -198,6 +212,40 @@ def test_a_thread_does_not_inherit_the_language():
         thread.start()
         thread.join()
     assert results[0][0, 1] == UND
+
+
+def test_a_thread_runs_under_the_context_it_is_handed():
+    model, results = Spy(), []
+    with language("sw"):
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(lambda: results.append(model(ids())),))
+        thread.start()
+        thread.join()
+    assert results[0][0, 1] == SW
+
+
+def test_a_pass_without_a_language_warns_once():
+    model = Spy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with language("und"):
+            model(ids())
+        with languages(["th"]):
+            model(ids())
+        twin = copy.deepcopy(model)
+    for one in (model, twin):
+        with pytest.warns(UserWarning, match=r"no language set.*la_aciq\.language\('sw'\)") as caught:
+            one(ids())
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one(ids())
+    without = Spy()
+    without.state._warn = LanguageState(("und", "sink"))._warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        without(ids())
+        assert not LanguageState(ROWS, by_language=False)._warn
 
 
 def test_asyncio_tasks_keep_their_own_language():

@@ -1,13 +1,13 @@
 """Quantized models on disk: config.json, model.safetensors and la_aciq.json, nothing that executes.
 
 la_aciq.json (schema 1) says what the tensors of model.safetensors are: the quantization settings, the rows of the clip
-tables, the names of the quantized layers, and the SHA-256 of model.safetensors.
+tables, the names of the quantized layers, the SHA-256 of config.json and model.safetensors, and a checksum of its own
+content and thereby of all three, so that an edited or truncated one is refused.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import nn
 
 from .. import __version__
 from .._files import new_folder
+from ..calibration.profile import SINK
+from ..calibration.profile import _checksum as checksum
 from ..errors import LaAciqError
-from ..tags import UND
+from ..tags import UND, canonical
 from .config import QuantConfig
 from .context import LanguageState
 from .kv import RoundedProjection
@@ -28,6 +30,7 @@ from .quantize import Quantization
 
 SCHEMA = 1
 SETTINGS = "la_aciq.json"
+ARCHITECTURE = "config.json"
 TENSORS = "model.safetensors"
 
 
@@ -55,6 +58,7 @@ def save_quantized(
             seen.add((tensor.device, tensor.data_ptr()))
             tensors[name] = tensor.detach().contiguous()
         safetensors.torch.save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        hugging_face.config.save_pretrained(temporary)
         settings = {
             "schema": SCHEMA,
             "version": __version__,
@@ -65,10 +69,10 @@ def save_quantized(
             "skipped": done.skipped,
             "fingerprint": done.fingerprint,
             "calibration_tokens": done.calibration_tokens,
-            "sha256": _sha256(temporary / TENSORS),
+            "sha256": {name: _sha256(temporary / name) for name in (ARCHITECTURE, TENSORS)},
         }
+        settings["checksum"] = checksum(settings, b"")
         (temporary / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        hugging_face.config.save_pretrained(temporary)
         if getattr(model, "generation_config", None) is not None:
             hugging_face.generation_config.save_pretrained(temporary)
         if tokenizer is not None:
@@ -83,10 +87,11 @@ def load_quantized(folder: str | os.PathLike[str]) -> nn.Module:
     `LaAciqError`.
     """
     path = Path(folder)
-    settings = _read_settings(path)
-    tensors = _read_tensors(path, settings)
+    done, sha256 = _read_settings(path)
+    for file in (ARCHITECTURE, TENSORS):
+        _check_file(path / file, sha256.get(file))
+    tensors = _read_tensors(path / TENSORS)
     model = _skeleton(path)
-    done = settings.quantization
     for name in dict.fromkeys([*done.layers, *done.projections]):
         _replace(model, name, done)
     _fill(model, tensors, path)
@@ -99,18 +104,22 @@ def load_quantized(folder: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
-@dataclass(frozen=True)
-class _Settings:
-    quantization: Quantization
-    sha256: str
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_settings(path: Path) -> _Settings:
+def _check_file(file: Path, sha256: str | None) -> None:
+    try:
+        found = _sha256(file)
+    except OSError as error:
+        raise LaAciqError(f"{str(file)!r} cannot be read: {error.strerror}") from error
+    if found != sha256:
+        raise LaAciqError(f"{str(file)!r} was edited or cut short: its SHA-256 is {found}, and {SETTINGS} has {sha256}")
+
+
+def _read_settings(path: Path) -> tuple[Quantization, dict[str, str]]:
+    """What la_aciq.json says, and the SHA-256 of the other two files by name."""
     file = path / SETTINGS
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -128,40 +137,41 @@ def _read_settings(path: Path) -> _Settings:
             f"{str(file)!r} has schema {schema}, made by a newer LA-ACIQ ({values.get('version')}); "
             f"this one reads up to {SCHEMA}"
         )
-    kinds = {
-        "config": dict, "rows": list, "layers": list, "projections": dict, "skipped": dict,
-        "fingerprint": str, "calibration_tokens": dict, "sha256": str,
+    if values.pop("checksum", None) != checksum(values, b""):
+        raise LaAciqError(f"{str(file)!r} does not match its checksum: it was edited or cut short")
+    # Per field its type, and that of its entries.
+    kinds: dict[str, tuple[type, Any]] = {
+        "config": (dict, object), "rows": (list, str), "layers": (list, str), "projections": (dict, int),
+        "skipped": (dict, str), "fingerprint": (str, str), "calibration_tokens": (dict, int), "sha256": (dict, str),
     }  # fmt: skip
-    for name, kind in kinds.items():
-        if not isinstance(values.get(name), kind):
+    for name, (kind, entry) in kinds.items():
+        value: Any = values.get(name)
+        if not isinstance(value, kind):
             raise LaAciqError(f"{str(file)!r}: {name!r} is missing or not a JSON {kind.__name__}")
+        entries: Any = values[name].values() if kind is dict else values[name]
+        if not all(isinstance(one, entry) for one in entries):
+            raise LaAciqError(f"{str(file)!r}: {name!r} has an entry that is not a JSON {entry.__name__}")
     rows = values["rows"]
-    if not rows or rows[0] != UND or not all(isinstance(row, str) for row in rows) or len(set(rows)) != len(rows):
+    languages = [row for row in rows[1:] if row != SINK]
+    if rows[:1] != [UND] or len(set(rows)) != len(rows) or languages != [canonical(tag) for tag in languages]:
         raise LaAciqError(
             f"{str(file)!r}: 'rows' is {rows!r}; expected {UND!r} and then the rows of the tables, each once"
         )
-    return _Settings(
-        Quantization(
-            config=QuantConfig.from_dict(values["config"]),
-            state=LanguageState(rows),
-            layers=tuple(values["layers"]),
-            projections=values["projections"],
-            skipped=values["skipped"],
-            fingerprint=values["fingerprint"],
-            calibration_tokens=values["calibration_tokens"],
-        ),
-        values["sha256"],
+    config = QuantConfig.from_dict(values["config"])
+    done = Quantization(
+        config=config,
+        state=LanguageState(rows, config.by_language),
+        layers=tuple(values["layers"]),
+        projections=values["projections"],
+        skipped=values["skipped"],
+        fingerprint=values["fingerprint"],
+        calibration_tokens=values["calibration_tokens"],
     )
+    return done, values["sha256"]
 
 
-def _read_tensors(path: Path, settings: _Settings) -> dict[str, torch.Tensor]:
-    file = path / TENSORS
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        found = _sha256(file)
-        if found != settings.sha256:
-            raise LaAciqError(
-                f"{str(file)!r} was edited or cut short: its SHA-256 is {found}, and {SETTINGS} has {settings.sha256}"
-            )
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
         return tensors
     except OSError as error:
@@ -181,7 +191,7 @@ def _skeleton(path: Path) -> nn.Module:
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if (path / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise LaAciqError(f"{str(path)!r} does not describe a causal language model: {reason}") from error
     skeleton: nn.Module = model

@@ -60,7 +60,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices or isinstance(value, bool):
+            if not isinstance(value, type(choices[0])) or value not in choices or isinstance(value, bool):
                 raise LaAciqError(f"{name} = {value!r}; expected {' or '.join(repr(choice) for choice in choices)}")
         if (
             not isinstance(self.group_size, int)
@@ -73,7 +73,7 @@ class QuantConfig:
             )
         if not isinstance(self.rotate, bool):
             raise LaAciqError(f"rotate = {self.rotate!r}; expected True or False")
-        if isinstance(self.ignore, str) or not all(isinstance(pattern, str) for pattern in self.ignore):
+        if not isinstance(self.ignore, list | tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise LaAciqError(f"ignore = {self.ignore!r}; expected a list of layer names or patterns")
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.granularity == "token" and self.clip == "static":
@@ -90,6 +90,11 @@ class QuantConfig:
         """Elements along K that share an activation's clip; 0 is the whole row."""
         whole_row = self.granularity == "token" or (self.clip == "static" and self.granularity in ("layer", "model"))
         return 0 if whole_row else self.group_size
+
+    @property
+    def by_language(self) -> bool:
+        """Whether the languages have clips of their own."""
+        return self.sharing == "language" and self.clip != "absmax" and min(self.activations, self.kv) < 16
 
     def groups(self, k: int) -> int:
         """The columns of the clip table of a layer with k inputs."""

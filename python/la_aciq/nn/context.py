@@ -8,10 +8,12 @@ the same from call to call, as a CUDA graph needs.
 
 import inspect
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +33,13 @@ def language(tag: str) -> Iterator[None]:
     """Run the model calls inside under one language: a BCP-47 tag such as "sw" or "pt-BR".
 
     A language that the model has no row for is served by the pooled row `und`, and counted in `LanguageState.unserved`.
-    Raises `LaAciqError` when the tag is not BCP-47.
+
+    An asyncio task started inside inherits the language; a thread does not, neither threading.Thread (as with
+    TextIteratorStreamer) nor loop.run_in_executor. Hand it the context, or enter `language` in the function it runs:
+
+        Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)
+
+    (asyncio.to_thread does this by itself.) Raises `LaAciqError` when the tag is not BCP-47.
     """
     token = _requested.set(canonical(tag))
     try:
@@ -57,20 +65,26 @@ def languages(tags: Sequence[str]) -> Iterator[None]:
         _requested.reset(token)
 
 
+# Bounded: the tags are a server's clients'.
+_match = lru_cache(maxsize=4096)(match)
+
+
 class LanguageState:
     """The row ids of a model's running forward pass, shared by all its quantized layers.
 
     `rows` are the rows of the model's clip tables: "und" first, then languages, then the class of tokens "sink", if the
-    tables have it. `unserved` counts the batch rows, over all forward passes, whose language had no row of its own.
+    tables have it. `unserved` counts, by primary language subtag, the batch rows over all forward passes whose language
+    had no row of its own. With `by_language` (the rows differ), the first pass without any language set gives a
+    UserWarning.
     """
 
-    def __init__(self, rows: Sequence[str]) -> None:
+    def __init__(self, rows: Sequence[str], by_language: bool = True) -> None:
         if not rows or rows[0] != UND:
             raise ValueError(f"rows must start with {UND!r}, got {list(rows)!r}")
         self.rows = tuple(rows)
         self.unserved: Counter[str] = Counter()
         self._languages = tuple(row for row in self.rows[1:] if row != SINK)
-        self._row_of_tag: dict[str, int] = {}
+        self._warn = by_language and bool(self._languages)
         self._sink = self.rows.index(SINK) if SINK in self.rows else None
         # One flat buffer per power of two of batch x tokens: a shape always gets the same addresses, and all shapes
         # together take less than twice the memory of the largest power of two seen, whatever lengths requests have.
@@ -99,9 +113,7 @@ class LanguageState:
 
     def row(self, tag: str) -> int:
         """The row that serves a canonical BCP-47 tag, 0 (`und`) when no row's language is close to it."""
-        if tag not in self._row_of_tag:
-            self._row_of_tag[tag] = self.rows.index(match(tag, self._languages))
-        return self._row_of_tag[tag]
+        return self.rows.index(_match(tag, self._languages))
 
     def ids_for(self, x: torch.Tensor) -> torch.Tensor | None:
         """The row ids (int32) for a layer's input x [..., K]: they match x's leading dimensions from the left.
@@ -177,6 +189,13 @@ class LanguageState:
             rows = [self._count(tag) for tag in requested]
             ids.copy_(torch.tensor(rows, dtype=torch.int32)[:, None])
         else:
+            if requested is None and self._warn:
+                self._warn = False
+                warnings.warn(
+                    "a model with clips per language runs with no language set and uses the pooled clips; set one with "
+                    "`with la_aciq.language('sw'):` in the thread that calls the model, or 'und' to pool on purpose",
+                    stacklevel=2,
+                )
             ids.fill_(0 if requested is None else self._count(requested, batch))
         if self._sink is not None and tokens:
             ids.masked_fill_(self._first_tokens(tokens, device, kwargs), self._sink)
@@ -185,7 +204,7 @@ class LanguageState:
     def _count(self, tag: str, batch: int = 1) -> int:
         row = self.row(tag)
         if row == 0 and tag != UND and len(self._running) == 1:
-            self.unserved[tag] += batch
+            self.unserved[tag.partition("-")[0]] += batch
         return row
 
     @staticmethod

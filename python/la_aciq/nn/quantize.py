@@ -69,7 +69,7 @@ def quantize_model(
     layers, skipped = _select(model, profile, config)
     projections = _projections(model, profile, config, layers)
     clips = _clips(profile, config, layers, projections)
-    state = LanguageState(profile.rows)
+    state = LanguageState(profile.rows, config.by_language)
     seed = int(profile.metadata["rotation"]["seed"])
 
     for name in layers:
