@@ -1,4 +1,4 @@
-// The CPU kernels for x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
+// The CPU kernels for x86-64 with AVX-512 F, BW, VL and DQ.
 #include "cpu/vec_avx512.h"
 
 #define LA_ACIQ_KERNELS kAvx512Kernels
