@@ -2,7 +2,7 @@
 
     LA_ACIQ_BUILD   unset: compile where PyTorch and a C++ compiler are found, else install as pure Python and say why
                     1: compile, anything missing is an error        0: pure Python
-    LA_ACIQ_CUDA    unset: CUDA kernels too where PyTorch was built for CUDA and nvcc is found
+    LA_ACIQ_CUDA    unset: CUDA kernels too where PyTorch was built for CUDA and a fitting nvcc is found
                     1: with CUDA, anything missing is an error      0: without
     MAX_JOBS        compiler processes at a time (default: one per CPU)
 
@@ -14,11 +14,16 @@ flags, and one is chosen when the program runs: the binary works on every x86-64
 PyTorch either: nvcc compiles them for each architecture, with PTX of the newest for what comes after.
 """
 
+import functools
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,14 +45,14 @@ ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512": [
         *("-mavx2", "-mfma", "-mf16c"),
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
         "-mprefer-vector-width=512",
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own intrinsics
     ],
 }
 
-
 CUDA_ARCHITECTURES = ("80", "90", "100")
+OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "-lineinfo"),
     *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES),
@@ -60,19 +65,53 @@ class CoreNotBuilt(Exception):
     """Why the package is installed without its compiled core."""
 
 
+# What a compiler needs beside itself, by what it cannot find, and where it comes from.
+PROBE = """
+#include <Python.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include <concepts>
+template <std::integral T> T same(T x) { return x; }
+int probe() { return same(0); }
+"""
+MISSING_HEADERS = {
+    "Python.h": "Python's headers are not installed (install python3-dev)",
+    "omp.h": "OpenMP's header is not installed (install libgomp with GCC, libomp-dev with Clang)",
+}
+
+
 def find_compiler() -> str:
-    """The C++ compiler setuptools will run; it must produce an object file, not merely exist."""
-    name = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++").split()[0]
-    compiler = shutil.which(name)
-    if compiler is None:
-        raise CoreNotBuilt(f"no C++ compiler was found ({name})")
-    probe = [compiler, "-std=c++20", "-x", "c++", "-", "-fsyntax-only"]
-    result = subprocess.run(probe, input="#include <cstdint>\n", text=True, capture_output=True, check=False)
+    """The C++ compiler setuptools will run, as a command line; it must make an object file, not merely exist."""
+    compiler = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++")
+    words = shlex.split(compiler)
+    if not words or shutil.which(words[0]) is None:
+        raise CoreNotBuilt(f"no C++ compiler was found ({compiler})")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(PROBE)
+        includes = {f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")}
+        result = subprocess.run(
+            [*words, "-std=c++20", *OPENMP_FLAGS, *includes, "-c", str(source), "-o", f"{source}.o"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if result.returncode != 0:
-        raise CoreNotBuilt(f"{compiler} does not compile C++20: {result.stderr.strip().splitlines()[-1:]}")
+        said = [line for line in result.stderr.splitlines() if "error" in line] or ["it gave no reason"]
+        for header, reason in MISSING_HEADERS.items():
+            if header in said[0]:
+                raise CoreNotBuilt(reason)
+        raise CoreNotBuilt(f"{compiler} does not compile C++20 with {' '.join(OPENMP_FLAGS)}: {said[0]}")
     return compiler
 
 
+def host_compiler() -> str:
+    """The compiler itself in CXX, for nvcc: a launcher such as ccache comes before it, its flags after it."""
+    return [path for word in shlex.split(os.environ["CXX"]) if (path := shutil.which(word))][-1]
+
+
+@functools.cache
 def find_cuda() -> Path | None:
     """The CUDA toolkit to build with, or None; the program stops where LA_ACIQ_CUDA=1 and something is missing."""
     wanted = os.environ.get("LA_ACIQ_CUDA")
@@ -89,10 +128,29 @@ def find_cuda() -> Path | None:
     elif home is None or not (home / "bin" / "nvcc").exists():
         missing = "nvcc and its headers were not found (set CUDA_HOME)"
     else:
+        missing = why_nvcc_does_not_fit(home / "bin" / "nvcc", torch.version.cuda)
+    if missing is None:
         return home
     if wanted == "1":
         sys.exit(f"LA_ACIQ_CUDA=1, but the CUDA kernels cannot be built: {missing}")
+    print(f"la-aciq: building without the CUDA kernels: {missing}", file=sys.stderr)
     return None
+
+
+def why_nvcc_does_not_fit(nvcc: Path, torch_cuda: str) -> str | None:
+    """None where this nvcc can build for a PyTorch with CUDA `torch_cuda`, such as "12.8"."""
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        return f"{nvcc} --version names no release"
+    version = (int(release[1]), int(release[2]))
+    if version >= OLDEST_NVCC and version[0] == int(torch_cuda.partition(".")[0]):
+        return None
+    oldest = ".".join(map(str, OLDEST_NVCC))
+    return (
+        f"{nvcc} is of CUDA {release[1]}.{release[2]}; "
+        f"expected {oldest} or newer, of the same major version as PyTorch's CUDA {torch_cuda}"
+    )
 
 
 def core_extension() -> Extension:
@@ -100,11 +158,13 @@ def core_extension() -> Extension:
     if os.environ.get("LA_ACIQ_BUILD") == "0":
         raise CoreNotBuilt("LA_ACIQ_BUILD=0")
     try:
+        import pybind11
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         raise CoreNotBuilt(
-            f"PyTorch cannot be imported here ({error}); install torch, then use pip install --no-build-isolation"
+            f"{error.name} cannot be imported here ({error}); "
+            "install torch and pybind11, then use pip install --no-build-isolation"
         ) from error
     if sys.platform == "win32":
         raise CoreNotBuilt("the core has no Windows build")
@@ -122,7 +182,11 @@ def core_extension() -> Extension:
         "la_aciq._C",
         sources=sources,
         depends=headers,
-        include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(), *([str(cuda / "include")] if cuda else [])],
+        include_dirs=[
+            *(str(ROOT / "csrc"), pybind11.get_include()),  # before PyTorch's, which have a pybind11 of their own
+            *cpp_extension.include_paths(),
+            *([str(cuda / "include")] if cuda else []),
+        ],
         library_dirs=[*cpp_extension.library_paths(), *([str(cuda / "lib64")] if cuda else [])],
         libraries=[
             *("c10", "torch", "torch_cpu", "torch_python"),
@@ -141,7 +205,7 @@ def compile_cuda(source: str, cuda: Path, folder: Path) -> str:
     """The object file nvcc makes of a CUDA source."""
     target = folder / f"{source}.o"
     target.parent.mkdir(parents=True, exist_ok=True)
-    host = ["-ccbin", shutil.which(os.environ["CXX"].split()[0])]
+    host = ["-ccbin", host_compiler()]
     command = [str(cuda / "bin" / "nvcc"), *NVCC_FLAGS, *host, f"-I{ROOT / 'csrc'}", "-c", source, "-o", str(target)]
     print(" ".join(command))
     subprocess.run(command, check=True)

@@ -253,7 +253,11 @@ torch.save((codes, tail, m.state, m.histogram, y), sys.argv[1])
         ({"LA_ACIQ_BUILD": "0"}, 0, "installing without the C++ core, LA_ACIQ_BUILD=0"),
         ({"LA_ACIQ_BUILD": "", "CXX": "/no/such/compiler"}, 0, "no C++ compiler was found"),
         ({"LA_ACIQ_BUILD": "1", "CXX": "/no/such/compiler"}, 1, "LA_ACIQ_BUILD=1, but the C++ core cannot be built"),
-        ({"LA_ACIQ_CUDA": "1"}, 1, "LA_ACIQ_CUDA=1: this version of la-aciq has no CUDA sources"),
+        (
+            {"LA_ACIQ_CUDA": "1", "CUDA_HOME": "/no/such/toolkit"},
+            1,
+            "LA_ACIQ_CUDA=1, but the CUDA kernels cannot be built",
+        ),
     ],
 )
 def test_build_says_what_it_does(environment, code, message):
