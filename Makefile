@@ -36,7 +36,7 @@ format: setup ## rewrite the sources in the project's format
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 clean: ## remove the virtual environment and everything built
-	rm -rf $(VENV) build dist python/*.egg-info python/la_aciq/_C*.so $(DEMO_OUTPUT)
+	rm -rf $(VENV) build dist python/*.egg-info python/la_aciq/_C*.so demo-output demo-output.*partial .demo-output.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(VENV)/.core $(VENV)/.data
@@ -46,8 +46,8 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "LA-ACIQ needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Setting up $(VENV): PyTorch and the other packages (a minute or more)"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --constraint constraints.txt torch setuptools wheel pybind11 ninja numpy
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install --quiet --constraint constraints.txt torch setuptools wheel pybind11 numpy
 	@touch $@
 
 # The package itself, editable, with its compiled core.
