@@ -1,29 +1,87 @@
 """Folders and files that are either complete or not there at all."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import LaAciqError
+
+
+class _Kind(NamedTuple):
+    """What tells a folder of ours: fields of its main file, and the only names (as patterns) there are in it."""
+
+    fields: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+_PROFILE = ("profile.json", "profile.safetensors")
+_KINDS = {
+    "profile.json": _Kind(("format", "schema", "checksum"), _PROFILE),
+    "report.json": _Kind(
+        ("schema", "settings", "texts", "configurations"),
+        (
+            *("report.json", "report.md", "changes.png", "clips.png", "layers.png"),
+            *("profile", *(f"profile/{name}" for name in _PROFILE)),
+        ),
+    ),
+    "la_aciq.json": _Kind(
+        ("schema", "config", "fingerprint", "sha256"),
+        (
+            *("la_aciq.json", "model.safetensors", "config.json", "generation_config.json"),
+            # What tokenizers save.
+            *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+            *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
+        ),
+    ),
+}
 
 
 def check_output(path: str | os.PathLike[str], main_file: str, force: bool = False) -> None:
     """Raises `LaAciqError` when `new_folder` would refuse this path: to be called before hours of work, not after."""
     folder = Path(path)
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise LaAciqError(f"output folder {str(folder)!r} is or holds the working directory; choose a new folder")
     if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir() or folder.is_symlink():
         raise LaAciqError(f"output folder {str(folder)!r} is not a folder; choose another path")
+    if os.path.ismount(folder):
+        raise LaAciqError(f"output folder {str(folder)!r} is a mount point; choose a new folder inside it")
     empty = next(folder.iterdir(), None) is None
     if not force and not empty:
         raise LaAciqError(
             f"output folder {str(folder)!r} exists; choose another or pass --force (force=True) to replace it"
         )
-    if not empty and not (folder / main_file).exists():
+    if not empty:
+        _check_ours(folder, main_file)
+
+
+def _check_ours(folder: Path, main_file: str) -> None:
+    """Raises `LaAciqError` unless the folder is one LA-ACIQ wrote, with nothing of anybody else's in it."""
+    kind = _KINDS[main_file]
+    try:
+        content = json.loads((folder / main_file).read_bytes())
+    except FileNotFoundError as error:
         raise LaAciqError(
             f"output folder {str(folder)!r} holds no {main_file}: la-aciq did not write it and will not replace it"
+        ) from error
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= set(kind.fields):
+        raise LaAciqError(
+            f"output folder {str(folder)!r} has a {main_file} that la-aciq did not write, and will not be replaced"
+        )
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    others = sorted(name for name in found if not any(fnmatchcase(name, pattern) for pattern in kind.names))
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise LaAciqError(
+            f"output folder {str(folder)!r} will not be replaced: it holds what la-aciq did not write ({shown})"
         )
 
 
@@ -31,11 +89,11 @@ def check_output(path: str | os.PathLike[str], main_file: str, force: bool = Fal
 def new_folder(path: str | os.PathLike[str], main_file: str, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends, and is removed when the block fails.
 
-    An existing folder is refused unless it is empty, or `force` is set and it holds `main_file`, the file by which
-    LA-ACIQ knows a folder of this kind as its own. It stays as it was until the new one is complete.
+    An existing folder is refused unless it is empty, or `force` is set and it is one LA-ACIQ wrote: `main_file` says
+    which kind. It stays as it was until the new one is complete. A complete one that cannot take its place is kept.
     """
     check_output(path, main_file, force)
-    folder = Path(path).absolute()
+    folder = Path(path).resolve()
     temporary = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     try:
@@ -44,11 +102,42 @@ def new_folder(path: str | os.PathLike[str], main_file: str, force: bool = False
         raise LaAciqError(f"output folder {str(path)!r} cannot be made: {error.strerror}") from error
     try:
         yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
         if folder.exists():
             folder.rename(replaced)
         temporary.rename(folder)
+    except OSError as error:
+        raise LaAciqError(
+            f"output folder {str(path)!r} cannot be put in place ({error.strerror}); "
+            f"the complete result is kept in {str(temporary)!r}"
+        ) from error
     finally:
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def kept_when_interrupted(path: str | os.PathLike[str], *endings: str) -> Iterator[list[Path]]:
+    """A folder beside `path` for each ending, where calibrations of the block keep their finished languages.
+
+    They stay when the block fails and go when it ends; Ctrl-C says where they are.
+    """
+    folder = Path(path).resolve()
+    kept = [folder.with_name(folder.name + ending) for ending in endings]
+    for part in kept:
+        check_output(part, "profile.json", force=True)
+    try:
+        yield kept
+    except KeyboardInterrupt as interrupt:
+        there = " and ".join(str(part) for part in kept if part.exists())
+        if not there:
+            raise KeyboardInterrupt("no language was finished, nothing is kept") from interrupt
+        raise KeyboardInterrupt(
+            f"finished languages are kept in {there}, and the same command goes on from there"
+        ) from interrupt
+    for part in kept:
+        shutil.rmtree(part, ignore_errors=True)
