@@ -8,8 +8,10 @@ import torch
 from byte_llama import byte_llama
 from transformers import BertConfig, GPT2Config, T5Config
 
+import la_aciq
 from la_aciq.errors import LaAciqError
 from la_aciq.models import load_model
+from la_aciq.nn import save_quantized
 
 
 def refused(name, message, **arguments):
@@ -103,6 +105,26 @@ def test_code_that_comes_with_a_model_is_not_run(model_folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     refused(tmp_path, "cannot be loaded")
+
+
+def test_nobody_is_asked_whether_to_run_a_models_code(model_folder, tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    config = json.loads((model_folder / "config.json").read_text())
+    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "evil.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise SystemExit")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    refused(tmp_path, "cannot be loaded")
+    assert not ran.exists()
+
+
+def test_a_folder_that_save_quantized_wrote(model_folder, tmp_path):
+    profile = la_aciq.calibrate(
+        byte_llama(), {"en": torch.arange(64)}, seqlen=32, tokens=64, group_size=10, progress=False
+    )
+    config = la_aciq.QuantConfig(weights=4, activations=8, group_size=10)
+    save_quantized(la_aciq.quantize_model(byte_llama(), profile, config, progress=False), tmp_path / "int4")
+    refused(tmp_path / "int4", "is quantized already; expected floating-point weights; evaluate it with --quantized")
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])

