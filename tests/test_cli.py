@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from byte_llama import byte_llama, byte_tokenizer, sentences
 
 from la_aciq import cli
-from la_aciq.calibration import Profile
+from la_aciq._files import check_output
+from la_aciq.calibration import Profile, collect
 from la_aciq.evaluation import Report
 from la_aciq.nn import load_quantized
 
@@ -148,13 +150,38 @@ class TestCommands:
         assert report.regret
         assert report.comparisons
 
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        check_output(output, "report.json", force=True)  # there is nothing in it that --force would not replace
+
         table = out[out.index("Change in bits") : out.index("Done in")].strip()
         (output / "changes.png").unlink()
+        json_file = output / "report.json"
+        json_file.write_text(json_file.read_text() + "\n")
+        before = json_file.read_bytes()
         for place in (output, output / "report.json"):
             status, out, _ = run("report", place)
             assert status == 0
             assert out.startswith(table)
         assert (output / "changes.png").exists()
+        assert json_file.read_bytes() == before
+
+        # Where nothing can be written the table is printed all the same.
+        (output / "report.md").unlink()
+        (output / "report.md").mkdir()
+        status, out, err = run("report", output)
+        assert (status, out.startswith(table)) == (2, True)
+        assert "Is a directory" in err
+
+    def test_the_embedded_model_comes_in_the_dtype_asked_for(self, monkeypatch):
+        from la_aciq import embedded, models
+
+        asked = []
+        monkeypatch.setattr(embedded, "_package", lambda name, wheel: Path(name))
+        monkeypatch.setattr(Path, "is_file", lambda self: True)
+        monkeypatch.setattr(models, "load_model", lambda name, **rest: asked.append(rest) or (byte_llama(), None))
+        arguments = cli._parser().parse_args(["demo", "--device", "cpu", "--dtype", "bfloat16"])
+        cli._model(arguments)
+        assert asked == [{"device": "cpu", "dtype": "bfloat16"}]
 
     def test_bench_times_every_operation(self, run):
         status, out, _ = run("bench", "--size_mib", "1")
@@ -334,6 +361,32 @@ class TestBadInput:
             *("--granularity", "token"),
         )
 
+    @pytest.mark.parametrize("option", [["--scheme", "W4A8"], ["--codebook", "midrise"]])
+    def test_options_of_a_profile_with_a_quantized_model(self, refused, option, tmp_path):
+        refused(
+            "--scheme and --codebook choose among a profile's configurations",
+            *("evaluate", "--model", "m", "--quantized", "q", "--texts", "t", "--output_dir", tmp_path / "out"),
+            *option,
+        )
+
+    def test_a_quantized_folder_as_the_model(self, refused, calibrate, quantized_folder):
+        refused(
+            "is quantized already; expected floating-point weights; evaluate it with --quantized",
+            *(*calibrate, "--model", quantized_folder),
+        )
+
+    @pytest.mark.parametrize("command", ["calibrate", "quantize", "evaluate", "demo"])
+    def test_the_working_directory_as_output_is_refused_before_any_work(
+        self, refused, command, profile_folder, texts_folder, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        argv = [command, "--model", tmp_path / "no-model-is-read", "--output_dir", "."]
+        if command != "quantize":
+            argv += ["--texts", texts_folder]
+        if command in ("quantize", "evaluate"):
+            argv += ["--profile", profile_folder]
+        refused("'.' is or holds the working directory", *argv)
+
     @pytest.mark.parametrize("command", ["calibrate", "quantize", "evaluate", "demo"])
     def test_an_output_folder_that_exists_is_refused_before_any_work(
         self, refused, run, command, model_folder, profile_folder, texts_folder, tmp_path
@@ -349,6 +402,10 @@ class TestBadInput:
         # Force replaces what la-aciq wrote, not what somebody else did.
         refused("did not write it and will not replace it", *argv, "--force")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+    def test_force_replaces_a_quantized_model_with_its_tokenizer(self, quantized_folder):
+        assert (quantized_folder / "tokenizer.json").exists()
+        check_output(quantized_folder, "la_aciq.json", force=True)
 
     def test_force_replaces_a_profile(self, run, refused, calibrate, tmp_path):
         assert run(*calibrate, "--languages", "en")[0] == 0
@@ -423,6 +480,37 @@ class TestInterruption:
         subprocess.run(command(uninterrupted), capture_output=True, env=environment, check=True)
         for name in ("profile.json", "profile.safetensors"):
             assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+    def test_an_interrupted_demos_calibrations_are_taken_up_again(
+        self, run, model_folder, texts_folder, tmp_path, monkeypatch
+    ):
+        from la_aciq import demo
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        output = tmp_path / "out"
+        argv = ["demo", "--quick", "--model", model_folder, "--texts", texts_folder, "--output_dir", output]
+        with monkeypatch.context() as patch:
+            patch.setattr(demo, "evaluate_configurations", interrupted)
+            status, _, err = run(*argv)
+        assert status == 130
+        partial, unrotated = tmp_path / "out.partial", tmp_path / "out.unrotated.partial"
+        assert f"finished languages are kept in {partial} and {unrotated}, and the same command goes on" in err
+        assert sorted(tmp_path.iterdir()) == [partial, unrotated]
+        kept = {folder: Profile.load(folder) for folder in (partial, unrotated)}
+        assert [profile.languages for profile in kept.values()] == [("en", "sw", "th")] * 2
+
+        profiles = []
+
+        def stop(model, given, *args, **kwargs):
+            profiles.extend(given)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(demo, "evaluate_configurations", stop)
+        monkeypatch.setattr(collect._Collector, "begin_language", lambda self: pytest.fail("measured again"))
+        assert run(*argv)[0] == 130
+        assert [profile.metadata for profile in profiles] == [profile.metadata for profile in kept.values()]
 
     def test_ctrl_c_before_anything_is_done(self, run, model_folder, texts_folder, tmp_path, monkeypatch):
         import la_aciq.calibration

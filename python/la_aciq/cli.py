@@ -7,14 +7,13 @@ Options are named as in auto-round and llm-compressor where they have one; `--gr
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from ._files import check_output, new_folder
+from ._files import check_output, kept_when_interrupted, new_folder
 from .errors import LaAciqError
 
 EMBEDDED = "embedded"
@@ -71,8 +70,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     check_output(output, JSON_FILE, arguments.force)
     texts = _texts(arguments)
     model, tokenizer = _model(arguments)
-    partial = output.with_name(f"{output.name}.partial")
-    try:
+    with kept_when_interrupted(output, ".partial") as (partial,):
         profile = calibrate(
             model,
             texts,
@@ -85,14 +83,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             ignore=arguments.ignore,
             resume=partial,
         )
-    except KeyboardInterrupt as interrupt:
-        if not partial.exists():
-            raise KeyboardInterrupt("no language was finished, nothing is kept") from interrupt
-        raise KeyboardInterrupt(
-            f"finished languages are kept in {partial}, and the same command goes on from there"
-        ) from interrupt
-    profile.save(output, arguments.force)
-    shutil.rmtree(partial)
+        profile.save(output, arguments.force)
     print(f"Profile of {len(profile.languages)} languages and {len(profile.sites)} sites: {output}")
 
 
@@ -131,6 +122,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     output = Path(arguments.output_dir)
     check_output(output, "report.json", arguments.force)
+    if arguments.quantized is not None and (arguments.scheme or arguments.codebook):
+        raise LaAciqError("--scheme and --codebook choose among a profile's configurations; --quantized has its own")
     settings: dict[str, Any] = {
         "seqlen": arguments.seqlen,
         "tokens": arguments.seqlen * arguments.nsamples,
@@ -154,9 +147,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         texts = _texts(arguments, profile.languages)
         model, tokenizer = _model(arguments)
         kv = any(site.kind == "key" for site in profile.sites.values())
+        usual = configurations(profile.metadata["group_size"], arguments.codebook or "midrise", kv)
         chosen = {
             name: config
-            for name, config in configurations(profile.metadata["group_size"], arguments.codebook, kv).items()
+            for name, config in usual.items()
             if arguments.scheme is None or name.partition(" ")[0] == arguments.scheme
         }
         if not profile.metadata["rotation"]["enabled"]:
@@ -165,19 +159,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     with new_folder(output, "report.json", arguments.force) as temporary:
         plots = write_report(report, temporary)
     print(report.terminal())
-    _say_where(output, plots)
+    _say_where(output / "report.json", plots)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from .demo import write_report
+    from .demo import illustrate
     from .evaluation import Report
 
     given = Path(arguments.report)
     file = given / "report.json" if given.is_dir() else given
     report = Report.load(file)
-    plots = write_report(report, file.parent)
     print(report.terminal())
-    _say_where(file.parent, plots)
+    _say_where(file, illustrate(report, file.parent))
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -237,7 +230,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from . import embedded, models
 
     if arguments.model == EMBEDDED:
-        return embedded.load_model(arguments.device)
+        return embedded.load_model(arguments.device, arguments.dtype)
     return models.load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
 
 
@@ -288,9 +281,9 @@ def _core() -> str:
     )
 
 
-def _say_where(folder: Path, plots: Sequence[Path]) -> None:
-    print(f"\nReport   {folder / 'report.json'} and {folder / 'report.md'}")
-    print("Plots    " + "\n         ".join(str(folder / plot.name) for plot in plots))
+def _say_where(report: Path, plots: Sequence[Path]) -> None:
+    print(f"\nReport   {report} and {report.with_name('report.md')}")
+    print("Plots    " + "\n         ".join(str(report.with_name(plot.name)) for plot in plots))
 
 
 # --- Arguments ------------------------------------------------------------------------------------------------------
@@ -370,13 +363,17 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--quantized", help="evaluate one folder that quantize wrote")
     evaluate.add_argument("--scheme", choices=(*_SCHEMES, "KV4"), help="with --profile: only these configurations")
     evaluate.add_argument(
-        "--codebook", choices=("midrise", "midtread"), default="midrise", help="with --profile: the 16 levels"
+        "--codebook", choices=("midrise", "midtread"), help="with --profile: the 16 levels (midrise by default)"
     )
     _add_texts(evaluate)
     _add_windows(evaluate, nsamples=2)
     _add_output(evaluate)
 
-    report = command("report", _report, "print a report again, and draw its plots again")
+    report = command(
+        "report",
+        _report,
+        "print a report again, and write report.md and the plots again beside report.json, which stays",
+    )
     report.add_argument("report", help="folder with a report.json, or the file")
 
     bench = command("bench", _bench, "time each operation beside a pure read of memory, in half a minute")

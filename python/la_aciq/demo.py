@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._files import new_folder
+from ._files import kept_when_interrupted, new_folder
 from .calibration import calibrate
 from .evaluation import Report, evaluate_configurations
 from .nn import QuantConfig
@@ -53,9 +53,14 @@ def configurations(group_size: int = 64, codebook: str = "midrise", kv: bool = T
 
 def write_report(report: Report, folder: Path) -> list[Path]:
     """report.json, report.md and the plots, into an existing folder; returns the plots' paths."""
+    report.save(folder / "report.json")
+    return illustrate(report, folder)
+
+
+def illustrate(report: Report, folder: Path) -> list[Path]:
+    """What is made from report.json: report.md and the plots, into an existing folder; returns the plots' paths."""
     from .evaluation.plots import draw
 
-    report.save(folder / "report.json")
     (folder / "report.md").write_text(report.markdown(), "utf-8")
     return draw(report, folder)
 
@@ -63,16 +68,22 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 def run(
     model: Any, tokenizer: Any, texts: Mapping[str, str], folder: Path, *, size: Size = FULL, force: bool = False
 ) -> None:
-    """Calibrate with and without rotation, evaluate every configuration, print the report and write it to `folder`."""
+    """Calibrate with and without rotation, evaluate every configuration, print the report and write it to `folder`.
+
+    An interrupted run's calibrations are kept beside `folder`, and the next one goes on from there.
+    """
     start = time.monotonic()
     kv = any(name.endswith("k_proj") for name, _ in model.named_modules())
     chosen = configurations(kv=kv)
     chosen["W4A4 static, per language, no rotation"] = QuantConfig(weights=4, activations=4, rotate=False)
-    with new_folder(folder, "report.json", force) as temporary:
+    with (
+        kept_when_interrupted(folder, ".partial", ".unrotated.partial") as (partial, unrotated_partial),
+        new_folder(folder, "report.json", force) as temporary,
+    ):
         print(f"1/3  Calibrating on {size.calibration_tokens} tokens in each of {len(texts)} languages", flush=True)
         settings: dict[str, Any] = {"seqlen": size.seqlen, "tokens": size.calibration_tokens}
-        profile = calibrate(model, texts, tokenizer, **settings)
-        unrotated = calibrate(model, texts, tokenizer, rotate=False, **settings)
+        profile = calibrate(model, texts, tokenizer, resume=partial, **settings)
+        unrotated = calibrate(model, texts, tokenizer, rotate=False, resume=unrotated_partial, **settings)
         profile.save(temporary / "profile")
 
         print(

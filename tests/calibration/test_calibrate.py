@@ -212,6 +212,14 @@ class TestResuming:
             calibrated(model, resume=tmp_path / "partial")
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_folder_of_something_else_is_refused_before_anything_is_measured(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        model = byte_llama()
+        self.interrupt_in_pass(model, 1)
+        with pytest.raises(LaAciqError, match="did not write it"):
+            calibrated(model, resume=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
     @pytest.mark.parametrize(
         ("changes", "what"),
         [

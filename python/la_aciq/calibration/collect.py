@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import ops, rotation
+from .._files import check_output
 from .._moments import Moments
 from .._version import __version__
 from ..errors import LaAciqError
@@ -55,10 +56,12 @@ def calibrate(
         measured again, and the result is the same bit for bit. It can be deleted once the profile is saved.
 
     Raises `LaAciqError` for texts that are too short, for NaN or infinities in the weights or activations (it names the
-    layer), and when `resume` holds a calibration with other settings.
+    layer), and when `resume` holds a calibration with other settings, or something else.
     """
     if group_size < 0 or group_size % 2:
         raise LaAciqError(f"group_size = {group_size}; expected an even number of elements, or 0 for the whole row")
+    if resume is not None:
+        check_output(resume, JSON_FILE, force=True)
     tokenized = tokenize(texts, tokenizer)
     windows = {tag: text.windows(tag, tokens=tokens, seqlen=seqlen) for tag, text in tokenized.items()}
     _check_ids(model, tokenized, seqlen)
