@@ -7,7 +7,12 @@ torch.compile(fullgraph=True).
 Shapes: x is [..., K]; each index of the leading dimensions is a row. `language` holds int32 row numbers of the table
 of clips, matched with the leading dimensions of x from the left (a [batch] tensor for x [batch, tokens, K]; a
 dimension may be 1); None reads row 0. A table is float32 [languages, groups] with groups = ceil(K / group_size) and
-group_size None for one group per row; [languages] or a Python float stands for the same clip in every group.
+group_size None for one group per row; [languages] or a Python float stands for the same clip in every group. A float
+must be finite and positive. The entries of a tensor are not looked at, which every call would pay for (on the CPU with
+1.6 microseconds of a small `linear`'s 30, on a GPU by waiting for it): check a table where it is made. What is
+quantized under a clip that is not finite and positive comes back as 0.
+
+The operations are for inference: no gradient goes through them (PyTorch warns of a backward pass that would need one).
 """
 
 from typing import Any, Literal, get_args
@@ -27,6 +32,7 @@ Statistic = Literal["rms", "absmax"]
 ActivationClip = Literal["static", "rms", "absmax"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CLIP_RANGE = (2.0**-149, torch.finfo(torch.float32).max)  # of a clip that stays finite and positive in float32
 
 
 # --- Operations -----------------------------------------------------------------------------------------------------
@@ -219,6 +225,9 @@ def linear(
 ) -> Tensor:
     """x times INT4 weights: [..., N] in the dtype of x.
 
+    Few rows (up to 16 on the CPU) go through another kernel than many, so that a row's result may differ in its last
+    bits with the number of rows beside it.
+
     x: float32, bfloat16 or float16 [..., K].
     weight: codes uint8 [N, ceil(K / 2)] of group_size along K. weight_scale: their clips, float32 [N, groups].
     bias: [N].
@@ -335,6 +344,8 @@ def _checked_x(x: Tensor, group_size: int | None, signs: Tensor | None, block_si
 def _table(name: str, table: Tensor | float, groups: int, device: torch.device) -> Tensor:
     """float32 [languages, groups] on device."""
     if not isinstance(table, Tensor):
+        if not _CLIP_RANGE[0] <= table <= _CLIP_RANGE[1]:
+            raise ValueError(f"{name}: expected a finite and positive number (in float32), got {table}")
         return torch.full((1, groups), float(table), dtype=torch.float32, device=device)
     if not table.is_floating_point():
         raise TypeError(f"{name}: expected a float32 tensor, got {_name(table.dtype)}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import CODEBOOKS, DTYPES, assert_codes_match, on_reference
+from op_helpers import _C, CODEBOOKS, DTYPES, assert_codes_match, on_reference
 
 import la_aciq
 from la_aciq import ops, reference
@@ -506,6 +506,25 @@ ONES = torch.ones(2, 8)
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("clip", [float("nan"), float("inf"), 0.0, -1.0, 1e39, 1e-46])
+def test_a_number_for_a_table_is_finite_and_positive_in_float32(clip):
+    calls = {
+        "alpha": [lambda: la_aciq.quantize(ONES, clip), lambda: la_aciq.dequantize(WEIGHT, clip, k=8)],
+        "shape": [lambda: la_aciq.quantize_dynamic(ONES, clip)],
+        "clip": [lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), activation_bits=4, clip=clip)],
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(ValueError, match=f"{name}: expected a finite and positive number"):
+                function()
+
+
+@pytest.mark.skipif(_C is None, reason="needs the compiled core")
+def test_the_operator_itself_checks_a_weight_without_dimensions():
+    with pytest.raises(ValueError, match=r"weight: expected shape \[N, 4\] for K=8, got \[\]"):
+        torch.ops.la_aciq.linear(ONES, torch.tensor(3, dtype=torch.uint8), torch.ones(1, 1))
 
 
 @pytest.mark.slow
