@@ -302,11 +302,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
               c10::string_view activation_codebook) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_rows_of_k("x", x);
-  const int64_t k = x.size(-1), rows = x.numel() / k, n = weight.size(0);
+  const int64_t k = x.size(-1), rows = x.numel() / k;
   const auto lead = x.sizes().slice(0, x.dim() - 1);
   const DType dtype = dtype_of("x", x.scalar_type());
   const Groups groups = groups_of(k, group_size);
   check_linear(weight, weight_scale, bias, k, groups.count, activation_bits);
+  const int64_t n = weight.size(0);
   const Codebook codebook = codebook_of("weight_codebook", weight_codebook);
   const Rotation rotation = checked_rotation(signs, block_size, k);
 
