@@ -38,6 +38,10 @@ PREFERENCES: dict[str, tuple[tuple[float, tuple[Backend, ...]], ...]] = {
 }
 
 
+# Whether the CUDA and Triton kernels have passed their tests and benchmarks/gpu.sh on a GPU.
+VERIFIED_ON_GPU = False
+
+
 def _load_core() -> str | None:
     """Registers the compiled operations; the reason if that is not possible."""
     try:
@@ -94,18 +98,33 @@ if WHY_NO_CORE is not None:
         RuntimeWarning,
         stacklevel=2,
     )
-if _HAS_CUDA_DEVICES and _WHY_NOT["cuda"] and _WHY_NOT["triton"]:
-    warnings.warn(
-        f"la_aciq runs its slow reference implementation on CUDA tensors: {_WHY_NOT['cuda']}; {_WHY_NOT['triton']}.",
-        RuntimeWarning,
-        stacklevel=2,
+_FROM_ENVIRONMENT = os.environ.get("LA_ACIQ_BACKEND") or None
+
+
+def _warning_for_cuda(cuda_devices: bool) -> str | None:
+    """What a user of CUDA tensors has to know about the kernels that will run on them."""
+    if not cuda_devices:
+        return None
+    if _WHY_NOT["cuda"] and _WHY_NOT["triton"]:
+        return (
+            f"la_aciq runs its slow reference implementation on CUDA tensors: {_WHY_NOT['cuda']}; {_WHY_NOT['triton']}."
+        )
+    if VERIFIED_ON_GPU or _FROM_ENVIRONMENT == "reference":
+        return None
+    return (
+        "la_aciq's kernels for CUDA tensors are not yet verified on a GPU: run benchmarks/gpu.sh from the repository "
+        "to check them on yours; LA_ACIQ_BACKEND=reference is the safe and slow choice."
     )
+
+
+if (_warning := _warning_for_cuda(_HAS_CUDA_DEVICES)) is not None:
+    warnings.warn(_warning, RuntimeWarning, stacklevel=2)
 
 
 class _Choice(threading.local):
     """The backend this thread is held to (thread-local and not a context variable: torch.compile traces the former)."""
 
-    backend: str | None = os.environ.get("LA_ACIQ_BACKEND") or None
+    backend: str | None = _FROM_ENVIRONMENT
 
 
 _choice = _Choice()
@@ -143,13 +162,16 @@ def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
     """
     forced = _choice.backend
     if forced is not None:
-        reason = why_unavailable(forced)
+        if forced not in _WHY_NOT:  # use_backend refuses it
+            raise ValueError(f"LA_ACIQ_BACKEND: expected one of {', '.join(_WHY_NOT)}, got {forced!r}")
+        reason = _WHY_NOT[forced]
         if reason is None and forced in ("cpu", "cuda") and x.device.type != forced:
             reason = f"x is on {x.device}"
         if reason is None and forced == "triton" and x.device.type != "cuda" and not _INTERPRETS:
             reason = f"x is on {x.device}, and {_NOT_INTERPRETED}"
         if reason is not None:
-            raise RuntimeError(f"backend {forced!r} is not available: {reason}")
+            source = " (of LA_ACIQ_BACKEND)" if forced == _FROM_ENVIRONMENT else ""
+            raise RuntimeError(f"backend {forced!r}{source} is not available: {reason}")
         return forced
     if x.device.type == "cpu":
         return "cpu" if WHY_NO_CORE is None else "reference"

@@ -136,6 +136,30 @@ def test_a_process_without_the_package_triton_says_so():
     assert result.stdout == "the package triton is not installed (pip install 'la-aciq[triton]')\n"
 
 
+def test_kernels_that_were_never_verified_on_a_gpu_are_said_to_be(available, monkeypatch):
+    available("reference", "cpu", "triton")
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", None)
+    monkeypatch.setattr(backends, "VERIFIED_ON_GPU", False)
+    assert "not yet verified on a GPU: run benchmarks/gpu.sh" in backends._warning_for_cuda(True)
+    assert backends._warning_for_cuda(False) is None
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "reference")
+    assert backends._warning_for_cuda(True) is None
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", None)
+    monkeypatch.setattr(backends, "VERIFIED_ON_GPU", True)
+    assert backends._warning_for_cuda(True) is None
+    available("reference", "cpu")
+    assert "slow reference implementation on CUDA tensors: absent; absent" in backends._warning_for_cuda(True)
+
+
+def test_the_warning_about_cuda_is_given_when_a_process_with_a_gpu_imports_the_operations():
+    program = "import torch; torch.cuda.device_count = lambda: 1; from la_aciq import ops"
+    environment = {name: value for name, value in os.environ.items() if name != "LA_ACIQ_BACKEND"}
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode != 0) == (not backends.VERIFIED_ON_GPU)
+    assert ("CUDA tensors" in result.stderr) == (not backends.VERIFIED_ON_GPU)
+
+
 def test_names_of_backends_are_checked():
     with pytest.raises(ValueError, match="backend: expected one of reference, cpu, cuda, triton, got 'tpu'"):
         ops.why_unavailable("tpu")
