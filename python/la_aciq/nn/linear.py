@@ -13,7 +13,8 @@ from .config import QuantConfig
 from .context import LanguageState
 
 # The clips tried for a group of weights, as shares of its largest magnitude: first coarsely, then around the best of
-# those. In groups of 16 to 128 Gaussian weights the result is within 0.3 % of the best of 600 clips.
+# those. Over groups of 64 or more Gaussian weights the squared error is within 0.2 % of that of the best of 1001 clips,
+# over groups of 16 within 1 %.
 _COARSE = [0.4 + 0.05 * i for i in range(17)]
 _FINE = [0.01 * i for i in range(-4, 5) if i]
 # Weights worked on at once: the three float32 copies of them stay in a core's own cache.
