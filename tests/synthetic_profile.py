@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from la_aciq.calibration.profile import Profile, SiteStats
 from la_aciq import Moments
+from la_aciq.calibration.profile import Profile, SiteStats
 
 Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
 
