@@ -28,7 +28,7 @@ lint: setup ## ruff, mypy, clang-format, cppcheck
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
 	$(VENV)/bin/cppcheck --quiet --std=c++20 --language=c++ --enable=warning,portability --inline-suppr --error-exitcode=1 \
-		--suppress=missingInclude --suppress=missingIncludeSystem csrc/common csrc/cpu
+		-I csrc --suppress=missingInclude --suppress=missingIncludeSystem csrc/common csrc/cpu
 
 format: setup ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .

@@ -59,7 +59,8 @@ constexpr int kHistogramBins = 258;
 // one above.
 LA_ACIQ_HD int32_t histogram_bin(int32_t magnitude_bits) {
   const int32_t bin = (magnitude_bits >> 20) - (111 << 3) + 1;
-  return bin < 0 ? 0 : bin > kHistogramBins - 1 ? kHistogramBins - 1 : bin;
+  if (bin < 0) return 0;
+  return bin < kHistogramBins ? bin : kHistogramBins - 1;
 }
 
 }  // namespace la_aciq
