@@ -459,7 +459,14 @@ class TestInterruption:
         output, partial = tmp_path / "out", tmp_path / "out.partial"
         # One thread each: the test is about the signal, and other tests may be running.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command(output), stderr=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(
+            command(output),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            # A shell that runs the tests in the background makes them, and what they start, ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         deadline = time.monotonic() + 120
         while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
