@@ -40,6 +40,14 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert names(tmp_path / "a" / "out") == [PROFILE]
 
 
+def test_files_can_be_read_by_whoever_can_read_the_folder(tmp_path):
+    with new_folder(tmp_path / "out", PROFILE) as temporary:
+        (temporary / PROFILE).write_text(OURS)
+        (temporary / PROFILE).chmod(0o600)  # as safetensors leaves its files
+    folder = tmp_path / "out"
+    assert (folder / PROFILE).stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_nothing_new_and_everything_old(tmp_path, out, failure):
     def replace_and_fail():

@@ -102,6 +102,11 @@ def new_folder(path: str | os.PathLike[str], main_file: str, force: bool = False
         raise LaAciqError(f"output folder {str(path)!r} cannot be made: {error.strerror}") from error
     try:
         yield temporary
+        # safetensors makes files that their owner alone can read; a server often runs as another user.
+        mode = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
