@@ -58,6 +58,7 @@ NVCC_FLAGS = [
     *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES),
     f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "--threads=4",  # the targets of a file side by side
 ]
 
 

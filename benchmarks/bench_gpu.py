@@ -227,7 +227,7 @@ def linear_cases(rows: int, n: int, k: int) -> Iterator[Case]:
     case.add_ours(lambda: la_aciq.linear(x, codes, scales, group_size=GROUP))
     case.implementations["cuBLAS bfloat16"] = lambda: torch.nn.functional.linear(x, dense)
     for name, make in LINEAR_PEERS.items():
-        with suppress(ImportError):
+        with suppress(Exception):  # not installed, or not for this device
             case.implementations[name] = make(dense, x)
     yield case
 
@@ -382,9 +382,42 @@ def measure_copy(timer: Timer) -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
+def write_results(rows: list[dict], left_out: int, copy_rate: float, timer: Timer, logs: Path | None) -> Path:
+    """results/<device>.json: what was measured so far, on what, with which versions."""
+    properties = torch.cuda.get_device_properties(0)
+    results = {
+        "schema": 1,
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": timer.l2_bytes,
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "la_aciq": la_aciq.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            **{package: version(package) for package in ("triton", "bitsandbytes", "torchao", "gemlite", "hqq")},
+        },
+        "backends": {backend: why_unavailable(backend) or "available" for backend in ("cuda", "triton")},
+        "copy_bytes_per_s": copy_rate,
+        "groups_of_cases_left_out": left_out,
+        "checks": {
+            path.stem: path.read_text(errors="replace").strip().splitlines()[-1:]
+            for path in sorted(logs.glob("*.log"))
+            if path.stem != "benchmarks"
+        }
+        if logs
+        else {},
+        "rows": rows,
+    }
+    target = HERE / "results" / f"{re.sub(r'[^a-z0-9]+', '-', properties.name.lower()).strip('-')}.json"
+    target.write_text(json.dumps(results, indent=1) + "\n")
+    return target
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=140, help="when to stop starting cases")
+    parser.add_argument("--seconds", type=float, default=100, help="when to stop starting cases")
     parser.add_argument(
         "--logs", type=Path, help="the folder with the sanitizers' logs, whose last lines go into the result"
     )
@@ -408,35 +441,9 @@ def main() -> int:
                 told = row.get("failed") or f"{row['median_s'] * 1e6:9.1f} us  {row['share_of_copy']:.2f} of copy"
                 print(f"{row['operation']:26} {row['shape']:28} {row['implementation']:28} {told}", flush=True)
         torch.cuda.empty_cache()
-    properties = torch.cuda.get_device_properties(0)
-    results = {
-        "schema": 1,
-        "device": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": timer.l2_bytes,
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "la_aciq": la_aciq.__version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            **{package: version(package) for package in ("triton", "bitsandbytes", "torchao", "gemlite", "hqq")},
-        },
-        "backends": {backend: why_unavailable(backend) or "available" for backend in ("cuda", "triton")},
-        "copy_bytes_per_s": copy_rate,
-        "groups_of_cases_left_out": left_out,
-        "checks": {
-            path.stem: path.read_text(errors="replace").strip().splitlines()[-1:]
-            for path in sorted(arguments.logs.glob("*.log"))
-            if path.stem != "benchmarks"
-        }
-        if arguments.logs
-        else {},
-        "rows": rows,
-    }
-    target = HERE / "results" / f"{re.sub(r'[^a-z0-9]+', '-', properties.name.lower()).strip('-')}.json"
-    target.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"results: {target}")
+        # After every group: a run that is stopped by its time limit keeps what it measured.
+        write_results(rows, left_out, copy_rate, timer, arguments.logs)
+    print(f"results: {write_results(rows, left_out, copy_rate, timer, arguments.logs)}")
     return int(any("failed" in row and row["implementation"].startswith("la_aciq") for row in rows))
 
 

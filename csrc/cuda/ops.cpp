@@ -23,6 +23,8 @@ using cuda::Weights;
 // --- Arguments ---
 
 void check(cudaError_t error) {
+  // Taken, so that the next operation of PyTorch does not report it as its own.
+  if (error != cudaSuccess) (void)cudaGetLastError();
   TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 

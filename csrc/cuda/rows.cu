@@ -71,8 +71,9 @@ template <class T, class Out, Grouping kGrouping, int kVectors, bool kAligned, i
 cudaError_t launch_plan(const RowsArgs& args, const Plan& plan, cudaStream_t stream) {
   const auto kernel = rows_kernel<T, Out, kGrouping, kVectors, kAligned, kThreads>;
   if (plan.shared_bytes > 48 << 10) {
+    // The device's limit and not this launch's size: another thread may be launching the same kernel with less.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(plan.shared_bytes));
+                                                   device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
     if (error != cudaSuccess) return error;
   }
   const int64_t rows_per_block = plan.teams * (kWarp / plan.lanes_per_row);

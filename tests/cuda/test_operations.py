@@ -436,15 +436,15 @@ def views(x):
     """x in memory that is not contiguous, not aligned, or shared."""
     k = x.shape[-1]
     yield "contiguous", x
-    wide = torch.full((*x.shape[:-1], k + 8), torch.nan, dtype=x.dtype)
+    wide = torch.full((*x.shape[:-1], k + 8), torch.nan, dtype=x.dtype, device=x.device)
     wide[..., 8:] = x
     yield "columns", wide[..., 8:]
-    shifted = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)
+    shifted = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype, device=x.device)
     shifted[1:] = x.flatten()
     yield "shifted", shifted[1:].view(x.shape)
     yield "transposed", x.transpose(0, 1).contiguous().transpose(0, 1)
     yield "columns transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    every_other = torch.full((*x.shape[:-1], 2 * k), torch.nan, dtype=x.dtype)
+    every_other = torch.full((*x.shape[:-1], 2 * k), torch.nan, dtype=x.dtype, device=x.device)
     every_other[..., ::2] = x
     yield "every other", every_other[..., ::2]
 

@@ -56,6 +56,7 @@ def test_quantize_dynamic_absmax(case):
     check_quantize_dynamic(case, "absmax")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", NAMED, ids=str)
 def test_sizes_that_choose_other_tiles(case):
     check_quantize(case)
@@ -95,17 +96,20 @@ def test_rotate(case):
     check_rotate(Case(**{**case.__dict__, "rotated": True}))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [4096, 28672, 32768, 65536 * 3])
 def test_rotate_long_rows(k):
     check_rotate(Case(lead=(2,), k=k, rotated=True))
 
 
+@pytest.mark.gpu
 def test_float32_signs():
     case = Case(k=96, rotated=True)
     y = kernel("rotate")(case.x(), case.signs().to(torch.float32))
     assert torch.equal(y, kernel("rotate")(case.x(), case.signs()))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinities(codebook, dtype):
@@ -119,6 +123,7 @@ def test_nan_and_infinities(codebook, dtype):
     assert reference.unpack(codes, 4)[:, :3].tolist() == [[8, 15, 0], [8, 8, 8]]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("statistic", ["rms", "absmax"])
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_rows_of_zeros_dequantize_to_zeros(statistic, codebook):
@@ -128,6 +133,7 @@ def test_rows_of_zeros_dequantize_to_zeros(statistic, codebook):
     assert (out == 0).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_a_clip_that_is_not_finite_and_positive_gives_zeros(alpha, codebook):
@@ -138,6 +144,7 @@ def test_a_clip_that_is_not_finite_and_positive_gives_zeros(alpha, codebook):
     assert (kernel("dequantize")(codes, table, k=4, codebook=codebook) == 0).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e37])
 def test_extreme_magnitudes_do_not_overflow_the_statistic(scale):
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE) * scale
@@ -145,6 +152,7 @@ def test_extreme_magnitudes_do_not_overflow_the_statistic(scale):
     torch.testing.assert_close(scales.double(), x.double().square().mean(-1, keepdim=True).sqrt(), rtol=2e-6, atol=0)
 
 
+@pytest.mark.gpu
 def test_codebook_is_exact_on_its_own_values():
     """Round trip: the values of all codes return their codes, in every group."""
     packed = torch.arange(256, dtype=torch.uint8).reshape(2, 128).to(DEVICE)
@@ -153,6 +161,7 @@ def test_codebook_is_exact_on_its_own_values():
     assert torch.equal(kernel("quantize")(values, alpha, None, 64)[0], packed)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("lead", [(0,), (2, 0, 3)])
 def test_no_rows(lead):
     x = torch.zeros(*lead, 70, device=DEVICE)
@@ -167,6 +176,7 @@ def test_no_rows(lead):
     assert kernel("rotate")(x, signs).shape == x.shape
 
 
+@pytest.mark.gpu
 def test_a_table_of_one_clip_per_language_is_read_without_expansion():
     """Stride 0 along the groups, as the Python wrappers make it of a [languages] tensor."""
     case = Case(lead=(4,), k=64, group_size=16, language_shape=(4,))

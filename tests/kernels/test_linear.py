@@ -93,6 +93,7 @@ def test_linear(data):
     check(x, weight, scale, bias, **options)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 16, 65, 200])
 def test_batches_that_choose_other_tiles(rows, dtype):
@@ -104,12 +105,14 @@ def test_batches_that_choose_other_tiles(rows, dtype):
         check(x, weight, scale, group_size=64, activation_clip="static", activation_codebook="midrise", **options)
 
 
+@pytest.mark.gpu
 def test_k_is_split_between_programs():
     """4096 columns of K in 64 segments: 16 partial sums, added in order."""
     x, weight, scale = problem(2, 40, 4096, 64, torch.float16)
     check(x, weight, scale, torch.ones(40, device=DEVICE), group_size=64)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["rows apart", "every second", "leading dimensions"])
 def test_strided_input(layout):
     x, weight, scale = problem(6, 20, 96, 32, torch.float32)
@@ -122,6 +125,7 @@ def test_strided_input(layout):
     check(x, weight, scale, group_size=32)
 
 
+@pytest.mark.gpu
 def test_a_clip_of_zero_gives_the_bias():
     """A row of zeros measured dynamically, and weights of a group that is all zero."""
     _, weight, scale = problem(2, 20, 64, 32, torch.float32)
@@ -133,6 +137,7 @@ def test_a_clip_of_zero_gives_the_bias():
     assert torch.equal(kernel("linear")(ones, weight, scale * 0, bias, group_size=32), bias.expand(2, -1))
 
 
+@pytest.mark.gpu
 def test_integer_products_are_exact():
     """Steps that are powers of two, sums below 2^24: the result is the exact sum, not a rounded one."""
     generator = torch.Generator().manual_seed(0)
@@ -147,12 +152,14 @@ def test_integer_products_are_exact():
     assert torch.equal(out.double(), x.double() @ dense.T)
 
 
+@pytest.mark.gpu
 def test_long_rows_measured_by_another_kernel():
     x, weight, scale = problem(1, 4, 20000, 0, torch.float32)
     options = {"activation_bits": 8, "activation_clip": "absmax", "clip": torch.ones(1, 1, device=DEVICE)}
     check(x, weight, scale, activation_codebook="midtread", **options)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_rows_or_no_columns(rows):
     x, weight, scale = problem(rows, 0 if rows else 5, 64, 0, torch.float32)

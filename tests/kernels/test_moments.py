@@ -42,6 +42,7 @@ def test_moments(case, double, offset):
     check(x.double() if double else x, case.language(), case.languages)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_many_pieces_in_one_language(dtype):
     x = torch.randn(3, 12001, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).to(DEVICE)
@@ -50,34 +51,40 @@ def test_many_pieces_in_one_language(dtype):
     check(x, torch.tensor([2, 0, 2], dtype=torch.int32, device=DEVICE), 3)
 
 
+@pytest.mark.gpu
 def test_a_row_per_language_and_1024_languages():
     """Per-group statistics are asked for like this: rows of one group each, an id per row."""
     case = Case(lead=(1500,), k=16, languages=1024, language_shape=(1500,))
     check(case.x(), case.language(), 1024, repeat=False)
 
 
+@pytest.mark.gpu
 def test_more_states_than_one_merge_takes():
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     ids = (torch.arange(4000, dtype=torch.int32, device=DEVICE) // 1500).contiguous()
     check(x, ids, 3, histogram=False)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1.0, 1e15, 1e37])
 def test_magnitudes_from_subnormal_to_the_largest(scale):
     x = torch.randn(2, 300, generator=torch.Generator().manual_seed(3)).to(DEVICE) * scale
     check(x, None, 1)
 
 
+@pytest.mark.gpu
 def test_a_mean_far_from_zero_does_not_cancel():
     x = 1e4 + torch.randn(4, 5000, generator=torch.Generator().manual_seed(4)).to(DEVICE) * 1e-2
     check(x, None, 1)
 
 
+@pytest.mark.gpu
 def test_constant_data_has_no_variance():
     state, _ = kernel("moments")(torch.full((3, 1000), 0.1, device=DEVICE))
     assert state[0, 2:5].tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.gpu
 def test_nan_and_infinities_are_counted_and_left_out():
     x = torch.randn(2, 40, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     x[0, 3], x[0, 7], x[1, 0] = math.nan, math.inf, -math.inf
@@ -86,11 +93,13 @@ def test_nan_and_infinities_are_counted_and_left_out():
     check(torch.full((2, 5), math.nan, device=DEVICE), ids, 3)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
 def test_no_elements(shape):
     ids = None if len(shape) == 1 else torch.zeros(shape[0], dtype=torch.int32, device=DEVICE)
     check(torch.zeros(shape, device=DEVICE), ids, 2)
 
 
+@pytest.mark.gpu
 def test_a_scalar():
     check(torch.tensor(2.5, device=DEVICE), None, 1)
