@@ -15,7 +15,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-DType dtype_of(const char* name, at::ScalarType type) {
+inline DType dtype_of(const char* name, at::ScalarType type) {
   switch (type) {
     case at::kFloat:
       return DType::kFloat32;
@@ -28,13 +28,13 @@ DType dtype_of(const char* name, at::ScalarType type) {
   }
 }
 
-Codebook codebook_of(const char* name, c10::string_view codebook) {
+inline Codebook codebook_of(const char* name, c10::string_view codebook) {
   TORCH_CHECK_VALUE(codebook == "midrise" || codebook == "midtread", name,
                     ": expected 'midrise' or 'midtread', got '", codebook, "'");
   return codebook == "midrise" ? Codebook::kMidrise : Codebook::kMidtread;
 }
 
-Clip clip_of(const char* name, c10::string_view clip) {
+inline Clip clip_of(const char* name, c10::string_view clip) {
   TORCH_CHECK_VALUE(clip == "static" || clip == "rms" || clip == "absmax", name,
                     ": expected 'static', 'rms' or 'absmax', got '", clip, "'");
   return clip == "static" ? Clip::kStatic : clip == "rms" ? Clip::kRms : Clip::kAbsmax;
@@ -44,23 +44,23 @@ struct Groups {
   int64_t size, count;
 };
 
-Groups groups_of(int64_t k, int64_t group_size) {
+inline Groups groups_of(int64_t k, int64_t group_size) {
   TORCH_CHECK_VALUE(group_size == 0 || (group_size >= 2 && group_size % 2 == 0),
                     "group_size: expected 0 or an even number of at least 2, got ", group_size);
   const int64_t size = group_size == 0 ? k : std::min(group_size, k + k % 2);
   return {size, (k + size - 1) / size};
 }
 
-void check_rows_of_k(const char* name, const Tensor& x) {
+inline void check_rows_of_k(const char* name, const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, name, ": expected shape [..., K] with K >= 1, got ",
                     x.sizes());
 }
 
-int64_t product(at::IntArrayRef sizes) {
+inline int64_t product(at::IntArrayRef sizes) {
   return c10::multiply_integers(sizes);
 }
 
-Tensor checked_table(const char* name, const Tensor& table, int64_t groups) {
+inline Tensor checked_table(const char* name, const Tensor& table, int64_t groups) {
   TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, name, ": expected float32, got ", table.scalar_type());
   TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) > 0 && table.size(1) == groups, name,
                     ": expected shape [languages, ", groups, "], got ", table.sizes());
@@ -78,7 +78,7 @@ struct LanguageIds {
   }
 };
 
-LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef lead) {
+inline LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef lead) {
   if (!language) return {};
   TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ",
                    language->scalar_type());
@@ -96,7 +96,7 @@ LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef l
 }
 
 // The length of the Hadamard blocks: block_size, or for 0 the largest power of two that divides k.
-int64_t checked_block(const Tensor& signs, int64_t block_size, int64_t k) {
+inline int64_t checked_block(const Tensor& signs, int64_t block_size, int64_t k) {
   TORCH_CHECK_TYPE(signs.scalar_type() == at::kFloat || signs.scalar_type() == at::kChar,
                    "signs: expected float32 or int8, got ", signs.scalar_type());
   TORCH_CHECK_VALUE(signs.dim() == 1 && signs.size(0) == k, "signs: expected shape [", k, "], got ",
@@ -107,14 +107,14 @@ int64_t checked_block(const Tensor& signs, int64_t block_size, int64_t k) {
   return block;
 }
 
-void check_codes(const char* name, const Tensor& codes, int64_t k) {
+inline void check_codes(const char* name, const Tensor& codes, int64_t k) {
   TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, name, ": expected uint8, got ", codes.scalar_type());
   TORCH_CHECK_VALUE(k >= 1 && codes.dim() > 0 && codes.size(-1) == (k + 1) / 2, name,
                     ": expected shape [..., ", (k + 1) / 2, "] for k=", k, ", got ", codes.sizes());
 }
 
 // Clips [*lead, groups], one per row and group.
-Tensor checked_scales(const char* name, const Tensor& scales, at::IntArrayRef lead, int64_t groups) {
+inline Tensor checked_scales(const char* name, const Tensor& scales, at::IntArrayRef lead, int64_t groups) {
   auto expected = lead.vec();
   expected.push_back(groups);
   TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, name, ": expected float32, got ",
@@ -124,8 +124,8 @@ Tensor checked_scales(const char* name, const Tensor& scales, at::IntArrayRef le
   return scales.contiguous();
 }
 
-void check_linear(const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias, int64_t k,
-                  int64_t groups, int64_t activation_bits) {
+inline void check_linear(const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
+                         int64_t k, int64_t groups, int64_t activation_bits) {
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kByte, "weight: expected uint8, got ", weight.scalar_type());
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ",
                     (k + 1) / 2, "] for K=", k, ", got ", weight.sizes());

@@ -5,7 +5,6 @@
 // summed per chunk, chunks follow from the shape alone, and their results are merged in order.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -15,41 +14,15 @@
 
 #include "arguments.h"
 #include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace la_aciq::cpu {
 namespace {
 
-using at::Tensor;
-using std::optional;
-
-constexpr int64_t kElementsPerTask = 32768;  // below that, handing work to a thread costs more than it saves
-constexpr int64_t kMaxChunks = 256;          // partial results of reductions
+constexpr int64_t kMaxChunks = 256;  // partial results of reductions
 constexpr int64_t kMaxPartialBytes = 64 << 20;
-constexpr int64_t kMatvecRows = 16;  // up to here decoding weights in registers beats a matrix product
-constexpr int64_t kWeightTileElements = 4 << 20;  // float32 weights decoded at a time for a matrix product
-
-// Rotation by blocks; signs hold +-1 / sqrt(block).
-struct Rotation {
-  Tensor signs;
-  int64_t block = 0;
-
-  const float* data() const { return signs.defined() ? signs.const_data_ptr<float>() : nullptr; }
-};
-
-Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_size, int64_t k) {
-  if (!signs) return {};
-  const int64_t block = checked_block(*signs, block_size, k);
-  return {signs->to(at::kFloat).mul(1.0 / std::sqrt(static_cast<double>(block))).contiguous(), block};
-}
 
 // --- Work for threads ---
-
-// body(begin, end) over ranges of rows of `width` elements.
-template <class Body>
-void for_rows(int64_t rows, int64_t width, const Body& body) {
-  const int64_t grain = std::max<int64_t>(kElementsPerTask / std::max<int64_t>(width, 1), 1);
-  at::parallel_for(0, rows, grain, body);
-}
 
 // How many partial results a reduction over `elements` keeps: enough for every thread, few enough that
 // zeroing and merging partial results of `partial_bytes` each is cheap beside reading the elements.
@@ -231,140 +204,12 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tenso
   return out;
 }
 
-// x [rows, k] rotated, as a new tensor of out_type.
-void rotate_rows(const Tensor& x, const Rotation& rotation, const Tensor& out) {
-  const int64_t k = x.size(-1);
-  const RotateArgs args{
-      x.const_data_ptr(),     dtype_of("x", x.scalar_type()),    k, rotation.data(), rotation.block,
-      out.mutable_data_ptr(), dtype_of("out", out.scalar_type())};
-  const Kernels& kernels = active_kernels();
-  for_rows(x.numel() / k, k, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(k);
-    kernels.rotate(args, begin, end, scratch.data());
-  });
-}
-
 Tensor rotate(const Tensor& x, const Tensor& signs, int64_t block_size) {
   check_rows_of_k("x", x);
   const Rotation rotation = checked_rotation(signs, block_size, x.size(-1));
   const Tensor values = x.contiguous(), out = at::empty(x.sizes(), values.options());
   rotate_rows(values, rotation, out);
   return out;
-}
-
-// y [rows, n] = x [rows, k] times INT4 weights: a few rows.
-void multiply_few_rows(const Tensor& x, const Tensor& weight, const Tensor& clips, const Groups& groups,
-                       Codebook codebook, const float* bias, const Tensor& y) {
-  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
-  const Tensor arranged = at::empty({rows, groups.count * arranged_group(groups.size)}, at::kFloat);
-  const Kernels& kernels = active_kernels();
-  kernels.arrange_activations(x.const_data_ptr<float>(), rows, k, groups.size, groups.count,
-                              arranged.mutable_data_ptr<float>());
-  const MatvecArgs args{
-      .x = arranged.const_data_ptr<float>(),
-      .rows = rows,
-      .k = k,
-      .n = n,
-      .group_size = groups.size,
-      .groups = groups.count,
-      .weight = weight.const_data_ptr<uint8_t>(),
-      .clips = clips.const_data_ptr<float>(),
-      .bias = bias,
-      .codebook = codebook,
-      .out = y.mutable_data_ptr<float>(),
-  };
-  // Decoding a weight costs less than an element costs elsewhere.
-  for_rows(n, k * rows / 4, [&](int64_t begin, int64_t end) { kernels.matvec(args, begin, end); });
-}
-
-// The same for many rows: weights go back to float32 a tile at a time, and the matrix product is PyTorch's.
-void multiply_many_rows(const Tensor& x, const Tensor& weight, const Tensor& clips, int64_t group_size,
-                        c10::string_view codebook, const Tensor& bias, const Tensor& y) {
-  const int64_t k = x.size(1), n = weight.size(0);
-  const int64_t tile = std::max<int64_t>(kWeightTileElements / k, 1);
-  for (int64_t first = 0; first < n; first += tile) {
-    const int64_t size = std::min(tile, n - first);
-    const Tensor dense = dequantize(weight.narrow(0, first, size), clips.narrow(0, first, size), std::nullopt,
-                                    k, group_size, codebook, /*per_row=*/true, at::kFloat);
-    Tensor part = y.narrow(1, first, size);
-    if (bias.defined()) {
-      at::addmm_out(part, bias.narrow(0, first, size), x, dense.t());
-    } else {
-      at::mm_out(part, x, dense.t());
-    }
-  }
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
-              int64_t group_size, c10::string_view weight_codebook, const optional<Tensor>& signs,
-              int64_t block_size, int64_t activation_bits, c10::string_view activation_clip,
-              const optional<Tensor>& clip, const optional<Tensor>& language, int64_t activation_group_size,
-              c10::string_view activation_codebook) {
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_rows_of_k("x", x);
-  const int64_t k = x.size(-1), rows = x.numel() / k;
-  const auto lead = x.sizes().slice(0, x.dim() - 1);
-  const DType dtype = dtype_of("x", x.scalar_type());
-  const Groups groups = groups_of(k, group_size);
-  check_linear(weight, weight_scale, bias, k, groups.count, activation_bits);
-  const int64_t n = weight.size(0);
-  const Codebook codebook = codebook_of("weight_codebook", weight_codebook);
-  const Rotation rotation = checked_rotation(signs, block_size, k);
-
-  // Activations as float32 [rows, k], rotated and rounded to their codebook.
-  Tensor activations = x.reshape({rows, k}).contiguous();
-  if (activation_bits < 16) {
-    TORCH_CHECK_VALUE(clip.has_value(),
-                      "clip: expected the clips of the activations for activation_bits=", activation_bits);
-    const Groups activation_groups = groups_of(k, activation_group_size);
-    const Tensor table = checked_table("clip", *clip, activation_groups.count);
-    const LanguageIds ids = checked_language(language, lead);
-    const Tensor rounded = at::empty({rows, k}, at::kFloat);
-    const QuantizeArgs args{
-        .x = activations.const_data_ptr(),
-        .dtype = dtype,
-        .k = k,
-        .group_size = activation_groups.size,
-        .groups = activation_groups.count,
-        .table = table.const_data_ptr<float>(),
-        .languages = ids.of(table.size(0)),
-        .clip = clip_of("activation_clip", activation_clip),
-        .codebook = codebook_of("activation_codebook", activation_codebook),
-        .bits = static_cast<int>(activation_bits),
-        .signs = rotation.data(),
-        .block = rotation.block,
-        .codes = nullptr,
-        .values = rounded.mutable_data_ptr<float>(),
-        .scales = nullptr,
-    };
-    const Kernels& kernels = active_kernels();
-    for_rows(rows, k, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(rotation.data() ? k : 0);
-      kernels.quantize(args, begin, end, scratch.data(), nullptr);
-    });
-    activations = rounded;
-  } else if (rotation.data()) {
-    const Tensor rotated = at::empty({rows, k}, at::kFloat);
-    rotate_rows(activations, rotation, rotated);
-    activations = rotated;
-  } else {
-    activations = activations.to(at::kFloat);
-  }
-
-  const Tensor packed = weight.contiguous(), clips = weight_scale.contiguous();
-  const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Tensor y = at::empty({rows, n}, at::kFloat);
-  if (rows == 0 || n == 0) {
-    // nothing to multiply
-  } else if (rows <= kMatvecRows) {
-    multiply_few_rows(activations, packed, clips, groups, codebook,
-                      offset.defined() ? offset.const_data_ptr<float>() : nullptr, y);
-  } else {
-    multiply_many_rows(activations, packed, clips, group_size, weight_codebook, offset, y);
-  }
-  auto sizes = x.sizes().vec();
-  sizes.back() = n;
-  return y.to(x.scalar_type()).view(sizes);
 }
 
 }  // namespace
@@ -376,7 +221,6 @@ TORCH_LIBRARY_IMPL(la_aciq, CPU, m) {
   m.impl("quantize_dynamic", quantize_dynamic);
   m.impl("dequantize", dequantize);
   m.impl("rotate", rotate);
-  m.impl("linear", linear);
 }
 
 }  // namespace la_aciq::cpu

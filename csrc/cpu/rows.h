@@ -1,0 +1,54 @@
+// What the operations on CPU tensors share: handing rows to threads, and the rotation of rows.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "arguments.h"
+#include "cpu/kernels.h"
+
+namespace la_aciq::cpu {
+namespace {
+
+constexpr int64_t kElementsPerTask = 32768;  // below that, handing work to a thread costs more than it saves
+
+// body(begin, end) over ranges of rows of `width` elements.
+template <class Body>
+void for_rows(int64_t rows, int64_t width, const Body& body) {
+  const int64_t grain = std::max<int64_t>(kElementsPerTask / std::max<int64_t>(width, 1), 1);
+  at::parallel_for(0, rows, grain, body);
+}
+
+// Rotation by blocks; signs hold +-1 / sqrt(block).
+struct Rotation {
+  Tensor signs;
+  int64_t block = 0;
+
+  const float* data() const { return signs.defined() ? signs.const_data_ptr<float>() : nullptr; }
+};
+
+inline Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_size, int64_t k) {
+  if (!signs) return {};
+  const int64_t block = checked_block(*signs, block_size, k);
+  return {signs->to(at::kFloat).mul(1.0 / std::sqrt(static_cast<double>(block))).contiguous(), block};
+}
+
+// x [rows, k] rotated into out [rows, k].
+inline void rotate_rows(const Tensor& x, const Rotation& rotation, const Tensor& out) {
+  const int64_t k = x.size(-1);
+  const RotateArgs args{
+      x.const_data_ptr(),     dtype_of("x", x.scalar_type()),    k, rotation.data(), rotation.block,
+      out.mutable_data_ptr(), dtype_of("out", out.scalar_type())};
+  const Kernels& kernels = active_kernels();
+  for_rows(x.numel() / k, k, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(k);
+    kernels.rotate(args, begin, end, scratch.data());
+  });
+}
+
+}  // namespace
+}  // namespace la_aciq::cpu
