@@ -405,7 +405,7 @@ class TestBadInput:
 
     def test_force_replaces_a_quantized_model_with_its_tokenizer(self, quantized_folder):
         assert (quantized_folder / "tokenizer.json").exists()
-        check_output(quantized_folder, "la_aciq.json", force=True)
+        check_output(quantized_folder, "config.json", force=True)
 
     def test_force_replaces_a_profile(self, run, refused, calibrate, tmp_path):
         assert run(*calibrate, "--languages", "en")[0] == 0

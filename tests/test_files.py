@@ -13,7 +13,7 @@ from la_aciq.errors import LaAciqError
 MAIN_FILES = {
     "profile.json": {"format": "la-aciq profile", "schema": 1, "checksum": ""},
     "report.json": {"schema": 1, "settings": {}, "texts": {}, "configurations": []},
-    "la_aciq.json": {"schema": 1, "config": {}, "fingerprint": "", "sha256": ""},
+    "config.json": {"quantization_config": {"quant_method": "la_aciq"}},
 }
 PROFILE = "profile.json"
 OURS = json.dumps(MAIN_FILES[PROFILE])

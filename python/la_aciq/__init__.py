@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .integrations import _register
 
 if TYPE_CHECKING:
     from ._moments import Moments
@@ -38,7 +39,7 @@ _HOME = {
     "rotate": "ops",
     "use_backend": "ops",
 }
-_SUBPACKAGES = ("calibration", "clipping", "disparity", "evaluation", "nn")
+_SUBPACKAGES = ("calibration", "clipping", "disparity", "evaluation", "integrations", "nn")
 
 __all__ = [
     "ClipTable",
@@ -74,3 +75,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME, *_SUBPACKAGES})
+
+
+_register.register()

@@ -3,38 +3,50 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import LaAciqError
 
 
 class _Kind(NamedTuple):
-    """What tells a folder of ours: fields of its main file, and the only names (as patterns) there are in it."""
+    """What tells a folder of ours: what its main file must hold, and the only names (as patterns) there are in it."""
 
-    fields: tuple[str, ...]
+    ours: Callable[[dict[str, Any]], bool]
     names: tuple[str, ...]
+
+
+def _has(*fields: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda content: content.keys() >= set(fields)
+
+
+def _is_quantized(content: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a model quantized by LA-ACIQ."""
+    description = content.get("quantization_config")
+    return isinstance(description, dict) and description.get("quant_method") == "la_aciq"
 
 
 _PROFILE = ("profile.json", "profile.safetensors")
 _KINDS = {
-    "profile.json": _Kind(("format", "schema", "checksum"), _PROFILE),
+    "profile.json": _Kind(_has("format", "schema", "checksum"), _PROFILE),
     "report.json": _Kind(
-        ("schema", "settings", "texts", "configurations"),
+        _has("schema", "settings", "texts", "configurations"),
         (
             *("report.json", "report.md", "changes.png", "clips.png", "layers.png"),
             *("profile", *(f"profile/{name}" for name in _PROFILE)),
         ),
     ),
-    "la_aciq.json": _Kind(
-        ("schema", "config", "fingerprint", "sha256"),
+    "config.json": _Kind(
+        _is_quantized,
         (
-            *("la_aciq.json", "model.safetensors", "config.json", "generation_config.json"),
-            # What tokenizers save.
+            *("config.json", "generation_config.json", "README.md"),
+            *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+            # What tokenizers and processors save.
             *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+            *("preprocessor_config.json", "processor_config.json"),
             *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
         ),
     ),
@@ -72,7 +84,7 @@ def _check_ours(folder: Path, main_file: str) -> None:
         ) from error
     except (OSError, ValueError):
         content = None
-    if not isinstance(content, dict) or not content.keys() >= set(kind.fields):
+    if not isinstance(content, dict) or not kind.ours(content):
         raise LaAciqError(
             f"output folder {str(folder)!r} has a {main_file} that la-aciq did not write, and will not be replaced"
         )

@@ -90,10 +90,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 def _quantize(arguments: argparse.Namespace) -> None:
     from .calibration import Profile
     from .nn import QuantConfig, bits_per_weight, quantize_model, save_quantized
-    from .nn.checkpoint import SETTINGS
+    from .nn.checkpoint import ARCHITECTURE
 
     output = Path(arguments.output_dir)
-    check_output(output, SETTINGS, arguments.force)
+    check_output(output, ARCHITECTURE, arguments.force)
     profile = Profile.load(arguments.profile)
     config = QuantConfig(
         weights=4,

@@ -1,7 +1,7 @@
 """Hugging Face causal language models: loading them with errors one can act on, and telling them apart."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,28 @@ def fingerprint(model: nn.Module) -> str:
 
     Cheap and deterministic. The same weights in another dtype, or dequantized differently, are another model.
     """
+    return fingerprint_of(model, {name: sample(parameter) for name, parameter in model.named_parameters()})
+
+
+def fingerprint_of(model: nn.Module, samples: Mapping[str, bytes]) -> str:
+    """The fingerprint of a model of this architecture whose parameters gave these samples, by name."""
     config = getattr(model, "config", None)
     digest = hashlib.sha256(
         repr([type(model).__name__, [getattr(config, key, None) for key in _ARCHITECTURE]]).encode()
     )
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        values = parameter.detach().reshape(-1)
-        picked = torch.from_numpy(
-            np.linspace(0, max(len(values) - 1, 0), min(_SAMPLES_PER_WEIGHT, len(values)), dtype=np.int64)
-        )
-        digest.update(values[picked.to(values.device)].to("cpu", torch.float32).numpy().tobytes())
+    for name, sampled in sorted(samples.items()):
+        digest.update(name.encode() + sampled)
     return digest.hexdigest()
+
+
+def sample(parameter: torch.Tensor) -> bytes:
+    """A parameter's part of the fingerprint: its shape and 64 of its values."""
+    values = parameter.detach().reshape(-1)
+    picked = torch.from_numpy(
+        np.linspace(0, max(len(values) - 1, 0), min(_SAMPLES_PER_WEIGHT, len(values)), dtype=np.int64)
+    )
+    found = values[picked.to(values.device)].to("cpu", torch.float32).numpy().tobytes()
+    return f" {list(parameter.shape)}".encode() + found
 
 
 def is_ignored(layer: str, patterns: Iterable[str]) -> bool:
@@ -97,8 +107,6 @@ def _locate(name: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a folder, a .gguf file or a hub id."""
     if not name:
         raise LaAciqError("model '' does not exist; expected a model folder, a .gguf file or a Hugging Face model id")
-    from .nn.checkpoint import SETTINGS
-
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -107,10 +115,6 @@ def _locate(name: str) -> dict[str, str]:
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
-        if (path / SETTINGS).is_file():
-            raise LaAciqError(
-                f"model {name!r} is quantized already; expected floating-point weights; evaluate it with --quantized"
-            )
         if not (path / "config.json").is_file():
             raise LaAciqError(f"model folder {name!r} has no config.json; expected a folder made by save_pretrained")
         return {"pretrained_model_name_or_path": str(path)}
@@ -151,7 +155,8 @@ def _check_causal(name: str, config: Any) -> None:
         )
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and "gguf" not in str(quantization).lower():
-        raise LaAciqError(f"model {name!r} is quantized already; expected floating-point weights")
+        hint = "; evaluate it with --quantized" if "la_aciq" in str(quantization) else ""
+        raise LaAciqError(f"model {name!r} is quantized already; expected floating-point weights{hint}")
 
 
 def _first_line(error: BaseException) -> str:

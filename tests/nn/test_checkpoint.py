@@ -78,7 +78,6 @@ def test_nothing_in_the_folder_executes(saved):
     assert {file.name for file in saved.iterdir()} == {
         "config.json",
         "generation_config.json",
-        "la_aciq.json",
         "model.safetensors",
     }
 
@@ -99,13 +98,13 @@ def test_untied_heads(tmp_path):
 
 
 def test_an_existing_folder_is_refused_and_left_alone(setting, saved):
-    before = (saved / "la_aciq.json").read_bytes()
+    before = (saved / "config.json").read_bytes()
     model = quantized(setting, kv=16)
     with pytest.raises(LaAciqError, match="exists"):
         save_quantized(model, saved)
-    assert (saved / "la_aciq.json").read_bytes() == before
+    assert (saved / "config.json").read_bytes() == before
     save_quantized(model, saved, force=True)
-    assert (saved / "la_aciq.json").read_bytes() != before
+    assert (saved / "config.json").read_bytes() != before
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 
@@ -126,17 +125,29 @@ def test_only_quantized_models_are_saved(setting, tmp_path):
         save_quantized(setting[0], tmp_path / "model")
 
 
-def edit_settings(folder, change):
-    """Change settings and make the checksums fit again, as somebody with intent would."""
-    file = folder / "la_aciq.json"
-    settings = json.loads(file.read_text("utf-8"))
-    for name in settings["sha256"]:
-        settings["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    change(settings)
+def edit_settings(folder, change=lambda settings: None):
+    """Change the description and make its checksums fit again, as somebody with intent would."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    settings = config["quantization_config"]
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    one_by_one = b"".join(
+        hashlib.sha256(
+            f"{name} {str(tensor.dtype)[6:]} {list(tensor.shape)} ".encode()
+            + hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+        ).digest()
+        for name, tensor in sorted(tensors.items())
+    )
+    before = settings["sha256"]
+    settings["sha256"] = hashlib.sha256(one_by_one).hexdigest()
+    if change is None:
+        assert settings["sha256"] == before
+    else:
+        change(settings)
     settings.pop("checksum", None)
     text = json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()
-    settings["checksum"] = hashlib.sha256(text + hashlib.sha256(b"").digest()).hexdigest()
-    file.write_text(json.dumps(settings), "utf-8")
+    settings["checksum"] = hashlib.sha256(text).hexdigest()
+    file.write_text(json.dumps(config), "utf-8")
 
 
 def edit_tensors(folder, change):
@@ -144,14 +155,20 @@ def edit_tensors(folder, change):
     tensors = safetensors.torch.load_file(file)
     change(tensors)
     safetensors.torch.save_file(tensors, file)
-    edit_settings(folder, lambda settings: None)
+    edit_settings(folder)
+
+
+def test_the_checksums_are_as_documented(saved):
+    before = (saved / "config.json").read_text("utf-8")
+    edit_settings(saved, None)
+    assert json.loads((saved / "config.json").read_text("utf-8")) == json.loads(before)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("schema"), "no schema number"),
-        (lambda s: s.update(schema=2, version="9.1"), r"newer LA-ACIQ \(9.1\)"),
+        (lambda s: s.pop("schema"), "schema = None; expected 2"),
+        (lambda s: s.update(schema=3, version="9.1"), r"newer LA-ACIQ \(9.1\)"),
         (lambda s: s.pop("rows"), "'rows' is missing"),
         (lambda s: s.update(rows=["en", "und"]), "'rows' is"),
         (lambda s: s["rows"].append("ja"), r"clip.*shape"),
@@ -161,7 +178,7 @@ def edit_tensors(folder, change):
         (lambda s: s["config"].update(rotate=False), "signs"),
         (lambda s: s["layers"].append("model.layers.7.mlp.up_proj"), r"model\.layers\.7\.mlp\.up_proj"),
         (lambda s: s["layers"].append("model.norm"), "no linear layer"),
-        (lambda s: s["layers"].pop(), "does not fit"),
+        (lambda s: s["layers"].pop(), "do not fit"),
         (lambda s: s["projections"].update({"model.layers.0.self_attn.k_proj": 5}), "heads of 5"),
         (lambda s: s.update(layers="all"), "'layers' is missing or not a JSON list"),
         (lambda s: s["layers"].append(5), "'layers' has an entry that is not a JSON str"),
@@ -179,20 +196,19 @@ def test_edited_settings_are_refused(saved, change, message):
         load_quantized(saved)
 
 
-@pytest.mark.parametrize("name", ["la_aciq.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_an_edit_that_leaves_everything_consistent_is_noticed(saved, name):
     """Two languages' rows swapped, say, would serve each other's clips."""
     file = saved / name
     edits = {
-        "la_aciq.json": (b'"sw",\n    "th"', b'"th",\n    "sw"'),
-        "config.json": (b'"rms_norm_eps": 1e-0', b'"rms_norm_eps": 9e-0'),
+        "config.json": (b'"sw",\n      "th"', b'"th",\n      "sw"'),
         "model.safetensors": (file.read_bytes()[-8:], bytes(8)),
     }
     before, after = edits[name]
     data = file.read_bytes()
     assert data.count(before) >= 1
     file.write_bytes(data.replace(before, after))
-    with pytest.raises(LaAciqError, match="edited or cut short"):
+    with pytest.raises(LaAciqError, match="edited"):
         load_quantized(saved)
 
 
@@ -213,8 +229,8 @@ def set_to(name, index, value):
         (set_to(f"{LAYER}.clip", (1, 0), 0.0), f"{LAYER}.*clip table.*not finite and positive"),
         (set_to(f"{LAYER}.weight_scale", (1, 0), -1.0), f"{LAYER}.*clips of its weight"),
         (set_to(f"{LAYER}.signs", 3, 2), f"{LAYER}.*signs"),
-        (lambda t: t.pop(f"{LAYER}.clip"), "lacks"),
-        (lambda t: t.update(extra=torch.zeros(1)), "has 'extra'"),
+        (lambda t: t.pop(f"{LAYER}.clip"), "lack 'model.layers.0.mlp.up_proj.clip'"),
+        (lambda t: t.update(extra=torch.zeros(1)), "have 'extra'"),
         (lambda t: t.update({f"{LAYER}.clip": t[f"{LAYER}.clip"][:-1].clone()}), "shape"),
         (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].to(torch.int8)}), "int8"),
         (lambda t: t.update({f"{LAYER}.clip": t[f"{LAYER}.clip"].to(torch.bfloat16)}), "bfloat16"),
@@ -231,7 +247,7 @@ def test_a_flipped_bit_is_noticed(saved):
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
     file.write_bytes(data)
-    with pytest.raises(LaAciqError, match="edited or cut short"):
+    with pytest.raises(LaAciqError, match="edited or damaged"):
         load_quantized(saved)
 
 
@@ -239,27 +255,41 @@ def test_truncated_or_missing_files(saved, tmp_path):
     tensors = saved / "model.safetensors"
     data = tensors.read_bytes()
     tensors.write_bytes(data[: len(data) // 2])
-    with pytest.raises(LaAciqError, match="edited or cut short"):
+    with pytest.raises(LaAciqError, match=r"model\.safetensors.*not a complete safetensors file"):
         load_quantized(saved)
     tensors.unlink()
-    with pytest.raises(LaAciqError, match=r"model\.safetensors' cannot be read"):
+    with pytest.raises(LaAciqError, match=r"no file named model\.safetensors"):
         load_quantized(saved)
-    (saved / "la_aciq.json").write_text("{", "utf-8")
+    (saved / "config.json").write_text("{", "utf-8")
     with pytest.raises(LaAciqError, match="not valid JSON"):
+        load_quantized(saved)
+    (saved / "config.json").write_text("{}", "utf-8")
+    with pytest.raises(LaAciqError, match="not a model quantized by LA-ACIQ"):
         load_quantized(saved)
     with pytest.raises(LaAciqError, match="not a model quantized by LA-ACIQ"):
         load_quantized(tmp_path / "nowhere")
 
 
-def test_a_tensor_file_that_is_not_one(saved):
-    (saved / "model.safetensors").write_bytes(b"\x00" * 100)
-    edit_settings(saved, lambda settings: None)
-    with pytest.raises(LaAciqError, match="not a valid safetensors file"):
+def test_shards(setting, tmp_path):
+    model = quantized(setting)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert torch.equal(logits(load_quantized(tmp_path)), logits(model))
+    shards[1].unlink()
+    with pytest.raises(LaAciqError, match=shards[1].name):
+        load_quantized(tmp_path)
+
+
+def test_a_config_of_no_known_class(saved):
+    config = json.loads((saved / "config.json").read_text("utf-8"))
+    (saved / "config.json").write_text(json.dumps(config | {"architectures": ["AutoConfig"]}), "utf-8")
+    with pytest.raises(LaAciqError, match="expected one class of transformers"):
         load_quantized(saved)
 
 
-def test_a_config_that_is_not_a_causal_model(saved):
-    (saved / "config.json").write_text(json.dumps({"model_type": "no-such-model"}), "utf-8")
-    edit_settings(saved, lambda settings: None)
-    with pytest.raises(LaAciqError, match="does not describe a causal language model"):
+def test_a_config_of_another_model(saved):
+    config = json.loads((saved / "config.json").read_text("utf-8"))
+    (saved / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), "utf-8")
+    with pytest.raises(LaAciqError, match="no linear layer of that name"):
         load_quantized(saved)

@@ -1,37 +1,67 @@
-"""Quantized models on disk: config.json, model.safetensors and la_aciq.json, nothing that executes.
+"""Quantized models on disk: what transformers' `save_pretrained` writes, nothing that executes.
 
-la_aciq.json (schema 1) says what the tensors of model.safetensors are: the quantization settings, the rows of the clip
-tables, the names of the quantized layers, the SHA-256 of config.json and model.safetensors, and a checksum of its own
-content and thereby of all three, so that an edited or truncated one is refused.
+    config.json        the model's configuration, with the field `quantization_config` described below
+    model.safetensors  the tensors under the names of the quantized model's `state_dict`, tied ones once; several shards
+                       with model.safetensors.index.json when it is large
+
+`quantization_config` (schema 2), whose `quant_method` makes transformers and vLLM choose LA-ACIQ:
+
+    quant_method        "la_aciq"
+    schema, version     2, and the version of LA-ACIQ that wrote it
+    config              `QuantConfig.to_dict()`
+    rows                the rows of every table of clips: "und", the languages, "sink"
+    layers              names of the modules that became `LanguageAwareLinear`
+    projections         names of the key and value projections that are wrapped in a `RoundedProjection` (their own
+                        tensors move under `<name>.linear`), with the size of their heads
+    skipped             other layers with a weight matrix, and why they were left alone
+    fingerprint         of the unquantized model
+    calibration_tokens  by language
+    sha256              of the names, dtypes, shapes and bytes of all tensors (`digest`)
+    checksum            of all of the above
+
+The tensors of a layer, with N outputs, K inputs and groups of `config.group_size` along K (0: one group):
+
+    <layer>.weight        uint8 [N, ceil(K / 2)], the even index in the low nibble (float [N, K] with 16-bit weights)
+    <layer>.weight_scale  float32 [N, groups], the clip alpha of each group: value = codebook[code], which spans +-alpha
+    <layer>.bias          float [N]
+    <layer>.clip          float32 [rows, groups], the activations' clips or factors; absent with 16-bit activations
+    <layer>.signs         int8 [K], signs of the rotation; absent without rotation. The block is the largest power of
+                          two that divides K.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from .. import __version__
 from .._files import new_folder
 from ..calibration.profile import SINK
-from ..calibration.profile import _checksum as checksum
 from ..errors import LaAciqError
 from ..tags import UND, canonical
 from .config import QuantConfig
 from .context import LanguageState
 from .kv import RoundedProjection
-from .linear import LanguageAwareLinear, check_clips
+from .linear import LanguageAwareLinear, LanguageAwareModule, check_clips
 from .quantize import Quantization
 
-SCHEMA = 1
-SETTINGS = "la_aciq.json"
+METHOD = "la_aciq"
+SCHEMA = 2
 ARCHITECTURE = "config.json"
-TENSORS = "model.safetensors"
+
+# Fields of a description: per field its type, and that of its entries.
+_FIELDS: dict[str, tuple[type, Any]] = {
+    "config": (dict, object), "rows": (list, str), "layers": (list, str), "projections": (dict, int),
+    "skipped": (dict, str), "calibration_tokens": (dict, int),
+}  # fmt: skip
 
 
 def save_quantized(
@@ -39,163 +69,220 @@ def save_quantized(
 ) -> None:
     """Write a quantized Hugging Face model (and its tokenizer) into a new folder, complete or not at all.
 
-    Raises `LaAciqError` when the model is not a quantized one, or the folder exists (`force` replaces one of this
-    kind).
+    `model.save_pretrained(folder)` writes the same files, into an existing folder too. Raises `LaAciqError` when the
+    model is not a quantized one, or the folder exists (`force` replaces one of this kind).
     """
-    done = getattr(model, "la_aciq", None)
-    if not isinstance(done, Quantization):
+    if not isinstance(getattr(model, "la_aciq", None), Quantization):
         raise LaAciqError("save_quantized needs a model that quantize_model or load_quantized returned")
-    if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
-        raise LaAciqError(f"save_quantized needs a Hugging Face model with a config, got a {type(model).__name__}")
+    if not hasattr(model, "save_pretrained"):
+        raise LaAciqError(f"save_quantized needs a Hugging Face model, got a {type(model).__name__}")
     hugging_face: Any = model
-    with new_folder(folder, SETTINGS, force) as temporary:
-        # Tied tensors are written once, under the first name; loading ties them again.
-        tensors: dict[str, torch.Tensor] = {}
-        seen: set[tuple[torch.device, int]] = set()
-        for name, tensor in model.state_dict().items():
-            if tensor.numel() and (tensor.device, tensor.data_ptr()) in seen:
-                continue
-            seen.add((tensor.device, tensor.data_ptr()))
-            tensors[name] = tensor.detach().contiguous()
-        safetensors.torch.save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-        hugging_face.config.save_pretrained(temporary)
-        settings = {
-            "schema": SCHEMA,
-            "version": __version__,
-            "config": done.config.to_dict(),
-            "rows": list(done.state.rows),
-            "layers": list(done.layers),
-            "projections": done.projections,
-            "skipped": done.skipped,
-            "fingerprint": done.fingerprint,
-            "calibration_tokens": done.calibration_tokens,
-            "sha256": {name: _sha256(temporary / name) for name in (ARCHITECTURE, TENSORS)},
-        }
-        settings["checksum"] = checksum(settings, b"")
-        (temporary / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if getattr(model, "generation_config", None) is not None:
-            hugging_face.generation_config.save_pretrained(temporary)
+    with new_folder(folder, ARCHITECTURE, force) as temporary:
+        hugging_face.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 
 
-def load_quantized(folder: str | os.PathLike[str]) -> nn.Module:
-    """The model `save_quantized` wrote, on the CPU and in evaluation mode.
+def load_quantized(folder: str | os.PathLike[str], **settings: Any) -> nn.Module:
+    """The model in a folder that `save_quantized` or `save_pretrained` wrote, in evaluation mode.
 
-    Everything is checked before the model is returned: a file that is missing, truncated, edited or from a newer
-    version of the format, tensors that do not fit the model, and clips that are not finite and positive are each a
+    settings: as in transformers' `from_pretrained`; by default on the CPU, in the dtype it was saved in. The same as
+    `from_pretrained` of the model's class, which is looked up, with one kind of error.
+
+    Everything is checked before a tensor is loaded: a file that is missing, truncated, edited or from a newer version
+    of the format, tensors that do not fit the model, and clips that are not finite and positive are each a
     `LaAciqError`.
     """
     path = Path(folder)
-    done, sha256 = _read_settings(path)
-    for file in (ARCHITECTURE, TENSORS):
-        _check_file(path / file, sha256.get(file))
-    tensors = _read_tensors(path / TENSORS)
-    model = _skeleton(path)
-    for name in dict.fromkeys([*done.layers, *done.projections]):
-        _replace(model, name, done)
-    _fill(model, tensors, path)
-    for name, module in model.named_modules():
-        if isinstance(module, LanguageAwareLinear | RoundedProjection):
-            _check_layer(name, module)
-    hugging_face: Any = model
-    hugging_face.la_aciq = done
-    done.state.attach(model)
-    return model.eval()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _check_file(file: Path, sha256: str | None) -> None:
     try:
-        found = _sha256(file)
-    except OSError as error:
-        raise LaAciqError(f"{str(file)!r} cannot be read: {error.strerror}") from error
-    if found != sha256:
-        raise LaAciqError(f"{str(file)!r} was edited or cut short: its SHA-256 is {found}, and {SETTINGS} has {sha256}")
-
-
-def _read_settings(path: Path) -> tuple[Quantization, dict[str, str]]:
-    """What la_aciq.json says, and the SHA-256 of the other two files by name."""
-    file = path / SETTINGS
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads((path / ARCHITECTURE).read_text("utf-8"))
     except OSError as error:
         raise LaAciqError(
-            f"{str(path)!r} is not a model quantized by LA-ACIQ: {SETTINGS} cannot be read ({error.strerror})"
+            f"{str(path)!r} is not a model quantized by LA-ACIQ: {ARCHITECTURE} cannot be read ({error.strerror})"
         ) from error
     except ValueError as error:
-        raise LaAciqError(f"{str(file)!r} is not valid JSON: {error}") from error
-    schema = values.get("schema") if isinstance(values, dict) else None
-    if not isinstance(schema, int) or schema < 1:
-        raise LaAciqError(f"{str(file)!r} has no schema number; expected {SCHEMA}")
+        raise LaAciqError(f"{str(path / ARCHITECTURE)!r} is not valid JSON: {error}") from error
+    description = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(description, dict) or description.get("quant_method") != METHOD:
+        raise LaAciqError(f"{str(path)!r} is not a model quantized by LA-ACIQ: its {ARCHITECTURE} does not say so")
+    read_description(description)
+    try:
+        import transformers
+
+        from ..integrations import transformers as _registers  # noqa: F401
+    except ImportError as error:
+        raise LaAciqError("loading a quantized model needs transformers; install la-aciq[demo]") from error
+    names = config.get("architectures")
+    architecture: Any = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        raise LaAciqError(
+            f"{str(path)!r}: architectures = {names!r} in {ARCHITECTURE}; expected one class of transformers"
+        )
+    wanted = {"dtype": "auto", "local_files_only": True} | settings | {"use_safetensors": True}
+    try:
+        loading: Any = architecture
+        model: nn.Module = loading.from_pretrained(path, **wanted)
+    except LaAciqError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        safetensors.SafetensorError,
+    ) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LaAciqError(f"{str(path)!r} cannot be loaded as a {architecture.__name__}: {reason}") from error
+    return model
+
+
+def describe(done: Quantization, sha256: str) -> dict[str, Any]:
+    """The `quantization_config` of a quantized model whose tensors have this digest."""
+    description = {
+        "quant_method": METHOD,
+        "schema": SCHEMA,
+        "version": __version__,
+        "config": done.config.to_dict(),
+        "rows": list(done.state.rows),
+        "layers": list(done.layers),
+        "projections": done.projections,
+        "skipped": done.skipped,
+        "fingerprint": done.fingerprint,
+        "calibration_tokens": done.calibration_tokens,
+        "sha256": sha256,
+    }
+    return description | {"checksum": _checksum(description)}
+
+
+def read_description(values: Mapping[str, Any]) -> tuple[Quantization, str]:
+    """What a `quantization_config` says, and the digest its tensors must have.
+
+    Raises `LaAciqError` for one that was edited, is incomplete, or was written by a newer version of the format.
+    """
+    where = "quantization_config"
+    schema = values.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < SCHEMA:
+        raise LaAciqError(f"{where}: schema = {schema!r}; expected {SCHEMA}")
     if schema > SCHEMA:
         raise LaAciqError(
-            f"{str(file)!r} has schema {schema}, made by a newer LA-ACIQ ({values.get('version')}); "
+            f"{where} has schema {schema}, made by a newer LA-ACIQ ({values.get('version')}); "
             f"this one reads up to {SCHEMA}"
         )
-    if values.pop("checksum", None) != checksum(values, b""):
-        raise LaAciqError(f"{str(file)!r} does not match its checksum: it was edited or cut short")
-    # Per field its type, and that of its entries.
-    kinds: dict[str, tuple[type, Any]] = {
-        "config": (dict, object), "rows": (list, str), "layers": (list, str), "projections": (dict, int),
-        "skipped": (dict, str), "fingerprint": (str, str), "calibration_tokens": (dict, int), "sha256": (dict, str),
-    }  # fmt: skip
-    for name, (kind, entry) in kinds.items():
+    content = dict(values)
+    if content.pop("checksum", None) != _checksum(content):
+        raise LaAciqError(f"{where} does not match its checksum: it was edited or cut short")
+    for name, (kind, entry) in _FIELDS.items():
         value: Any = values.get(name)
         if not isinstance(value, kind):
-            raise LaAciqError(f"{str(file)!r}: {name!r} is missing or not a JSON {kind.__name__}")
+            raise LaAciqError(f"{where}: {name!r} is missing or not a JSON {kind.__name__}")
         entries: Any = values[name].values() if kind is dict else values[name]
         if not all(isinstance(one, entry) for one in entries):
-            raise LaAciqError(f"{str(file)!r}: {name!r} has an entry that is not a JSON {entry.__name__}")
+            raise LaAciqError(f"{where}: {name!r} has an entry that is not a JSON {entry.__name__}")
+    for name in ("fingerprint", "sha256"):
+        if not isinstance(values.get(name), str):
+            raise LaAciqError(f"{where}: {name!r} is missing or not a JSON str")
     rows = values["rows"]
     languages = [row for row in rows[1:] if row != SINK]
     if rows[:1] != [UND] or len(set(rows)) != len(rows) or languages != [canonical(tag) for tag in languages]:
-        raise LaAciqError(
-            f"{str(file)!r}: 'rows' is {rows!r}; expected {UND!r} and then the rows of the tables, each once"
-        )
+        raise LaAciqError(f"{where}: 'rows' is {rows!r}; expected {UND!r} and then the rows of the tables, each once")
     config = QuantConfig.from_dict(values["config"])
     done = Quantization(
         config=config,
         state=LanguageState(rows, config.by_language),
         layers=tuple(values["layers"]),
-        projections=values["projections"],
-        skipped=values["skipped"],
+        projections=dict(values["projections"]),
+        skipped=dict(values["skipped"]),
         fingerprint=values["fingerprint"],
-        calibration_tokens=values["calibration_tokens"],
+        calibration_tokens=dict(values["calibration_tokens"]),
     )
     return done, values["sha256"]
 
 
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
-        return tensors
-    except OSError as error:
-        raise LaAciqError(f"{str(file)!r} cannot be read: {error.strerror}") from error
-    except safetensors.SafetensorError as error:
-        raise LaAciqError(f"{str(file)!r} is not a valid safetensors file: {error}") from error
+def install(model: nn.Module, done: Quantization) -> None:
+    """Put empty quantized layers, on the meta device, where a model of the same architecture has them."""
+    for name in dict.fromkeys([*done.layers, *done.projections]):
+        _replace(model, name, done)
 
 
-def _skeleton(path: Path) -> nn.Module:
-    """The unquantized architecture of the folder's config.json, with whatever values its constructor gives."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    except ImportError as error:
-        raise LaAciqError("loading a quantized model needs transformers; install la-aciq[demo]") from error
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        if (path / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise LaAciqError(f"{str(path)!r} does not describe a causal language model: {reason}") from error
-    skeleton: nn.Module = model
-    return skeleton
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint of the model holds, by name: tied ones under the name the others are tied to."""
+    state = model.state_dict()
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    for target, source in tied.items():
+        if target in state and source in state and _same_memory(state[target], state[source]):
+            unsaved.add(target)
+    return {name: tensor for name, tensor in state.items() if name not in unsaved}
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors' names, dtypes, shapes and bytes; the order, and what file each is in, make no difference."""
+
+    def one(name: str) -> bytes:
+        tensor = tensors[name].detach().cpu().contiguous()
+        header = f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode()
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        return hashlib.sha256(header + hashlib.sha256(data).digest()).digest()
+
+    with ThreadPoolExecutor() as threads:  # hashing does not hold Python's lock
+        return hashlib.sha256(b"".join(threads.map(one, sorted(tensors)))).hexdigest()
+
+
+def check_files(model: nn.Module, files: Iterable[str | os.PathLike[str]], sha256: str) -> None:
+    """Check the tensors in safetensors files against a model with its quantized layers installed, before any is loaded.
+
+    Raises `LaAciqError` when one is missing, unknown, of another shape or kind, when a table or a scale in it is not
+    finite and positive, or when their digest is another.
+    """
+    with _opened(files) as tensors:
+        expected = stored_tensors(model)
+        missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        if missing or unknown:
+            what = f"lack {missing[0]!r}" if missing else f"have {unknown[0]!r}, which the model has not"
+            raise LaAciqError(f"the tensors of the checkpoint do not fit the model of {ARCHITECTURE}: they {what}")
+        for name, tensor in tensors.items():
+            own = expected[name]
+            if tensor.shape != own.shape:
+                raise LaAciqError(
+                    f"tensor {name!r} of the checkpoint has shape {list(tensor.shape)}, expected {list(own.shape)}"
+                )
+            floating = tensor.is_floating_point() and own.is_floating_point()
+            if not floating and tensor.dtype != own.dtype:
+                raise LaAciqError(f"tensor {name!r} of the checkpoint is {tensor.dtype}, expected {own.dtype}")
+        for name, module in model.named_modules():
+            if isinstance(module, LanguageAwareModule):
+                _check_layer(
+                    name, {key: tensors[f"{name}.{key}"] for key in module._buffers if f"{name}.{key}" in tensors}
+                )
+        if digest(tensors) != sha256:
+            raise LaAciqError("the tensors of the checkpoint do not match their SHA-256: a file was edited or damaged")
+
+
+def _checksum(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # On the meta device there are no addresses; there the declaration has to do.
+    return one.is_meta or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
+
+
+@contextmanager
+def _opened(files: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of safetensors files, mapped into memory as long as the block lasts."""
+    tensors: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for file in files:
+            try:
+                opened = stack.enter_context(safetensors.safe_open(file, framework="pt"))
+                tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+            except (OSError, safetensors.SafetensorError) as error:
+                raise LaAciqError(
+                    f"{str(file)!r} is not a complete safetensors file (edited or cut short): {error}"
+                ) from error
+        yield tensors
 
 
 def _replace(model: nn.Module, name: str, done: Quantization) -> None:
@@ -205,7 +292,8 @@ def _replace(model: nn.Module, name: str, done: Quantization) -> None:
         original = None
     if not isinstance(original, nn.Linear):
         raise LaAciqError(
-            f"{SETTINGS} names the layer {name!r}, and the model of config.json has no linear layer of that name"
+            f"quantization_config names the layer {name!r}, and the model of {ARCHITECTURE} has no linear layer of "
+            "that name"
         )
     new: Any = original
     if name in done.layers:
@@ -215,50 +303,28 @@ def _replace(model: nn.Module, name: str, done: Quantization) -> None:
             original.bias is not None,
             done.config,
             done.state,
+            dtype=original.weight.dtype,
             device="meta",
         )
     if name in done.projections:
         head_dim = done.projections[name]
-        if not isinstance(head_dim, int) or head_dim < 2 or original.out_features % head_dim:
+        if head_dim < 2 or original.out_features % head_dim:
             raise LaAciqError(
-                f"{SETTINGS} gives {name!r} heads of {head_dim!r} outputs; it has {original.out_features} in all"
+                f"quantization_config gives {name!r} heads of {head_dim!r} outputs; it has {original.out_features} "
+                "in all"
             )
         new = RoundedProjection(new, original.out_features // head_dim, head_dim, done.config, done.state)
     model.set_submodule(name, new)
 
 
-def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    expected = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = sorted(set(expected) - set(tensors) - tied)
-    unknown = sorted(set(tensors) - set(expected))
-    if missing or unknown:
-        what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model has not"
-        raise LaAciqError(f"{str(path / TENSORS)!r} does not fit the model of config.json: it {what}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise LaAciqError(
-                f"{str(path / TENSORS)!r}: {name!r} has shape {list(tensor.shape)}, expected "
-                f"{list(expected[name].shape)}"
-            )
-        integer = not expected[name].is_floating_point()
-        if integer != (not tensor.is_floating_point()) or (integer and tensor.dtype != expected[name].dtype):
-            raise LaAciqError(f"{str(path / TENSORS)!r}: {name!r} is {tensor.dtype}, expected {expected[name].dtype}")
-    model.load_state_dict(tensors, strict=False, assign=True)
-    if tied:
-        model.tie_weights()  # type: ignore[operator]
-
-
-def _check_layer(name: str, module: LanguageAwareLinear | RoundedProjection) -> None:
-    for buffer in ("clip", "weight_scale"):
-        table = getattr(module, buffer, None)
-        if table is not None and table.dtype != torch.float32:
-            raise LaAciqError(f"layer {name!r}: {buffer} is {table.dtype}, expected torch.float32")
-    if module.clip is not None:
-        check_clips(module.clip, tuple(module.clip.shape), name)
-    scale = getattr(module, "weight_scale", None)
-    if scale is not None and not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-        raise LaAciqError(f"layer {name!r}: the clips of its weight are not all finite and at least 0")
-    signs = getattr(module, "signs", None)
-    if signs is not None and not bool((signs.abs() == 1).all()):
-        raise LaAciqError(f"layer {name!r}: the signs of its rotation are not all +1 or -1")
+def _check_layer(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check the values of a quantized module's own tensors: clips, scales and signs, by what their names end with."""
+    for key, tensor in tensors.items():
+        if key.endswith(("clip", "weight_scale")) and tensor.dtype != torch.float32:
+            raise LaAciqError(f"layer {name!r}: {key} is {tensor.dtype}, expected torch.float32")
+        if key.endswith("clip"):
+            check_clips(tensor, tuple(tensor.shape), name)
+        if key.endswith("weight_scale") and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
+            raise LaAciqError(f"layer {name!r}: the clips of its weight are not all finite and at least 0")
+        if key.endswith("signs") and not bool((tensor.abs() == 1).all()):
+            raise LaAciqError(f"layer {name!r}: the signs of its rotation are not all +1 or -1")

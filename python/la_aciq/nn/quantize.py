@@ -61,53 +61,90 @@ def quantize_model(
     Raises `LaAciqError` when the profile was made from another model, when its group size or rotation is not the
     configuration's, when the model is quantized already, and when a weight is not finite.
     """
-    if hasattr(model, "la_aciq"):
-        raise LaAciqError("the model is quantized already; expected the model as it was trained")
-    _check_profile(model, profile, config)
+    check_unquantized(model)
+    profile.check_fingerprint(fingerprint(model))
     if like is not None and _quantization(like).fingerprint != profile.metadata["fingerprint"]:
         raise LaAciqError("like: it was quantized from another model; expected one quantized from this model")
-    layers, skipped = _select(model, profile, config)
-    projections = _projections(model, profile, config, layers)
-    clips = _clips(profile, config, layers, projections)
-    state = LanguageState(profile.rows, config.by_language)
-    seed = int(profile.metadata["rotation"]["seed"])
-
-    for name in layers:
+    plan = Plan(model, profile, config)
+    for name in plan.layers:
         check_weight(model.get_submodule(name), name)  # all of them before the first is changed
     # A module that is replaced is never copied: the copy finds its replacement in place of it.
     replaced: dict[int, Any] = {}
-    names = layers if _quantizes_linear(config) else tuple(projections)
-    for name in tqdm(names, desc="Quantizing", unit="layer", disable=not progress):
+    for name in tqdm(plan.names, desc="Quantizing", unit="layer", disable=not progress):
         original: Any = model.get_submodule(name)
-        new: Any
-        if _quantizes_linear(config):
-            new = LanguageAwareLinear.from_linear(
-                original, config, state, clips.get(name), seed=seed, name=name, like=_quantized_layer(like, name)
-            )
-        else:
-            new = original if inplace else copy.deepcopy(original)
-        if name in projections:
-            new = RoundedProjection.from_projection(
-                new, projections[name], config, state, clips[name + OUTPUT], name=name
-            )
         if inplace:
-            model.set_submodule(name, new)
+            model.set_submodule(name, plan.quantized(name, original, like))
         else:
-            replaced[id(original)] = new
-    quantized: Any = model if inplace else copy.deepcopy(model, replaced)
-
-    quantized.la_aciq = Quantization(
-        config=config,
-        state=state,
-        layers=layers if _quantizes_linear(config) else (),
-        projections=projections,
-        skipped=skipped,
-        fingerprint=profile.metadata["fingerprint"],
-        calibration_tokens={tag: int(count) for tag, count in profile.metadata["tokens"].items()},
-    )
-    state.attach(quantized)
-    result: nn.Module = quantized
+            replaced[id(original)] = plan.quantized(name, original, like, copied=True)
+    result: nn.Module = model if inplace else copy.deepcopy(model, replaced)
+    plan.finish(result)
     return result
+
+
+class Plan:
+    """Which layers of a model become what, with which clips: all that is decided before a weight is looked at.
+
+    The model may be on the meta device. names: the modules to replace, in the model's order.
+    """
+
+    def __init__(self, model: nn.Module, profile: Profile, config: QuantConfig) -> None:
+        _check_settings(profile, config)
+        selected, skipped = _select(model, profile, config)
+        self.projections = _projections(model, profile, config, selected)
+        self.layers = selected if _quantizes_linear(config) else ()
+        self.names = self.layers or tuple(self.projections)
+        self._clips = _clips(profile, config, selected, self.projections)
+        self._seed = int(profile.metadata["rotation"]["seed"])
+        self._done = Quantization(
+            config=config,
+            state=LanguageState(profile.rows, config.by_language),
+            layers=self.layers,
+            projections=self.projections,
+            skipped=skipped,
+            fingerprint=profile.metadata["fingerprint"],
+            calibration_tokens={tag: int(count) for tag, count in profile.metadata["tokens"].items()},
+        )
+
+    def quantized(self, name: str, original: Any, like: nn.Module | None = None, *, copied: bool = False) -> nn.Module:
+        """What takes the place of a layer; it shares tensors with the original unless `copied`."""
+        config, state = self._done.config, self._done.state
+        new: Any
+        if name in self.layers:
+            clip = self._clips.get(name)
+            new = LanguageAwareLinear.from_linear(
+                original, config, state, clip, seed=self._seed, name=name, like=_quantized_layer(like, name)
+            )
+        else:
+            new = copy.deepcopy(original) if copied else original
+        if name in self.projections:
+            new = RoundedProjection.from_projection(
+                new, self.projections[name], config, state, self._clips[name + OUTPUT], name=name
+            )
+        replacement: nn.Module = new
+        return replacement
+
+    def finish(self, model: nn.Module) -> None:
+        """Make the model one that knows it is quantized, when all of `names` are replaced."""
+        adopt(model, self._done)
+
+
+def adopt(model: nn.Module, done: Quantization) -> None:
+    """Give a model whose layers are quantized its `la_aciq`, the hooks that set the language, and, when it is a Hugging
+    Face model, what `save_pretrained` needs.
+    """
+    quantized: Any = model
+    quantized.la_aciq = done
+    done.state.attach(model)
+    if hasattr(model, "save_pretrained"):
+        from ..integrations.transformers import prepare_for_saving
+
+        prepare_for_saving(model, done)
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Raises `LaAciqError` when the model is quantized already, by LA-ACIQ or by a quantizer of transformers."""
+    if hasattr(model, "la_aciq") or getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise LaAciqError("the model is quantized already; expected the model as it was trained")
 
 
 def bits_per_weight(model: nn.Module) -> float:
@@ -141,8 +178,7 @@ def _quantizes_linear(config: QuantConfig) -> bool:
     return config.weights < 16 or config.activations < 16
 
 
-def _check_profile(model: nn.Module, profile: Profile, config: QuantConfig) -> None:
-    profile.check_fingerprint(fingerprint(model))
+def _check_settings(profile: Profile, config: QuantConfig) -> None:
     if config.clip == "absmax" or config.activations == 16:
         return
     rotated = bool(profile.metadata["rotation"]["enabled"])
@@ -162,6 +198,9 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
     uses = Counter(
         id(weight) for module in model.modules() for weight in module._parameters.values() if weight is not None
     )
+    # While transformers loads a model, its tied weights are still apart and only declared.
+    declared: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {*declared, *declared.values()}
     layers: list[str] = []
     skipped: dict[str, str] = {}
     unexpected: list[str] = []
@@ -174,7 +213,7 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
         elif type(module) is not nn.Linear:
             skipped[name] = f"unsupported kind of layer {type(module).__name__}"
             unexpected.append(name)
-        elif any(uses[id(weight)] > 1 for weight in weights):
+        elif f"{name}.weight" in tied or any(uses[id(weight)] > 1 for weight in weights):
             skipped[name] = "its weight is tied to another layer's"
         elif name not in profile.layers:
             skipped[name] = "not in the profile"

@@ -1,0 +1,199 @@
+"""LA-ACIQ as a quantization method of transformers: quantize on load, save, load."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_llama import random_texts, tiny_llama
+from transformers import AutoModelForCausalLM
+
+import la_aciq
+from la_aciq.errors import LaAciqError
+from la_aciq.integrations.transformers import LaAciqConfig
+from la_aciq.nn import LanguageAwareLinear, QuantConfig, load_quantized, quantize_model, save_quantized
+
+IDS = torch.arange(1, 25).reshape(2, 12)
+
+
+def logits(model):
+    with torch.no_grad(), la_aciq.languages(["sw", "th"]):
+        return model(input_ids=IDS).logits
+
+
+def calibrated(model):
+    return la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, group_size=16, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def profile(model):
+    return calibrated(model)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path, max_shard_size="10KB")
+    return path
+
+
+@pytest.mark.parametrize("settings", [{}, {"activations": 16}, {"kv": 4, "activations": 8}, {"weights": 16}], ids=str)
+@pytest.mark.parametrize("device_map", [None, "auto"])
+def test_quantized_on_load_as_in_memory_and_loaded_again_as_saved(
+    model, profile, folder, tmp_path, settings, device_map
+):
+    expected = quantize_model(model, profile, QuantConfig(group_size=16, **settings), progress=False)
+    config = LaAciqConfig(profile, **settings)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map=device_map
+    )
+    assert not loaded.training
+    assert torch.equal(logits(loaded), logits(expected))
+    assert loaded.la_aciq.config == expected.la_aciq.config
+    assert loaded.la_aciq.skipped == expected.la_aciq.skipped
+    assert loaded.la_aciq.fingerprint == expected.la_aciq.fingerprint
+
+    loaded.save_pretrained(tmp_path / "int4")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", device_map=device_map)
+    assert type(again) is type(model)
+    assert torch.equal(logits(again), logits(expected))
+    assert torch.equal(logits(load_quantized(tmp_path / "int4")), logits(expected))
+    generated = again.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(generated, expected.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0))
+
+
+def test_both_ways_of_saving_write_the_same(model, profile, tmp_path):
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    save_quantized(quantized, tmp_path / "a")
+    quantized.save_pretrained(tmp_path / "b")
+    a, b = (sorted((tmp_path / name).iterdir()) for name in "ab")
+    assert [file.name for file in a] == [file.name for file in b]
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(a, b, strict=True))
+
+
+def test_a_profile_folder_and_bfloat16(tmp_path):
+    model = tiny_llama(dtype=torch.bfloat16)
+    profile = calibrated(model)
+    model.save_pretrained(tmp_path / "model")
+    profile.save(tmp_path / "profile")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=LaAciqConfig(tmp_path / "profile")
+    )
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.model.layers[0].mlp.up_proj.clip.dtype == torch.float32
+    expected = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    assert torch.equal(logits(loaded), logits(expected))
+    # The dtype of what is not quantized may be chosen when a quantized model is loaded; clips stay float32.
+    loaded.save_pretrained(tmp_path / "int4")
+    wide = load_quantized(tmp_path / "int4", dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.model.layers[0].mlp.up_proj.clip, loaded.model.layers[0].mlp.up_proj.clip)
+
+
+def test_at_most_one_layer_is_unquantized_while_loading(profile, folder, monkeypatch):
+    """How many linear layers have a float weight whenever one of them is quantized."""
+    alive, counts = [], []
+    assign, made = torch.nn.Linear.__setattr__, LanguageAwareLinear.from_linear.__func__
+
+    def watch(module, name, value):
+        assign(module, name, value)
+        if name == "weight" and not value.is_meta:
+            alive.append(None)
+            weakref.finalize(value, alive.pop)
+
+    def count(cls, linear, *args, **kwargs):
+        counts.append(len(alive))
+        return made(cls, linear, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Linear, "__setattr__", watch)
+    monkeypatch.setattr(LanguageAwareLinear, "from_linear", classmethod(count))
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=LaAciqConfig(profile), dtype=torch.float32)
+    assert counts == [1] * 14
+
+
+def test_the_profile_of_another_model_is_refused(folder):
+    with pytest.raises(LaAciqError, match="another model"):
+        AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=LaAciqConfig(calibrated(tiny_llama(seed=1))), dtype=torch.float32
+        )
+
+
+def test_a_quantized_model_is_not_quantized_again(model, profile, tmp_path):
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    quantized.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LaAciqConfig(profile, activations=8))
+    assert again.la_aciq.config.activations == 4  # transformers' rule: the checkpoint's own configuration is used
+    with pytest.raises(LaAciqError, match="quantized already"):
+        quantize_model(again, profile, QuantConfig(group_size=16))
+
+
+def test_broken_weights_are_named(profile, model, tmp_path):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[1, 1] = float("nan")
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(LaAciqError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LaAciqConfig(profile), dtype=torch.float32)
+
+
+def test_a_tampered_table_is_refused_by_from_pretrained(model, profile, tmp_path):
+    quantize_model(model, profile, QuantConfig(group_size=16), progress=False).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.layers.0.mlp.up_proj.clip"][1, 0] = float("inf")
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(LaAciqError, match=r"model\.layers\.0\.mlp\.up_proj.*not finite and positive"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_settings_are_checked(profile):
+    with pytest.raises(LaAciqError, match="activations = 5"):
+        LaAciqConfig(profile, activations=5)
+    with pytest.raises(LaAciqError, match="unknown quantization setting 'bits'"):
+        LaAciqConfig(profile, bits=4)
+    with pytest.raises(LaAciqError, match="not a profile folder"):
+        LaAciqConfig("nowhere")
+    with pytest.raises(LaAciqError, match="disk"):
+        AutoModelForCausalLM.from_pretrained(
+            "anything", config=tiny_llama().config, quantization_config=LaAciqConfig(profile), device_map={"": "disk"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("imports", "works"),
+    [
+        ("import la_aciq, transformers", True),
+        ("import transformers.quantizers, la_aciq", True),
+        ("import transformers", False),
+    ],
+)
+def test_la_aciq_must_be_imported_and_nothing_more(model, profile, tmp_path, imports, works):
+    quantize_model(model, profile, QuantConfig(group_size=16), progress=False).save_pretrained(tmp_path)
+    script = f"""
+    {imports}
+    import sys
+    model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+    print(type(model.model.layers[0].mlp.up_proj).__name__)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    if works:
+        assert done.stdout.strip() == "LanguageAwareLinear", done.stderr
+    else:  # transformers warns and goes on, and the tensors do not fit
+        assert done.returncode != 0
+        assert "Unknown quantization type, got la_aciq" in done.stderr
+
+
+def test_importing_la_aciq_imports_neither_transformers_nor_torch():
+    script = "import sys, la_aciq; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
