@@ -5,6 +5,7 @@ import contextvars
 import copy
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -376,3 +377,82 @@ def test_a_call_without_tokens_is_refused():
 def test_rows_must_start_with_und():
     with pytest.raises(ValueError, match="must start with 'und'"):
         LanguageState(("en", "und"))
+
+
+class Part(nn.Module):
+    """An encoder or decoder that keeps the ids its layers would read."""
+
+    def __init__(self, state, reads="input_ids"):
+        super().__init__()
+        self.state, self.main_input_name, self.seen = state, reads, {}
+
+    def forward(self, input_ids=None, encoder_hidden_states=None, encoder_attention_mask=None, **inputs):
+        given = inputs.get(self.main_input_name, input_ids)
+        tokens = given.shape[1] if self.main_input_name == "input_ids" else 2 * given.shape[1]
+        self.seen["own"] = self.state.ids_for(torch.zeros(len(given), tokens, 5)).clone()
+        if encoder_hidden_states is not None:
+            self.seen["memory"] = self.state.ids_for(encoder_hidden_states).clone()
+        return torch.zeros(len(given), tokens, 8)
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self, reads="input_ids"):
+        super().__init__()
+        self.config = SimpleNamespace(is_encoder_decoder=True)
+        self.state = LanguageState(ROWS)
+        self.encoder, self.decoder = Part(self.state, reads), Part(self.state)
+        self.state.attach(self)
+
+    def get_encoder(self):
+        return self.encoder
+
+    def get_decoder(self):
+        return self.decoder
+
+    def forward(self, decoder_input_ids, attention_mask=None, **inputs):
+        self.decoder(
+            decoder_input_ids,
+            encoder_hidden_states=self.encoder(attention_mask=attention_mask, **inputs),
+            encoder_attention_mask=attention_mask,
+        )
+
+
+@pytest.mark.parametrize("decoded", [1, 3, 4])
+def test_encoder_and_decoder_have_positions_of_their_own(decoded):
+    model = EncoderDecoder()
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    with languages(["sw", "ja"]):
+        model(ids(2, decoded), attention_mask=mask, input_ids=ids(2, 3))
+    assert model.encoder.seen["own"].tolist() == [[SINK, SW, SW], [UND, SINK, UND]]
+    # Cross-attention reads the encoder's positions, also where there are as many as the decoder's.
+    assert model.decoder.seen["memory"].tolist() == [[SINK, SW, SW], [UND, SINK, UND]]
+    assert model.decoder.seen["own"].tolist() == [[SINK, *[SW] * (decoded - 1)], [SINK, *[UND] * (decoded - 1)]]
+    assert model.state.unserved == {"ja": 1}  # once, not once for each part
+    assert model.state.ids_for(torch.zeros(2, 3, 5)) is None
+
+
+def test_an_encoder_of_features_has_languages_and_no_first_token():
+    model = EncoderDecoder("input_features")
+    with languages(["sw", "en"]):
+        model(ids(2, 3), input_features=torch.zeros(2, 80, 7))
+    assert model.encoder.seen["own"].tolist() == [SW, EN]
+    assert model.decoder.seen["memory"].tolist() == [SW, EN]
+    assert model.decoder.seen["own"].tolist() == [[SINK, SW, SW], [SINK, EN, EN]]
+
+
+def test_rows_picked_out_of_the_pass_keep_their_languages():
+    model = Spy()
+    seen = []
+
+    def inside():
+        x = torch.zeros(6, 5)
+        with model.state.picked(x, torch.tensor([5, 0, 1])):
+            seen.append(model.state.ids_for(torch.zeros(3, 7)).tolist())
+        seen.append(model.state.ids_for(x).tolist())
+
+    model.inside = inside
+    with languages(["sw", "en"]):
+        model(ids(2, 3))
+    assert seen == [[EN, SINK, SW], [SINK, SW, SW, SINK, EN, EN]]
+    with model.state.picked(torch.zeros(6, 5), torch.tensor([1])):
+        assert model.state.ids_for(torch.zeros(1, 7)) is None

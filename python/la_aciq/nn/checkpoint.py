@@ -257,7 +257,9 @@ def check_files(model: nn.Module, files: Iterable[str | os.PathLike[str]], sha25
                     name, {key: tensors[f"{name}.{key}"] for key in module._buffers if f"{name}.{key}" in tensors}
                 )
         if digest(tensors) != sha256:
-            raise LaAciqError("the tensors of the checkpoint do not match their SHA-256: a file was edited or damaged")
+            raise LaAciqError(
+                "the tensors of the checkpoint do not match their SHA-256: a file was edited or cut short"
+            )
 
 
 def _checksum(description: Mapping[str, Any]) -> str:
@@ -280,7 +282,7 @@ def _opened(files: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, torch
                 tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
             except (OSError, safetensors.SafetensorError) as error:
                 raise LaAciqError(
-                    f"{str(file)!r} is not a complete safetensors file (edited or cut short): {error}"
+                    f"{str(file)!r} is not a safetensors file: it was edited or cut short ({error})"
                 ) from error
         yield tensors
 

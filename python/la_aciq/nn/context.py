@@ -7,6 +7,7 @@ the same from call to call, as a CUDA graph needs.
 """
 
 import inspect
+import math
 import threading
 import warnings
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import LaAciqError
 from ..tags import UND, canonical, match
@@ -88,8 +90,11 @@ class LanguageState:
         self._sink = self.rows.index(SINK) if SINK in self.rows else None
         # One flat buffer per power of two of batch x tokens: a shape always gets the same addresses, and all shapes
         # together take less than twice the memory of the largest power of two seen, whatever lengths requests have.
-        self._buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, torch.device, int], torch.Tensor] = {}
         self._ids: torch.Tensor | None = None
+        self._memory: tuple[torch.Tensor, torch.Tensor] | None = None  # what cross-attention reads, and its ids
+        self._features = False  # whether an encoder reads features, such as a spectrogram's, instead of tokens
+        self._counted = False  # whether the running pass has counted the languages that have no row
         self._owner: threading.Thread | None = None
         self._running: list[nn.Module] = []  # hooked modules in whose forward the owner is, the outermost first
         self._lock = threading.Lock()
@@ -98,18 +103,39 @@ class LanguageState:
         """For copies of a model: a copy has its own lock and buffers and is in no forward pass."""
         state = self.__dict__.copy()
         del state["_lock"]
-        return state | {"_buffers": {}, "_ids": None, "_owner": None, "_running": [], "unserved": Counter()}
+        return state | {
+            "_buffers": {},
+            "_ids": None,
+            "_memory": None,
+            "_owner": None,
+            "_running": [],
+            "unserved": Counter(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def attach(self, model: nn.Module) -> None:
-        """Hook the state to a model: its forward passes set the ids first and release them at the end."""
+    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+        """Hook the state to a model: its forward passes set the ids first and release them at the end.
+
+        An encoder-decoder's two parts have positions of their own and set their ids each for itself; cross-attention
+        reads those of the encoder. Returns the handles of the hooks.
+        """
         # The body of a Hugging Face model may be called alone, for its hidden states.
-        for module in {id(module): module for module in (model, getattr(model, "base_model", model))}.values():
-            module.register_forward_pre_hook(self._begin, with_kwargs=True)
-            module.register_forward_hook(self._end, always_call=True)
+        whole = [model, getattr(model, "base_model", model)]
+        reading = whole
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            hugging_face: Any = model
+            reading = [hugging_face.get_encoder(), hugging_face.get_decoder()]
+            self._features = _reads_features(reading[0])
+        modules = {id(module): module for module in [*whole, *reading]}
+        handles = []
+        for key, module in modules.items():
+            begin = self._begin if any(key == id(part) for part in reading) else self._enter
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._end, always_call=True))
+        return handles
 
     def row(self, tag: str) -> int:
         """The row that serves a canonical BCP-47 tag, 0 (`und`) when no row's language is close to it."""
@@ -119,26 +145,38 @@ class LanguageState:
         """The row ids (int32) for a layer's input x [..., K]: they match x's leading dimensions from the left.
 
         None, the pooled row, outside a forward pass of the model. x has the pass's [batch, tokens] positions, the same
-        positions flattened, or only the last ones of each row (a head under `logits_to_keep`); anything else raises
-        `RuntimeError`, because it cannot be known which token is whose.
+        positions flattened, only the last ones of each row (a head under `logits_to_keep`), or those of the encoder
+        that a decoder's cross-attention reads; anything else raises `RuntimeError`, because it cannot be known which
+        token is whose.
         """
         ids = self._ids
         if ids is None:
             return None
-        leading = x.shape[:-1]
-        if leading[:2] != ids.shape:
-            if len(leading) == 1 and leading[0] == ids.numel():
-                ids = ids.view(-1)
-            elif len(leading) == 2 and leading[0] == ids.shape[0] and leading[1] < ids.shape[1]:
-                ids = ids[:, ids.shape[1] - leading[1] :]
-            else:
-                raise RuntimeError(
-                    f"a quantized layer got an input of shape {list(x.shape)} in a forward pass over [batch, tokens] = "
-                    f"{list(ids.shape)}; the language of each of its rows is unknown"
-                )
-        return ids if ids.device == x.device else ids.to(x.device)
+        memory = self._memory
+        if memory is not None and (
+            x is memory[0] or (_matching(ids, x) is None and _matching(memory[1], x) is not None)
+        ):
+            ids = memory[1]
+        found = _matching(ids, x)
+        if found is None:
+            raise RuntimeError(
+                f"a quantized layer got an input of shape {list(x.shape)} in a forward pass over [batch, tokens] = "
+                f"{list(ids.shape)}; the language of each of its rows is unknown"
+            )
+        return found if found.device == x.device else found.to(x.device)
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @contextmanager
+    def picked(self, x: torch.Tensor, tokens: torch.Tensor) -> Iterator[None]:
+        """Inside, layers read rows x[tokens] of a layer's input x [T, K] (int64 [n]), as experts do."""
+        before, memory = self._ids, self._memory
+        ids = self.ids_for(x)
+        self._ids, self._memory = None if ids is None else ids[tokens], None
+        try:
+            yield
+        finally:
+            self._ids, self._memory = before, memory
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = threading.current_thread()
         with self._lock:
             # A pass that KeyboardInterrupt broke off never released: its own thread, or anyone after that thread's
@@ -153,17 +191,38 @@ class LanguageState:
             self._owner = current
             if model in self._running:  # the earlier call was interrupted
                 del self._running[self._running.index(model) :]
+            if not self._running:
+                self._counted = False
             self._running.append(model)
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(model, args, kwargs)
         if args:
             kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
+        if inputs is None and _reads_features(model):
+            inputs = kwargs.get(str(model.main_input_name))
         if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2:
             raise LaAciqError(
                 "a quantized model's call needs input_ids [batch, tokens] or inputs_embeds [batch, tokens, width]"
             )
-        self._write(inputs.shape[0], inputs.shape[1], inputs.device, kwargs)
+        batch, device = inputs.shape[0], inputs.device
+        self._memory = None
+        if _reads_features(model):  # how many positions it makes of them is its own affair, and none is a first token
+            self._ids = self._write("own", (batch,), device)
+            return
+        first = self._first_tokens(inputs.shape[1], device, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+        self._ids = self._write("own", (batch, inputs.shape[1]), device, first)
+        memory = kwargs.get("encoder_hidden_states")
+        if isinstance(memory, torch.Tensor) and memory.ndim == 3:
+            if self._features:
+                ids = self._write("memory", (batch,), device)
+            else:
+                first = self._first_tokens(memory.shape[1], device, kwargs.get("encoder_attention_mask"), None)
+                ids = self._write("memory", (batch, memory.shape[1]), device, first)
+            self._memory = (memory, ids)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # The hook also runs after a pass that `_begin` refused: that pass must not release another thread's.
@@ -171,23 +230,28 @@ class LanguageState:
             if self._owner is threading.current_thread() and model in self._running:
                 del self._running[self._running.index(model) :]
                 if not self._running:
-                    self._owner = self._ids = None
+                    self._owner = self._ids = self._memory = None
 
-    def _write(self, batch: int, tokens: int, device: torch.device, kwargs: dict[str, Any]) -> None:
-        size = 1 << max(batch * tokens - 1, 0).bit_length()
-        if (device, size) not in self._buffers:
+    def _write(
+        self, role: str, shape: tuple[int, ...], device: torch.device, first: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Ids of this shape, [batch, tokens] or [batch], in their role's persistent buffer; `first` get the sink's."""
+        batch, number = shape[0], math.prod(shape)
+        size = 1 << max(number - 1, 0).bit_length()
+        key = (role, device, size)
+        if key not in self._buffers:
             # Made in inference mode, the buffer could not be written in place outside of it.
             with torch.inference_mode(False):
-                self._buffers[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
-        ids = self._buffers[device, size][: batch * tokens].view(batch, tokens)
+                self._buffers[key] = torch.zeros(size, dtype=torch.int32, device=device)
+        ids = self._buffers[key][:number].view(shape)
         requested = _requested.get()
         if isinstance(requested, tuple):
             if len(requested) != batch:
                 raise LaAciqError(
                     f"languages() has {len(requested)} tags for a batch of {batch} rows; expected one tag per row"
                 )
-            rows = [self._count(tag) for tag in requested]
-            ids.copy_(torch.tensor(rows, dtype=torch.int32)[:, None])
+            rows = torch.tensor([self._count(tag) for tag in requested], dtype=torch.int32)
+            ids.copy_(rows.view(-1, *[1] * (len(shape) - 1)))
         else:
             if requested is None and self._warn:
                 self._warn = False
@@ -197,25 +261,42 @@ class LanguageState:
                     stacklevel=2,
                 )
             ids.fill_(0 if requested is None else self._count(requested, batch))
-        if self._sink is not None and tokens:
-            ids.masked_fill_(self._first_tokens(tokens, device, kwargs), self._sink)
-        self._ids = ids
+        self._counted = True
+        if self._sink is not None and first is not None and number:
+            ids.masked_fill_(first, self._sink)
+        return ids
 
     def _count(self, tag: str, batch: int = 1) -> int:
         row = self.row(tag)
-        if row == 0 and tag != UND and len(self._running) == 1:
+        if row == 0 and tag != UND and not self._counted:
             self.unserved[tag.partition("-")[0]] += batch
         return row
 
     @staticmethod
-    def _first_tokens(tokens: int, device: torch.device, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _first_tokens(tokens: int, device: torch.device, mask: Any, cache: Any) -> torch.Tensor:
         """True, [batch or 1, tokens], at each sequence's first token: after left padding, not in a continuation."""
-        cache = kwargs.get("past_key_values")
         # An int, or for a static cache a tensor, which is not read back.
         past = cache.get_seq_length() if cache is not None else 0
-        mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             first = (mask != 0).to(torch.uint8).argmax(dim=1, keepdim=True)
         else:
             first = torch.zeros((1, 1), dtype=torch.int64, device=device)
         return torch.arange(tokens, device=device) + past == first
+
+
+def _reads_features(module: nn.Module) -> bool:
+    """Whether a Hugging Face module reads something else than tokens or their embeddings, such as a spectrogram."""
+    return getattr(module, "main_input_name", "input_ids") not in ("input_ids", "inputs_embeds")
+
+
+def _matching(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """Ids [batch, tokens], [batch] or [tokens], as they belong to the leading dimensions of x [..., K], if they do."""
+    leading = x.shape[:-1]
+    if leading[: ids.ndim] == ids.shape:
+        return ids
+    if ids.ndim == 2:
+        if len(leading) == 1 and leading[0] == ids.numel():
+            return ids.view(-1)
+        if len(leading) == 2 and leading[0] == ids.shape[0] and leading[1] < ids.shape[1]:
+            return ids[:, ids.shape[1] - leading[1] :]
+    return None

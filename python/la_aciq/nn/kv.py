@@ -62,7 +62,7 @@ class RoundedProjection(LanguageAwareModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., heads * head_dim] in x's dtype, every value one of the 16 of its head's codebook."""
         y = self.linear(x)
-        return round_trip(y, self.clip, self.state.ids_for(y), self.config, self.head_dim)
+        return round_trip(y, self.clip, self.state.ids_for(x), self.config, self.head_dim)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, clip={self.config.clip!r}"
