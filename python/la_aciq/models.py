@@ -58,9 +58,48 @@ def sample(parameter: torch.Tensor) -> bytes:
     return f" {list(parameter.shape)}".encode() + found
 
 
-def is_ignored(layer: str, patterns: Iterable[str]) -> bool:
-    """Whether a layer of this full name is named by its full name, its last component, or a shell pattern."""
-    last = layer.rpartition(".")[2]
+def linear_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight [N, K] of a linear layer: `torch.nn.Linear` itself, Falcon's, or GPT-2's Conv1D; otherwise None.
+
+    Another subclass of Linear may compute something else, and is not taken for one.
+    """
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if type(module) is nn.Linear or kind == "transformers.models.falcon.modeling_falcon.FalconLinear":
+        return module.get_parameter("weight")
+    return module.get_parameter("weight").T if kind == "transformers.pytorch_utils.Conv1D" else None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is a mixture's experts as transformers keeps them: gated, with the parameters `gate_up_proj`
+    [E, 2 I, K] and `down_proj` [E, K, I], gate before up, without biases.
+    """
+    flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    gate = getattr(type(module), "_apply_gate", None)
+    return (
+        all(getattr(module, name, None) is value for name, value in flags.items())
+        and not getattr(module, "has_post_expert_norm", False)
+        and getattr(gate, "__name__", None) == "_default_apply_gate"
+        and set(module._parameters) == set(EXPERT_WEIGHTS)
+        and not module._modules.keys() - {"act_fn"}
+    )
+
+
+# The parameters of experts, each [E, N, K], and names of what is measured and quantized of them.
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+
+
+def output_head(model: nn.Module) -> str | None:
+    """The name of the layer that makes the logits, whatever its architecture calls it."""
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((name for name, module in model.named_modules() if module is found), None)
+
+
+def is_ignored(layer: str, patterns: Iterable[str], head: str | None = None) -> bool:
+    """Whether a layer of this full name is named by its full name, its last component, or a shell pattern.
+
+    "lm_head" also names the model's output head, `head`, where it has another name.
+    """
+    last = "lm_head" if layer == head else layer.rpartition(".")[2]
     return any(pattern in (layer, last) or fnmatchcase(layer, pattern) for pattern in patterns)
 
 

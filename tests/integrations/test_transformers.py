@@ -1,6 +1,7 @@
 """LA-ACIQ as a quantization method of transformers: quantize on load, save, load."""
 
 import copy
+import os
 import subprocess
 import sys
 import textwrap
@@ -185,7 +186,13 @@ def test_la_aciq_must_be_imported_and_nothing_more(model, profile, tmp_path, imp
     model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
     print(type(model.model.layers[0].mlp.up_proj).__name__)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"TRANSFORMERS_VERBOSITY": "warning"},
+    )
     if works:
         assert done.stdout.strip() == "LanguageAwareLinear", done.stderr
     else:  # transformers warns and goes on, and the tensors do not fit

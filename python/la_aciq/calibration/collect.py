@@ -4,14 +4,17 @@ What is kept is one set of moments and one histogram per layer, group and langua
 """
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,8 +23,10 @@ from .._files import check_output
 from .._moments import Moments
 from .._version import __version__
 from ..errors import LaAciqError
-from ..models import fingerprint, is_ignored
-from .profile import JSON_FILE, Kind, Profile
+from ..models import fingerprint, is_experts, is_ignored, linear_weight, output_head
+from ..nn.context import LanguageState
+from ..tags import UND, canonical
+from .profile import JSON_FILE, SINK, Kind, Profile
 from .texts import TokenizedText, tokenize
 
 # The projections whose outputs a KV cache holds, by the last component of their name.
@@ -44,10 +49,13 @@ def calibrate(
 ) -> Profile:
     """Measure, by language, the inputs of a model's linear layers and the outputs of its key and value projections.
 
-    model: a Hugging Face causal language model.
+    model: a Hugging Face language model: a decoder, an encoder, or an encoder-decoder, whose decoder is given the same
+        tokens one place later.
     texts: by BCP-47 tag a str, a list of str, or token ids (then the tokenizer may be None); see
-        `calibration.tokenize`.
-    seqlen, tokens: the first `tokens` tokens of each text are read, in windows of seqlen.
+        `calibration.tokenize`. For a model that reads something else, such as speech, a list of its calls' keyword
+        arguments: mappings of names to tensors with a batch of one.
+    seqlen, tokens: the first `tokens` tokens of each text are read, in windows of seqlen; lists of calls are read
+        whole.
     group_size: elements along the input that share statistics: even, or 0 for one group per token. Outputs of key and
         value projections have one group per head.
     rotate, seed: measure inputs after the randomized Hadamard rotation with these signs.
@@ -62,9 +70,7 @@ def calibrate(
         raise LaAciqError(f"group_size = {group_size}; expected an even number of elements, or 0 for the whole row")
     if resume is not None:
         check_output(resume, JSON_FILE, force=True)
-    tokenized = tokenize(texts, tokenizer)
-    windows = {tag: text.windows(tag, tokens=tokens, seqlen=seqlen) for tag, text in tokenized.items()}
-    _check_ids(model, tokenized, seqlen)
+    readings = _readings(model, texts, tokenizer, tokens=tokens, seqlen=seqlen)
     _check_weights(model)
     settings = {
         "fingerprint": fingerprint(model),
@@ -74,16 +80,16 @@ def calibrate(
         "seqlen": seqlen,
         "ignore": list(ignore),
     }
-    hashes = {tag: hashlib.sha256(text.ids[:tokens].tobytes()).hexdigest() for tag, text in tokenized.items()}
+    hashes = {tag: reading.hash for tag, reading in readings.items()}
     collector = _Collector(model, group_size, seed if rotate else None, ignore)
     done: dict[str, Mapping[str, Moments]] = {}
     if resume is not None and (Path(resume) / JSON_FILE).exists():
-        done = collector.continue_from(_checked_partial(Path(resume), settings, hashes), list(tokenized))
+        done = collector.continue_from(_checked_partial(Path(resume), settings, hashes), list(readings))
 
     def profile_of(languages: Sequence[str]) -> Profile:
         metadata = {
             **settings,
-            "tokens": dict.fromkeys(languages, tokens),
+            "tokens": {tag: readings[tag].tokens for tag in languages},
             "texts": {tag: hashes[tag] for tag in languages},
             "versions": {"la_aciq": __version__, "torch": torch.__version__},
         }
@@ -91,23 +97,96 @@ def calibrate(
         return Profile.from_languages(measured, collector.sink, collector.sites, collector.layers, metadata)
 
     device = next(model.parameters()).device
+    total = sum(reading.tokens for reading in readings.values())
     with (
-        tqdm(total=tokens * len(windows), initial=tokens * len(done), unit="tok", disable=not progress) as bar,
+        tqdm(total=total, initial=sum(readings[tag].tokens for tag in done), unit="tok", disable=not progress) as bar,
         collector.attached() as network,
     ):
-        for tag, pieces in windows.items():
+        cache = {"use_cache": False} if "use_cache" in inspect.signature(network.forward).parameters else {}
+        for tag, reading in readings.items():
             if tag in done:
                 continue
             bar.set_description(f"calibrating {tag}")
             collector.begin_language()
-            for window in pieces:
-                network(input_ids=torch.from_numpy(window.ids).to(device)[None], use_cache=False)
-                bar.update(len(window.ids))
+            for call in reading.calls:
+                network(**{name: value.to(device) for name, value in call.items()}, **cache)
+                bar.update(_positions(call))
             done[tag] = collector.end_language()
             if resume is not None:
                 profile_of(list(done)).save(resume, force=True)
         bar.set_description("calibrated")
-    return profile_of(list(windows))
+    return profile_of(list(readings))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a model reads of a language: its calls' arguments, how many tokens they are, and a hash of them."""
+
+    calls: list[dict[str, Tensor]]
+    tokens: int
+    hash: str
+
+
+def _readings(
+    model: nn.Module, texts: Mapping[str, Any], tokenizer: Any, *, tokens: int, seqlen: int
+) -> dict[str, _Reading]:
+    """By canonical tag. Texts become windows; lists of calls are taken as they are."""
+    given = {tag: text for tag, text in texts.items() if _is_calls(text)}
+    if given and len(given) < len(texts):
+        raise LaAciqError("texts has lists of calls for some languages and texts for others; expected one kind for all")
+    if given:
+        made: dict[str, _Reading] = {}
+        for tag, calls in given.items():
+            digest = hashlib.sha256()
+            for name, value in [item for call in calls for item in sorted(call.items())]:
+                digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            made[canonical(tag)] = _Reading(
+                [dict(call) for call in calls], sum(map(_positions, calls)), digest.hexdigest()
+            )
+        return made
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise LaAciqError(
+            f"{type(model).__name__} reads {model.main_input_name}; expected for each language a list of its calls' "
+            "arguments (mappings of names to tensors) instead of text"
+        )
+    tokenized = tokenize(texts, tokenizer)
+    windows = {tag: text.windows(tag, tokens=tokens, seqlen=seqlen) for tag, text in tokenized.items()}
+    _check_ids(model, tokenized, seqlen)
+    return {
+        tag: _Reading(
+            [_call(model, window.ids) for window in windows[tag]],
+            tokens,
+            hashlib.sha256(text.ids[:tokens].tobytes()).hexdigest(),
+        )
+        for tag, text in tokenized.items()
+    }
+
+
+def _is_calls(text: Any) -> bool:
+    """Whether the entry of `texts` is a list of mappings of names to tensors."""
+    return (
+        isinstance(text, Sequence)
+        and len(text) > 0
+        and all(isinstance(call, Mapping) and all(isinstance(v, Tensor) for v in call.values()) for call in text)
+    )
+
+
+def _call(model: nn.Module, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    """The arguments with which a model reads a window of token ids [t]."""
+    call = {"input_ids": torch.from_numpy(ids)[None]}
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        start = config.decoder_start_token_id
+        first = call["input_ids"][:, -1:] if start is None else torch.tensor([[start]])
+        call["decoder_input_ids"] = torch.cat([first, call["input_ids"][:, :-1]], dim=1)
+    return call
+
+
+def _positions(call: Mapping[str, Tensor]) -> int:
+    """The tokens of a call, those of the decoder where there are two kinds."""
+    ids = [call[name] for name in ("decoder_input_ids", "input_ids") if name in call]
+    return ids[0].numel() if ids else 1
 
 
 class _Collector:
@@ -125,37 +204,45 @@ class _Collector:
         self._model = model
         self._group_size = group_size
         self._seed = seed
+        head = output_head(model)
+        found = {name: module for name, module in model.named_modules() if not is_ignored(name, ignore, head)}
+        self._experts = {name: module for name, module in found.items() if is_experts(module)}
         self._linears = {
             name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not is_ignored(name, ignore)
+            for name, module in found.items()
+            if isinstance(module, nn.Linear) or linear_weight(module) is not None
         }
         if not self._linears:
             raise LaAciqError(
                 f"{type(model).__name__} has no linear layers (torch.nn.Linear) to calibrate outside {list(ignore)}"
             )
         for name, module in self._linears.items():
-            if module.in_features == 0:
+            weight = linear_weight(module)
+            if weight is not None and weight.shape[1] == 0:
                 raise LaAciqError(f"layer {name!r} has no input features (K = 0); leave it out with ignore")
         self._signs: dict[int, Tensor] = {}
         self._last: tuple[Tensor, str] | None = None
-        self._tokens = 0
+        # The same rows as when the quantized model runs: which tokens are a class of their own is decided in one place.
+        self._rows = LanguageState((UND, SINK), by_language=False)
         self._language: dict[str, Moments] = {}
         self._language_sink: dict[str, Moments] = {}
 
     @contextmanager
-    def attached(self) -> Iterator[Callable[..., Any]]:
+    def attached(self) -> Iterator[nn.Module]:
         """The model to call, hooked, in evaluation mode and without gradients, as long as the block lasts."""
         # The output head is a fifth of a small model's work; where it is not measured it need not run.
         body = getattr(self._model, "base_model", self._model)
         inside = set(map(id, body.modules()))
-        network = body if all(id(module) in inside for module in self._linears.values()) else self._model
+        hooked = [*self._linears.values(), *self._experts.values()]
+        network = body if all(id(module) in inside for module in hooked) else self._model
         training = self._model.training
         with ExitStack() as stack:
             stack.callback(self._model.train, training)
             self._model.eval()
             stack.callback(setattr, self, "_last", None)
-            handles = [network.register_forward_pre_hook(self._begin_window, with_kwargs=True)]
+            handles = [*self._rows.attach(self._model), network.register_forward_pre_hook(self._begin_window)]
+            for name, module in self._experts.items():
+                handles.append(module.register_forward_pre_hook(self._experts_hook(name), with_kwargs=True))
             for name, module in self._linears.items():
                 handles.append(module.register_forward_pre_hook(self._input_hook(name)))
                 kind = _CACHED.get(name.rpartition(".")[2])
@@ -186,8 +273,7 @@ class _Collector:
             if tag in partial.languages
         }
 
-    def _begin_window(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        self._tokens = kwargs["input_ids"].shape[1]
+    def _begin_window(self, module: nn.Module, args: Any) -> None:
         self._last = None
 
     def _input_hook(self, layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -198,40 +284,60 @@ class _Collector:
                 self.layers[layer] = self._last[1]
                 return
             self._last = (x, layer)
-            self.layers[layer] = layer
-            values = x.float()
-            if self._seed is not None:
-                k = x.shape[-1]
-                if k not in self._signs:
-                    self._signs[k] = torch.from_numpy(rotation.signs(k, self._seed)).to(x.device)
-                values = ops.rotate(values, self._signs[k])
-            self._measure(layer, "input", self._group_size or x.shape[-1], values)
+            self._measure_input(layer, x)
 
         return hook
+
+    def _experts_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """Measures what experts read, over the tokens of all of them: a hook can see no more than what comes in."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            experts: Any = module
+            named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
+            x, index = named["hidden_states"], named["top_k_index"]
+            self._measure_input(f"{name}.gate_up_proj", x)
+            for expert, weight in enumerate(experts.gate_up_proj):
+                tokens = torch.where(index == expert)[0]
+                with self._rows.picked(x, tokens):
+                    gate_up = nn.functional.linear(x[tokens], weight)
+                    self._measure_input(f"{name}.down_proj", experts._apply_gate(gate_up))
+
+        return hook
+
+    def _measure_input(self, layer: str, x: Tensor) -> None:
+        """Add a layer's input x [..., K], rotated if it is to be."""
+        self.layers[layer] = layer
+        values = x.float()
+        if self._seed is not None:
+            k = x.shape[-1]
+            if k not in self._signs:
+                self._signs[k] = torch.from_numpy(rotation.signs(k, self._seed)).to(x.device)
+            values = ops.rotate(values, self._signs[k])
+        self._measure(layer, "input", self._group_size or x.shape[-1], values, x)
 
     def _output_hook(self, site: str, kind: Kind) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self.layers[site] = site
-            self._measure(site, kind, self._head_dim(), output.float())
+            self._measure(site, kind, self._head_dim(), output.float(), args[0])
 
         return hook
 
     def _head_dim(self) -> int:
-        config: Any = getattr(self._model, "config", None)
+        hugging_face: Any = self._model
+        config = hugging_face.config.get_text_config(decoder=True)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(head_dim)
 
-    def _measure(self, site: str, kind: Kind, group_size: int, x: Tensor) -> None:
-        """Add x [..., K]: its first row to the sink's statistics, the others to the language's."""
-        k = x.shape[-1]
+    def _measure(self, site: str, kind: Kind, group_size: int, values: Tensor, x: Tensor) -> None:
+        """Add values [..., K], made of a layer's input x: its first tokens to the sink's statistics, others to the
+        language's.
+        """
+        k = values.shape[-1]
         self.sites[site] = (kind, k, min(group_size, k))
-        rows = x.reshape(-1, k)
+        rows = values.reshape(-1, k)
         if len(rows) == 0:
             return
-        # Rows that are not the window's tokens (an expert's share of them) have no first token among them.
-        row = torch.zeros(len(rows), dtype=torch.int32, device=x.device)
-        if len(rows) == self._tokens:
-            row[0] = 1
+        row = self._row_of_each(x)
         measured = _moments_by_group(rows, row, min(group_size, k))
         bad = int(measured.nonfinite.sum())
         if bad:
@@ -243,6 +349,17 @@ class _Collector:
         for total, own in ((self._language, measured[0]), (self._language_sink, measured[1])):
             if own.count.any():
                 total[site] = total[site] + own if site in total else own
+
+    def _row_of_each(self, x: Tensor) -> Tensor:
+        """Of each row of a layer's input x [..., K] in a flat order whether it is the sink's: int32, 1 or 0."""
+        leading = x.shape[:-1]
+        try:
+            ids = self._rows.ids_for(x)
+        except RuntimeError:  # rows that are not the pass's tokens have no first token among them
+            ids = None
+        if ids is None:
+            return torch.zeros(leading.numel(), dtype=torch.int32, device=x.device)
+        return ids.view(*ids.shape, *[1] * (len(leading) - ids.ndim)).expand(leading).reshape(-1)
 
 
 def _moments_by_group(x: Tensor, row: Tensor, group_size: int) -> Moments:

@@ -146,9 +146,13 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         if config.profile is None:
             raise LaAciqError("this LaAciqConfig is that of a quantized model; expected one with a profile")
-        # transformers ties weights after loading; until then a tied one is a parameter of its own.
+        # transformers ties weights after loading; until then a tied one is a parameter of its own. The first of several
+        # is the one that `named_parameters` has afterwards.
         tied: Any = model.all_tied_weights_keys
-        self._parameters = [name for name, _ in model.named_parameters() if name not in tied]
+        first: dict[str, str] = {}
+        for name, _ in model.named_parameters():
+            first.setdefault(tied.get(name, name), name)
+        self._parameters = list(first.values())
         self._plan = Plan(model, config.profile, config.config)
 
     def _take(self, model: nn.Module, name: str, tensor: torch.Tensor, missing: set[str] | None) -> None:
@@ -166,7 +170,10 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
             self._samples[name] = sample(tensor)
             setattr(module, own, nn.Parameter(tensor, requires_grad=False))
             if not any(parameter.is_meta for parameter in module.parameters()):
-                model.set_submodule(layer, self._plan.quantized(layer, module))
+                quantized = self._plan.quantized(layer, module)
+                for buffer in quantized.buffers():
+                    buffer._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would initialize it
+                model.set_submodule(layer, quantized)
         except LaAciqError as error:
             self._failure = error  # transformers would log it and go on; it is raised when loading ends
 

@@ -3,11 +3,13 @@
 from .checkpoint import load_quantized, save_quantized
 from .config import QuantConfig
 from .context import LanguageState, language, languages
+from .experts import LanguageAwareExperts
 from .kv import RoundedProjection
 from .linear import LanguageAwareLinear
 from .quantize import Quantization, bits_per_weight, quantize_model
 
 __all__ = [
+    "LanguageAwareExperts",
     "LanguageAwareLinear",
     "LanguageState",
     "QuantConfig",

@@ -10,7 +10,8 @@
     schema, version     2, and the version of LA-ACIQ that wrote it
     config              `QuantConfig.to_dict()`
     rows                the rows of every table of clips: "und", the languages, "sink"
-    layers              names of the modules that became `LanguageAwareLinear`
+    layers              names of the modules that became `LanguageAwareLinear`, or `LanguageAwareExperts`, whose
+                        layers are `<name>.<expert>.gate_up_proj` and `<name>.<expert>.down_proj`
     projections         names of the key and value projections that are wrapped in a `RoundedProjection` (their own
                         tensors move under `<name>.linear`), with the size of their heads
     skipped             other layers with a weight matrix, and why they were left alone
@@ -46,9 +47,11 @@ from .. import __version__
 from .._files import new_folder
 from ..calibration.profile import SINK
 from ..errors import LaAciqError
+from ..models import is_experts, linear_weight
 from ..tags import UND, canonical
 from .config import QuantConfig
 from .context import LanguageState
+from .experts import LanguageAwareExperts
 from .kv import RoundedProjection
 from .linear import LanguageAwareLinear, LanguageAwareModule, check_clips
 from .quantize import Quantization
@@ -292,30 +295,28 @@ def _replace(model: nn.Module, name: str, done: Quantization) -> None:
         original = model.get_submodule(name)
     except AttributeError:
         original = None
-    if not isinstance(original, nn.Linear):
+    weight = None if original is None else linear_weight(original)
+    experts = original is not None and is_experts(original)
+    if original is None or (weight is None and not experts):
         raise LaAciqError(
             f"quantization_config names the layer {name!r}, and the model of {ARCHITECTURE} has no linear layer of "
             "that name"
         )
     new: Any = original
-    if name in done.layers:
-        new = LanguageAwareLinear(
-            original.in_features,
-            original.out_features,
-            original.bias is not None,
-            done.config,
-            done.state,
-            dtype=original.weight.dtype,
-            device="meta",
-        )
+    if name in done.layers and weight is None:
+        new = LanguageAwareExperts.empty(original, done.config, done.state)
+    elif name in done.layers and weight is not None:
+        n, k = weight.shape
+        bias = original._parameters.get("bias") is not None
+        new = LanguageAwareLinear(k, n, bias, done.config, done.state, dtype=weight.dtype, device="meta")
     if name in done.projections:
         head_dim = done.projections[name]
-        if head_dim < 2 or original.out_features % head_dim:
+        outputs = 0 if weight is None else len(weight)
+        if head_dim < 2 or outputs < head_dim or outputs % head_dim:
             raise LaAciqError(
-                f"quantization_config gives {name!r} heads of {head_dim!r} outputs; it has {original.out_features} "
-                "in all"
+                f"quantization_config gives {name!r} heads of {head_dim!r} outputs; it has {outputs} in all"
             )
-        new = RoundedProjection(new, original.out_features // head_dim, head_dim, done.config, done.state)
+        new = RoundedProjection(new, outputs // head_dim, head_dim, done.config, done.state)
     model.set_submodule(name, new)
 
 

@@ -40,7 +40,7 @@ class QuantConfig:
     objective: the clip's model of the quantization error, as in `clipping.optimal`.
     rotate: rotate the layers' inputs by a randomized Hadamard transform (and the weights, offline).
     ignore: names of linear layers to leave alone: full names, last components, or shell patterns such as
-        "model.layers.0.*".
+        "model.layers.0.*". "lm_head" is the output head, whatever the architecture calls it.
 
     Raises `LaAciqError` for a value outside these, and for combinations that have no meaning or no kernel.
     """
@@ -100,9 +100,9 @@ class QuantConfig:
         """The columns of the clip table of a layer with k inputs."""
         return -(-k // self.activation_group_size) if self.activation_group_size else 1
 
-    def ignores(self, name: str) -> bool:
-        """Whether a layer of this full name is left alone."""
-        return is_ignored(name, self.ignore)
+    def ignores(self, name: str, head: str | None = None) -> bool:
+        """Whether a layer of this full name is left alone; head is the output head's name (`models.is_ignored`)."""
+        return is_ignored(name, self.ignore, head)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types; `from_dict` reads it back."""

@@ -1,13 +1,14 @@
 """The quantized linear layer: INT4 weights, and an activation clip looked up by the language of each token."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from .. import ops, rotation
 from ..errors import LaAciqError
+from ..models import linear_weight
 from ..ops import Codebook
 from .config import QuantConfig
 from .context import LanguageState
@@ -161,7 +162,7 @@ class LanguageAwareLinear(LanguageAwareModule):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: Any,
         config: QuantConfig,
         state: LanguageState,
         clip: torch.Tensor | None,
@@ -170,7 +171,7 @@ class LanguageAwareLinear(LanguageAwareModule):
         name: str = "linear",
         like: "LanguageAwareLinear | None" = None,
     ) -> "LanguageAwareLinear":
-        """Quantize a trained layer; `linear` is left as it is.
+        """Quantize a trained layer (see `models.linear_weight`), which is left as it is.
 
         clip: float32 [rows, groups] as `config` asks for, every entry finite and positive; None with 16-bit
         activations.
@@ -277,12 +278,19 @@ def round_trip(
 
 
 def check_weight(linear: nn.Module, name: str) -> torch.Tensor:
-    """The layer's weight, when all of it is finite; otherwise a `LaAciqError` that names the layer."""
-    weight: torch.Tensor = linear.get_parameter("weight").detach()
-    bad = int((~torch.isfinite(weight)).sum())
+    """The layer's weight [N, K], when all of it is finite; otherwise a `LaAciqError` that names the layer."""
+    weight = linear_weight(linear)
+    if weight is None:
+        raise LaAciqError(f"layer {name!r} is a {type(linear).__name__}; expected a torch.nn.Linear or GPT-2's Conv1D")
+    check_finite(weight, name)
+    return weight.detach()
+
+
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Raises `LaAciqError` when a layer's weight has NaN or infinite values."""
+    bad = int((~torch.isfinite(weight.detach())).sum())
     if bad:
         raise LaAciqError(f"layer {name!r}: {bad} of its {weight.numel()} weights are NaN or infinite; expected none")
-    return weight
 
 
 def check_clips(clip: torch.Tensor | None, shape: tuple[int, ...], name: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,12 @@ from tqdm import tqdm
 from .. import clipping
 from ..calibration import Profile
 from ..errors import LaAciqError
-from ..models import fingerprint
+from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, linear_weight, output_head
 from .config import QuantConfig
 from .context import LanguageState
+from .experts import LanguageAwareExperts
 from .kv import RoundedProjection
-from .linear import LanguageAwareLinear, check_weight
+from .linear import LanguageAwareLinear, check_finite
 
 OUTPUT = ".output"  # of a projection's site in the profile and of its clips in the table
 
@@ -26,10 +28,10 @@ OUTPUT = ".output"  # of a projection's site in the profile and of its clips in 
 class Quantization:
     """What was done to a quantized model; its attribute `la_aciq`.
 
-    layers: names of the linear layers that are now `LanguageAwareLinear`. projections: names of the key and value
-    projections whose outputs go through INT4, with the size of their heads. skipped: every other layer with a weight
-    matrix, and why it was left alone. calibration_tokens: per language, how many of its tokens the clips were chosen
-    on.
+    layers: names of the modules that are now `LanguageAwareLinear` or, a mixture's experts, `LanguageAwareExperts`.
+    projections: names of the key and value projections whose outputs go through INT4, with the size of their heads.
+    skipped: every other layer with a weight matrix, and why it was left alone. calibration_tokens: per language, how
+    many of its tokens the clips were chosen on.
     """
 
     config: QuantConfig
@@ -67,7 +69,8 @@ def quantize_model(
         raise LaAciqError("like: it was quantized from another model; expected one quantized from this model")
     plan = Plan(model, profile, config)
     for name in plan.layers:
-        check_weight(model.get_submodule(name), name)  # all of them before the first is changed
+        for parameter in model.get_submodule(name).parameters():
+            check_finite(parameter, name)  # all of them before the first is changed
     # A module that is replaced is never copied: the copy finds its replacement in place of it.
     replaced: dict[int, Any] = {}
     for name in tqdm(plan.names, desc="Quantizing", unit="layer", disable=not progress):
@@ -93,7 +96,8 @@ class Plan:
         self.projections = _projections(model, profile, config, selected)
         self.layers = selected if _quantizes_linear(config) else ()
         self.names = self.layers or tuple(self.projections)
-        self._clips = _clips(profile, config, selected, self.projections)
+        inputs = [one for name in self.layers for one in inputs_of(name, model.get_submodule(name))]
+        self._clips = _clips(profile, config, inputs, self.projections)
         self._seed = int(profile.metadata["rotation"]["seed"])
         self._done = Quantization(
             config=config,
@@ -109,7 +113,13 @@ class Plan:
         """What takes the place of a layer; it shares tensors with the original unless `copied`."""
         config, state = self._done.config, self._done.state
         new: Any
-        if name in self.layers:
+        if name in self.layers and is_experts(original):
+            parts = {part: self._clips.get(f"{name}.{part}") for part in EXPERT_WEIGHTS}
+            before: Any = None if like is None else like.get_submodule(name)
+            new = LanguageAwareExperts.from_experts(
+                original, config, state, parts, seed=self._seed, name=name, like=before
+            )
+        elif name in self.layers:
             clip = self._clips.get(name)
             new = LanguageAwareLinear.from_linear(
                 original, config, state, clip, seed=self._seed, name=name, like=_quantized_layer(like, name)
@@ -193,6 +203,13 @@ def _check_settings(profile: Profile, config: QuantConfig) -> None:
         )
 
 
+def inputs_of(name: str, module: nn.Module) -> tuple[str, ...]:
+    """The names of a layer's quantized inputs in the profile and the tables; none for a kind that is not supported."""
+    if linear_weight(module) is not None:
+        return (name,)
+    return tuple(f"{name}.{part}" for part in EXPERT_WEIGHTS) if is_experts(module) else ()
+
+
 def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tuple[str, ...], dict[str, str]]:
     """The names of the layers to quantize, and why every other layer with a weight matrix is left alone."""
     uses = Counter(
@@ -201,6 +218,8 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
     # While transformers loads a model, its tied weights are still apart and only declared.
     declared: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {*declared, *declared.values()}
+    head = output_head(model)
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     layers: list[str] = []
     skipped: dict[str, str] = {}
     unexpected: list[str] = []
@@ -208,21 +227,23 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
         weights = [weight for weight in module._parameters.values() if weight is not None and weight.ndim >= 2]
         if not weights or isinstance(module, nn.Embedding):
             continue
-        if config.ignores(name):
+        if config.ignores(name, head):
             skipped[name] = "ignored by the configuration"
-        elif type(module) is not nn.Linear:
+        elif any(part in name.split(".") for part in kept):
+            skipped[name] = "its architecture keeps it in float32"
+        elif not inputs_of(name, module):
             skipped[name] = f"unsupported kind of layer {type(module).__name__}"
             unexpected.append(name)
         elif f"{name}.weight" in tied or any(uses[id(weight)] > 1 for weight in weights):
             skipped[name] = "its weight is tied to another layer's"
-        elif name not in profile.layers:
+        elif any(one not in profile.layers for one in inputs_of(name, module)):
             skipped[name] = "not in the profile"
             unexpected.append(name)
         else:
             layers.append(name)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise LaAciqError(f"no layer to quantize: expected a torch.nn.Linear that the profile knows ({reasons})")
+        raise LaAciqError(f"no layer to quantize: expected a linear layer that the profile knows ({reasons})")
     if unexpected:
         named = "; ".join(f"{name} ({skipped[name]})" for name in unexpected)
         warnings.warn(f"{len(unexpected)} layers are left as they are: {named}", stacklevel=3)
@@ -242,12 +263,12 @@ def _projections(model: nn.Module, profile: Profile, config: QuantConfig, layers
 
 
 def _clips(
-    profile: Profile, config: QuantConfig, layers: tuple[str, ...], projections: dict[str, int]
+    profile: Profile, config: QuantConfig, inputs: Sequence[str], projections: dict[str, int]
 ) -> dict[str, torch.Tensor]:
     """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs and the projections'
     outputs.
     """
-    inputs = layers if config.activations < 16 else ()
+    inputs = inputs if config.activations < 16 else ()
     outputs = tuple(name + OUTPUT for name in projections)
     rows = len(profile.rows)
     if config.clip == "absmax":

@@ -1,0 +1,88 @@
+"""Quantized experts of a mixture: each token's rows keep the language of their token through the routing."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import EXPERT_WEIGHTS
+from .config import QuantConfig
+from .context import LanguageState
+from .linear import LanguageAwareLinear
+
+
+class LanguageAwareExperts(nn.Module):
+    """A mixture's experts, each a gated pair of `LanguageAwareLinear`: `<i>.gate_up_proj` and `<i>.down_proj`.
+
+    All experts share the clips of their layer's inputs, which are chosen on the tokens routed to any of them; each has
+    its own weights.
+    """
+
+    def __init__(self, act_fn: Any, state: LanguageState) -> None:
+        super().__init__()
+        self.act_fn = act_fn
+        self.state = state
+
+    @classmethod
+    def empty(cls, experts: Any, config: QuantConfig, state: LanguageState) -> "LanguageAwareExperts":
+        """Experts of the same shapes on the meta device, for a checkpoint to fill."""
+        made = cls(experts.act_fn, state)
+        for index in range(len(experts.gate_up_proj)):
+            for name in EXPERT_WEIGHTS:
+                weight = getattr(experts, name)
+                n, k = weight.shape[1:]
+                made._put(
+                    index, name, LanguageAwareLinear(k, n, False, config, state, dtype=weight.dtype, device="meta")
+                )
+        return made
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Any,
+        config: QuantConfig,
+        state: LanguageState,
+        clips: dict[str, torch.Tensor | None],
+        *,
+        seed: int = 0,
+        name: str = "experts",
+        like: "LanguageAwareExperts | None" = None,
+    ) -> "LanguageAwareExperts":
+        """Quantize trained experts (see `models.is_experts`), which are left as they are.
+
+        clips: by the name of the weight, "gate_up_proj" and "down_proj", as `LanguageAwareLinear.from_linear` takes
+        them; like it in all else.
+        """
+        made = cls(experts.act_fn, state)
+        for index in range(len(experts.gate_up_proj)):
+            for part in EXPERT_WEIGHTS:
+                own = f"{index}.{part}"
+                linear = nn.Linear(1, 1, bias=False, device="meta")
+                linear.weight = nn.Parameter(getattr(experts, part)[index], requires_grad=False)
+                before: Any = None if like is None else like.get_submodule(own)
+                layer = LanguageAwareLinear.from_linear(
+                    linear, config, state, clips.get(part), seed=seed, name=f"{name}.{own}", like=before
+                )
+                made._put(index, part, layer)
+        return made
+
+    def _put(self, index: int, name: str, layer: LanguageAwareLinear) -> None:
+        if str(index) not in self._modules:
+            self.add_module(str(index), nn.Module())
+        self.get_submodule(str(index)).add_module(name, layer)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [T, K], top_k_index int64 [T, k] (each token's experts), top_k_weights [T, k] -> [T, K]."""
+        output = torch.zeros_like(hidden_states)
+        for index in torch.unique(top_k_index).tolist():
+            expert = self._modules.get(str(index))
+            if expert is None:  # another process's
+                continue
+            tokens, place = torch.where(top_k_index == index)
+            with self.state.picked(hidden_states, tokens):
+                gate, up = expert.get_submodule("gate_up_proj")(hidden_states[tokens]).chunk(2, dim=-1)
+                made = expert.get_submodule("down_proj")(self.act_fn(gate) * up)
+            output.index_add_(0, tokens, (made * top_k_weights[tokens, place, None]).to(output.dtype))
+        return output
