@@ -41,14 +41,18 @@ COMMON_FLAGS = [
 # at::parallel_for is compiled into its caller, and runs on one thread where the caller is compiled without OpenMP.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 WARNING_FLAGS = ["-Wall", "-Wextra"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [
+    *AVX2_FLAGS,
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    "-mprefer-vector-width=512",
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own intrinsics
+]
 ISA_FLAGS = {
-    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512": [
-        *("-mavx2", "-mfma", "-mf16c"),
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        "-mprefer-vector-width=512",
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own intrinsics
-    ],
+    "kernels_avx2": AVX2_FLAGS,
+    "kernels_avx512": AVX512_FLAGS,
+    "products_avx2vnni": [*AVX2_FLAGS, "-mavxvnni"],
+    "products_avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
 }
 
 CUDA_ARCHITECTURES = ("80", "90", "100")
@@ -222,7 +226,7 @@ class BuildCore(build_ext):
         def compile_one(source: str) -> str:
             if cuda and source.endswith(".cu"):
                 return compile_cuda(source, cuda, Path(self.build_temp))
-            torch_free = Path(source).stem.startswith("kernels_")
+            torch_free = Path(source).stem.startswith(("kernels_", "products_"))
             flags = COMMON_FLAGS + (WARNING_FLAGS if torch_free else OPENMP_FLAGS)
             return self.compiler.compile(
                 [source],

@@ -1,4 +1,7 @@
 // Which instruction set's kernels run: the best one of this CPU, found once.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <string.h>
 
 #include <atomic>
@@ -11,12 +14,28 @@ extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Product kAvx2VnniProduct;
+extern const Product kAvx512VnniProduct;
 #endif
 
 namespace {
 
+#if defined(__x86_64__)
+// Bit 4 of EAX of CPUID leaf 7.1, for which __builtin_cpu_supports has a name in newer compilers only.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 16u);
+}
+
+Kernels with(Kernels kernels, const char* isa, const Product& integer_product) {
+  kernels.isa = isa;
+  kernels.integer_product = integer_product;
+  return kernels;
+}
+#endif
+
 struct Available {
-  const Kernels* list[3];
+  const Kernels* list[5];
   int count = 0;
 
   Available() {
@@ -25,10 +44,20 @@ struct Available {
     __builtin_cpu_init();  // also checks that the operating system saves the wide registers
     const bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2) list[count++] = &kAvx2Kernels;
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      list[count++] = &kAvx512Kernels;
+    if (!avx2) return;
+    list[count++] = &kAvx2Kernels;
+    if (has_avx_vnni()) {
+      static const Kernels vnni = with(kAvx2Kernels, "avx2vnni", kAvx2VnniProduct);
+      list[count++] = &vnni;
+    }
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
+      return;
+    }
+    list[count++] = &kAvx512Kernels;
+    if (__builtin_cpu_supports("avx512vnni")) {
+      static const Kernels vnni = with(kAvx512Kernels, "avx512vnni", kAvx512VnniProduct);
+      list[count++] = &vnni;
     }
 #endif
   }

@@ -25,8 +25,8 @@ struct MomentsArgs {
   Languages languages;
 };
 
-// x [rows, k] of dtype -> codes [rows, ceil(k / 2)] or, where values is given, the values of the codes in
-// float32 [rows, k].
+// x [rows, k] of dtype -> codes [rows, ceil(k / 2)] or, where bytes is given, codes [rows, k] of one byte
+// each.
 struct QuantizeArgs {
   const void* x;
   DType dtype;
@@ -38,11 +38,11 @@ struct QuantizeArgs {
   Languages languages;
   Clip clip;
   Codebook codebook;
-  int bits;            // 4, or 8 with values
+  int bits;            // 4, or 8 with bytes
   const float* signs;  // [k], +-1 / sqrt(block); null: no rotation
   int64_t block;
   uint8_t* codes;
-  float* values;
+  uint8_t* bytes;
   float* scales;  // [rows, groups] the clips used; may be null
 };
 
@@ -91,6 +91,69 @@ inline int64_t arranged_group(int64_t group_size) {
   return (group_size + kMatvecChunk - 1) / kMatvecChunk * kMatvecChunk;
 }
 
+// Members [start, start + length) of K, all in one group of the activations and one of the weights. start is
+// even.
+struct Segment {
+  int64_t start, length;
+  int64_t activation_group, weight_group;
+  int64_t offset;  // of the padded lengths of the segments before
+  int64_t padded() const { return (length + 7) / 8 * 8; }
+};
+
+// x [rows, k] -> out: segment by segment [packed_rows, padded length], zeros where there is no member. x
+// holds codes, one per byte, or floats; codes have another row, of ones.
+struct PackArgs {
+  const void* x;
+  DType dtype;
+  int64_t rows;
+  int64_t k;
+  const Segment* segments;
+  int64_t segment_count;
+  int64_t packed_rows;
+  void* out;
+};
+
+// out [rows, n] = packed rows times the transpose of INT4 weights [n, k].
+struct ProductArgs {
+  const void* x;
+  int64_t rows;
+  int64_t k;
+  int64_t n;
+  const Segment* segments;
+  int64_t segment_count;
+  int64_t packed_rows;
+  const float* scales;  // [rows, activation_groups]: of integer activations, null for floats
+  int64_t activation_groups;
+  int zero;               // twice the position of zero among the codes of the activations
+  const uint8_t* weight;  // [n, ceil(k / 2)]
+  const float* clips;     // [n, weight_groups]
+  int64_t weight_groups;
+  float unit;         // what a sum has to be multiplied with, beside the clips
+  const float* bias;  // [n] or null
+  Codebook codebook;
+  void* out;
+  DType dtype;
+  int64_t row_blocks, block_rows;  // a task is a panel of outputs of a block of rows, blocks taking turns
+};
+
+// Of one thread: a tile of weights of a segment, the clips [weight_groups, panel] and the sums [block_rows,
+// panel] of a panel.
+struct ProductScratch {
+  void* tile;
+  float* scales;
+  float* totals;
+};
+
+struct Product {
+  void (*pack)(const PackArgs&, int64_t begin, int64_t end);
+  // Tasks [begin, end).
+  void (*multiply)(const ProductArgs&, int64_t begin, int64_t end, const ProductScratch& scratch);
+  int64_t element_size;  // of packed activations and of a tile
+  int64_t longest_segment;
+  int64_t panel;       // outputs
+  int64_t block_rows;  // blocks of rows are multiples of it
+};
+
 struct Kernels {
   const char* isa;
   // Elements [begin, end) merged into states [languages] and counted in histogram [languages, 258, 2] (may be
@@ -105,6 +168,8 @@ struct Kernels {
                               float* out);
   // Outputs [begin, end) of every row.
   void (*matvec)(const MatvecArgs&, int64_t begin, int64_t end);
+  Product float_product;    // of float32, bfloat16 or float16
+  Product integer_product;  // of codes
 };
 
 // The best kernels this CPU runs, unless activate_kernels has chosen others (false: this CPU cannot run

@@ -4,13 +4,23 @@
 #include "cpu/dequantize_impl.h"
 #include "cpu/matvec_impl.h"
 #include "cpu/moments_impl.h"
+#include "cpu/product_impl.h"
 #include "cpu/quantize_impl.h"
 #include "cpu/rotate_impl.h"
 
 namespace la_aciq::cpu {
 
 extern const Kernels LA_ACIQ_KERNELS;
-const Kernels LA_ACIQ_KERNELS = {LA_ACIQ_ISA,         moments, quantize, dequantize, rotate,
-                                 arrange_activations, matvec};
+const Kernels LA_ACIQ_KERNELS = {
+    LA_ACIQ_ISA,
+    moments,
+    quantize,
+    dequantize,
+    rotate,
+    arrange_activations,
+    matvec,
+    product<FloatProduct>(pack_floats),
+    product<IntegerProduct>(pack_codes),
+};
 
 }  // namespace la_aciq::cpu

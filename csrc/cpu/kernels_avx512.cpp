@@ -1,5 +1,5 @@
 // The CPU kernels for x86-64 with AVX-512 F, BW, VL and DQ.
-#include "cpu/vec_avx512.h"
+#include "cpu/dot_avx512.h"
 
 #define LA_ACIQ_KERNELS kAvx512Kernels
 #define LA_ACIQ_ISA "avx512"

@@ -1,5 +1,5 @@
 // The CPU kernels for any CPU.
-#include "cpu/vec_baseline.h"
+#include "cpu/dot_baseline.h"
 
 #define LA_ACIQ_KERNELS kBaselineKernels
 #define LA_ACIQ_ISA "baseline"

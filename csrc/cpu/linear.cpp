@@ -14,8 +14,23 @@
 namespace la_aciq::cpu {
 namespace {
 
-constexpr int64_t kMatvecRows = 16;  // up to here decoding weights in registers beats a matrix product
-constexpr int64_t kWeightTileElements = 4 << 20;  // float32 weights decoded at a time for a matrix product
+constexpr int64_t kMatvecRows = 16;    // up to here decoding weights in registers beats a matrix product
+constexpr int64_t kProductRows = 192;  // their sums for a panel of outputs stay in a core's own cache
+
+// The intersections of the groups of activations and weights, none longer than `longest`.
+std::vector<Segment> segments_of(int64_t k, const Groups& activation, const Groups& weight, int64_t longest) {
+  std::vector<Segment> segments;
+  int64_t offset = 0;
+  for (int64_t start = 0; start < k;) {
+    const int64_t group = start / activation.size, weight_group = start / weight.size;
+    const int64_t end =
+        std::min({k, (group + 1) * activation.size, (weight_group + 1) * weight.size, start + longest});
+    segments.push_back({start, end - start, group, weight_group, offset});
+    offset += segments.back().padded();
+    start = end;
+  }
+  return segments;
+}
 
 // y [rows, n] = x [rows, k] times INT4 weights: a few rows.
 void multiply_few_rows(const Tensor& x, const Tensor& weight, const Tensor& clips, const Groups& groups,
@@ -42,36 +57,70 @@ void multiply_few_rows(const Tensor& x, const Tensor& weight, const Tensor& clip
   for_rows(n, k * rows / 4, [&](int64_t begin, int64_t end) { kernels.matvec(args, begin, end); });
 }
 
-// The same for many rows: weights go back to float32 a tile at a time, and the matrix product is PyTorch's.
-void multiply_many_rows(const Tensor& x, const Tensor& weight, const Tensor& clips, const Groups& groups,
-                        Codebook codebook, const Tensor& bias, const Tensor& y) {
-  const int64_t k = x.size(1), n = weight.size(0);
-  const int64_t tile = std::min(n, std::max<int64_t>(kWeightTileElements / k, 1));
-  const Tensor dense = at::empty({tile, k}, at::kFloat);
-  const Kernels& kernels = active_kernels();
-  for (int64_t first = 0; first < n; first += tile) {
-    const int64_t size = std::min(tile, n - first);
-    const DequantizeArgs args{
-        .codes = weight.const_data_ptr<uint8_t>() + first * weight.size(1),
-        .k = k,
-        .group_size = groups.size,
-        .groups = groups.count,
-        .table = clips.const_data_ptr<float>() + first * groups.count,
-        .per_row = true,
-        .languages = {},
-        .codebook = codebook,
-        .out = dense.mutable_data_ptr(),
-        .dtype = DType::kFloat32,
-    };
-    for_rows(size, k, [&](int64_t begin, int64_t end) { kernels.dequantize(args, begin, end); });
-    Tensor part = y.narrow(1, first, size);
-    const Tensor columns = dense.narrow(0, 0, size).t();
-    if (bias.defined()) {
-      at::addmm_out(part, bias.narrow(0, first, size), x, columns);
-    } else {
-      at::mm_out(part, x, columns);
-    }
-  }
+// The activations of a matrix product: floats, or codes of one byte with their clips.
+struct Activations {
+  Tensor x;       // [rows, k]
+  Tensor scales;  // [rows, groups.count], or undefined
+  Groups groups;
+  int bits;           // of the codes
+  Codebook codebook;  // of the codes
+};
+
+// out [rows, n] = x [rows, k] times INT4 weights: many rows, or codes.
+void multiply_rows(const Product& product, const Activations& activations, const Tensor& weight,
+                   const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
+                   const Tensor& out) {
+  const Tensor& x = activations.x;
+  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
+  const bool codes = activations.scales.defined();
+  const std::vector<Segment> segments = segments_of(k, activations.groups, groups, product.longest_segment);
+  const int64_t width = segments.back().offset + segments.back().padded(), packed_rows = rows + codes;
+  const Tensor packed = at::empty({packed_rows * width * product.element_size}, at::kByte);
+  const PackArgs pack{
+      .x = x.const_data_ptr(),
+      .dtype = codes ? DType::kFloat32 : dtype_of("x", x.scalar_type()),
+      .rows = rows,
+      .k = k,
+      .segments = segments.data(),
+      .segment_count = static_cast<int64_t>(segments.size()),
+      .packed_rows = packed_rows,
+      .out = packed.mutable_data_ptr(),
+  };
+  for_rows(packed_rows, k, [&](int64_t begin, int64_t end) { product.pack(pack, begin, end); });
+
+  const int64_t levels = 1 << activations.bits, blocks = (rows + kProductRows - 1) / kProductRows;
+  const int64_t block_rows = (rows + blocks - 1) / blocks;
+  const ProductArgs args{
+      .x = packed.const_data_ptr(),
+      .rows = rows,
+      .k = k,
+      .n = n,
+      .segments = segments.data(),
+      .segment_count = static_cast<int64_t>(segments.size()),
+      .packed_rows = packed_rows,
+      .scales = codes ? activations.scales.const_data_ptr<float>() : nullptr,
+      .activation_groups = activations.groups.count,
+      .zero = static_cast<int>(activations.codebook == Codebook::kMidrise ? levels - 1 : levels),
+      .weight = weight.const_data_ptr<uint8_t>(),
+      .clips = clips.const_data_ptr<float>(),
+      .weight_groups = groups.count,
+      .unit = codes ? 1.0f / static_cast<float>(15 * (levels - 1)) : 1.0f,
+      .bias = bias,
+      .codebook = codebook,
+      .out = out.mutable_data_ptr(),
+      .dtype = dtype_of("out", out.scalar_type()),
+      .row_blocks = blocks,
+      .block_rows = block_rows,
+  };
+  const int64_t panels = (n + product.panel - 1) / product.panel;
+  const int64_t tile_bytes = product.longest_segment * product.panel * product.element_size;
+  for_rows(panels * blocks, product.panel * k / 4, [&](int64_t begin, int64_t end) {
+    const Tensor scratch =
+        at::empty({tile_bytes / 4 + (groups.count + block_rows) * product.panel}, at::kFloat);
+    float* memory = scratch.mutable_data_ptr<float>();
+    float* scales = memory + tile_bytes / 4;
+    product.multiply(args, begin, end, {memory, scales, scales + groups.count * product.panel});
+  });
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
@@ -90,17 +139,24 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   const Codebook codebook = codebook_of("weight_codebook", weight_codebook);
   const Rotation rotation = checked_rotation(signs, block_size, k);
 
-  // Activations as float32 [rows, k], rotated and rounded to their codebook.
-  Tensor activations = x.reshape({rows, k}).contiguous();
+  const Kernels& kernels = active_kernels();
+  const Tensor packed = weight.contiguous(), clips = weight_scale.contiguous();
+  const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const float* offsets = offset.defined() ? offset.const_data_ptr<float>() : nullptr;
+  auto sizes = x.sizes().vec();
+  sizes.back() = n;
+  const Tensor y = at::empty(sizes, x.options());
+  const Tensor out = y.view({rows, n}), input = x.reshape({rows, k}).contiguous();
   if (activation_bits < 16) {
     TORCH_CHECK_VALUE(clip.has_value(),
                       "clip: expected the clips of the activations for activation_bits=", activation_bits);
     const Groups activation_groups = groups_of(k, activation_group_size);
     const Tensor table = checked_table("clip", *clip, activation_groups.count);
     const LanguageIds ids = checked_language(language, lead);
-    const Tensor rounded = at::empty({rows, k}, at::kFloat);
+    const Tensor codes = at::empty({rows, k}, at::kByte);
+    const Tensor scales = at::empty({rows, activation_groups.count}, at::kFloat);
     const QuantizeArgs args{
-        .x = activations.const_data_ptr(),
+        .x = input.const_data_ptr(),
         .dtype = dtype,
         .k = k,
         .group_size = activation_groups.size,
@@ -113,37 +169,35 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
         .signs = rotation.data(),
         .block = rotation.block,
         .codes = nullptr,
-        .values = rounded.mutable_data_ptr<float>(),
-        .scales = nullptr,
+        .bytes = codes.mutable_data_ptr<uint8_t>(),
+        .scales = scales.mutable_data_ptr<float>(),
     };
-    const Kernels& kernels = active_kernels();
+    if (rows == 0 || n == 0) return y;
     for_rows(rows, k, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(rotation.data() ? k : 0);
       kernels.quantize(args, begin, end, scratch.data(), nullptr);
+      float* clip = scales.mutable_data_ptr<float>();
+      for (int64_t i = begin * args.groups; i < end * args.groups; i++) clip[i] = value_scale(clip[i]);
     });
-    activations = rounded;
-  } else if (rotation.data()) {
-    const Tensor rotated = at::empty({rows, k}, at::kFloat);
-    rotate_rows(activations, rotation, rotated);
-    activations = rotated;
-  } else {
-    activations = activations.to(at::kFloat);
+    multiply_rows(kernels.integer_product, {codes, scales, activation_groups, args.bits, args.codebook},
+                  packed, clips, groups, codebook, offsets, out);
+    return y;
   }
-
-  const Tensor packed = weight.contiguous(), clips = weight_scale.contiguous();
-  const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Tensor y = at::empty({rows, n}, at::kFloat);
-  if (rows == 0 || n == 0) {
-    // nothing to multiply
-  } else if (rows <= kMatvecRows) {
-    multiply_few_rows(activations, packed, clips, groups, codebook,
-                      offset.defined() ? offset.const_data_ptr<float>() : nullptr, y);
-  } else {
-    multiply_many_rows(activations, packed, clips, groups, codebook, offset, y);
+  if (rows == 0 || n == 0) return y;
+  Tensor activations = input;
+  if (rotation.data()) {
+    activations = at::empty({rows, k}, at::kFloat);
+    rotate_rows(input, rotation, activations);
   }
-  auto sizes = x.sizes().vec();
-  sizes.back() = n;
-  return y.to(x.scalar_type()).view(sizes);
+  if (rows <= kMatvecRows) {
+    const Tensor sums = dtype == DType::kFloat32 ? out : at::empty({rows, n}, at::kFloat);
+    multiply_few_rows(activations.to(at::kFloat), packed, clips, groups, codebook, offsets, sums);
+    if (dtype != DType::kFloat32) out.copy_(sums);
+  } else {
+    multiply_rows(kernels.float_product, {activations, {}, groups_of(k, 0), 0, codebook}, packed, clips,
+                  groups, codebook, offsets, out);
+  }
+  return y;
 }
 
 }  // namespace

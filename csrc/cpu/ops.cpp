@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const 
       .signs = rotation.data(),
       .block = rotation.block,
       .codes = codes.mutable_data_ptr<uint8_t>(),
-      .values = nullptr,
+      .bytes = nullptr,
       .scales = nullptr,
   };
   const Kernels& kernels = active_kernels();
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape
       .signs = rotation.data(),
       .block = rotation.block,
       .codes = codes.mutable_data_ptr<uint8_t>(),
-      .values = nullptr,
+      .bytes = nullptr,
       .scales = scales.mutable_data_ptr<float>(),
   };
   const Kernels& kernels = active_kernels();

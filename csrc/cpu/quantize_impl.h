@@ -1,5 +1,5 @@
-// INT4 codes of rows, under given clips or clips measured on the row, optionally after a rotation; and the
-// same rounding to values instead of codes for the activations of a linear layer.
+// INT4 codes of rows, under given clips or clips measured on the row, optionally after a rotation; and codes
+// of a byte each for the activations of a linear layer.
 #pragma once
 
 #include "cpu/common_impl.h"
@@ -69,24 +69,17 @@ inline void encode_group(const T* x, int64_t n, float clip, uint8_t* codes) {
   }
 }
 
-template <Codebook kCodebook, class T>
-inline void round_group(const T* x, int64_t n, float clip, int bits, const Table16& levels, float* values) {
-  const F32 inverse = f32(inverse_step(clip, bits)), scale = f32(value_scale(clip));
-  // Level of an 8-bit code: (2 code - 255 or 256) / 255.
-  const int zero = kCodebook == Codebook::kMidrise ? 255 : 256;
-  const F32 unit = f32(1.0f / 255.0f);
+template <Codebook kCodebook, int kBits, class T>
+inline void encode_bytes(const T* x, int64_t n, float clip, uint8_t* codes) {
+  const F32 inverse = f32(inverse_step(clip, kBits));
   for_each_vector(x, n, [&](int64_t i, F32 v, int size) {
-    F32 value;
-    if (bits == 4) {
-      value = mul(lookup(levels, encode<kCodebook, 4>(v, inverse)), scale);
-    } else {
-      const F32 code = to_float(encode<kCodebook, 8>(v, inverse));
-      value = mul(mul(sub(add(code, code), f32(static_cast<float>(zero))), unit), scale);
-    }
+    const I32 code = encode<kCodebook, kBits>(v, inverse);
     if (size == 16) {
-      store(values + i, value);
+      store_bytes(codes + i, code);
     } else {
-      store_partial(values + i, value, size);
+      uint8_t last[16];
+      store_bytes(last, code);
+      __builtin_memcpy(codes + i, last, static_cast<size_t>(size));
     }
   });
 }
@@ -115,8 +108,7 @@ inline void add_tail(const T* x, int64_t n, float clip, double* tail) {
 }
 
 template <Codebook kCodebook, class T>
-inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, const Table16& levels,
-                         double* tail) {
+inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, double* tail) {
   const int32_t language = language_of(args.languages, row);
   const float* table = args.table + language * args.groups;
   for (int64_t group = 0; group < args.groups; group++) {
@@ -126,8 +118,10 @@ inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, cons
     if (args.clip == Clip::kRms) clip *= rms(members, n);
     if (args.clip == Clip::kAbsmax) clip *= absmax(members, n);
     if (args.scales) args.scales[row * args.groups + group] = clip;
-    if (args.values) {
-      round_group<kCodebook>(members, n, clip, args.bits, levels, args.values + row * args.k + start);
+    if (args.bytes && args.bits == 8) {
+      encode_bytes<kCodebook, 8>(members, n, clip, args.bytes + row * args.k + start);
+    } else if (args.bytes) {
+      encode_bytes<kCodebook, 4>(members, n, clip, args.bytes + row * args.k + start);
     } else {
       encode_group<kCodebook>(members, n, clip, args.codes + row * ((args.k + 1) / 2) + start / 2);
     }
@@ -138,14 +132,13 @@ inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, cons
 template <Codebook kCodebook>
 inline void quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end, float* scratch,
                           double* tail) {
-  const Table16 levels = levels_of(kCodebook);
   with_type(args.dtype, args.x, [&](auto* x) {
     for (int64_t row = begin; row < end; row++) {
       if (args.signs) {
         rotate_row(x + row * args.k, args.k, args.signs, args.block, scratch);
-        quantize_row<kCodebook>(args, scratch, row, levels, tail);
+        quantize_row<kCodebook>(args, scratch, row, tail);
       } else {
-        quantize_row<kCodebook>(args, x + row * args.k, row, levels, tail);
+        quantize_row<kCodebook>(args, x + row * args.k, row, tail);
       }
     }
   });

@@ -129,6 +129,12 @@ inline F32 lookup(const Table16& table, I32 index) {
   return {lookup8(table, index.a), lookup8(table, index.b)};
 }
 
+inline void store_bytes(uint8_t* p, I32 x) {
+  // Packing works within each half; the permutation puts the quarters back in order.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
 inline void store_nibbles(uint8_t* p, I32 first16, I32 next16) {
   const __m256i words = _mm256_packs_epi32(first16.a, first16.b),
                 more = _mm256_packs_epi32(next16.a, next16.b);

@@ -74,6 +74,9 @@ struct Table16 {
 inline Table16 table16(const float* entries) { return {load(entries)}; }
 inline F32 lookup(const Table16& table, I32 index) { return _mm512_permutexvar_ps(index, table.entries); }
 
+inline void store_bytes(uint8_t* p, I32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
 inline void store_nibbles(uint8_t* p, I32 even16, I32 next16) {
   const __m256i bytes = _mm256_set_m128i(_mm512_cvtepi32_epi8(next16), _mm512_cvtepi32_epi8(even16));
   const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));

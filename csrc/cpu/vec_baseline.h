@@ -183,6 +183,9 @@ inline F32 lookup(const Table16& table, const I32& index) {
   return lanes<F32>([&](int i) { return table.entries[index.lane[i] & 15]; });
 }
 
+inline void store_bytes(uint8_t* p, const I32& x) {
+  for (int i = 0; i < 16; i++) p[i] = static_cast<uint8_t>(x.lane[i]);
+}
 // 32 codes as 16 bytes, the even index in the low nibble, and back.
 inline void store_nibbles(uint8_t* p, const I32& first16, const I32& next16) {
   for (int i = 0; i < 8; i++) {

@@ -1,0 +1,294 @@
+// Rows of activations times INT4 weights, as a matrix product whose weights are decoded a tile at a time.
+//
+// A tile holds a segment (members along K that share a clip of the weight and of the activation) of a panel
+// of outputs: 4 bytes of each of 16 outputs make a vector, so a lane is an output, and one broadcast of 4
+// bytes of activations serves a whole panel. A tile stays in the first-level cache while every row goes over
+// it. Sums over a segment are those of the arithmetic below (exact for integers); the segment's clips come
+// last.
+#pragma once
+
+#include "cpu/common_impl.h"
+
+namespace la_aciq::cpu {
+namespace {
+
+// float32 activations, weights as float32 levels.
+struct FloatProduct {
+  using Vector = F32;
+  using Element = float;
+  static constexpr int kDepth = 1;  // members of K in 4 bytes
+  static constexpr int64_t kLongestSegment = 64;
+
+  Table16 levels;
+  explicit FloatProduct(const ProductArgs& args) : levels(levels_of(args.codebook)) {}
+
+  static F32 broadcast_at(const float* p) { return f32(*p); }
+  static F32 add_product(F32 sum, F32 activations, F32 weights) { return muladd(activations, weights, sum); }
+  static F32 sum_in_float(F32 sum) { return sum; }
+  // 8 members of 16 outputs.
+  void decode(I32 codes, F32* steps) const {
+    for (int i = 0; i < 8; i++) steps[i] = lookup(levels, shift_right(codes, 4 * i));
+  }
+};
+
+// Activations as the codes of 8 or 4 bits, weights as twice their levels in steps: 4 code - 30 (mid-rise) or
+// 4 code - 32. With z twice the position of zero among the activation's codes a, and w the weights,
+//     sum (2 a - z) w = sum a 2w - z sum w,
+// where a 2w has 8 unsigned by 8 signed bits, and the second sum starts the first.
+struct IntegerProduct {
+  using Vector = I32;
+  using Element = uint8_t;
+  static constexpr int kDepth = 4;
+  static constexpr int64_t kLongestSegment = 256;
+
+  ByteTable table;
+  int zero;
+  explicit IntegerProduct(const ProductArgs& args) : zero(args.zero) {
+    int8_t entries[16];
+    for (int code = 0; code < 16; code++) {
+      entries[code] = static_cast<int8_t>(4 * code - (args.codebook == Codebook::kMidrise ? 30 : 32));
+    }
+    table = byte_table(entries);
+  }
+
+  static I32 broadcast_at(const uint8_t* p) { return broadcast(p); }
+  static I32 add_product(I32 sum, I32 activations, I32 weights) { return dot(sum, activations, weights); }
+  static F32 sum_in_float(I32 sum) { return to_float(sum); }
+  void decode(I32 codes, I32* steps) const { decode_bytes(table, codes, steps[0], steps[1]); }
+};
+
+inline F32 zeros(F32) { return f32(0); }
+inline I32 zeros(I32) { return to_int(f32(0)); }
+
+// --- Activations ---
+
+// Members of 8 codes are split into those of even and of odd index, which is how bytes of weights split.
+inline uint64_t even_then_odd(uint64_t x) {
+  const auto every_other = [](uint64_t bytes) {
+    bytes &= 0x00FF00FF00FF00FF;
+    bytes = (bytes | bytes >> 8) & 0x0000FFFF0000FFFF;
+    return (bytes | bytes >> 16) & 0x00000000FFFFFFFF;
+  };
+  return every_other(x) | every_other(x >> 8) << 32;
+}
+
+inline void pack_codes(const PackArgs& args, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const uint8_t*>(args.x);
+  auto* out = static_cast<uint8_t*>(args.out);
+  for (int64_t row = begin; row < end; row++) {
+    for (const Segment* s = args.segments; s < args.segments + args.segment_count; s++) {
+      uint8_t* packed = out + s->offset * args.packed_rows + row * s->padded();
+      for (int64_t i = 0; i < s->length; i += 8) {
+        uint64_t eight = 0;
+        if (row == args.rows) {  // ones, for the sums of the weights
+          eight = 0x0101010101010101;
+        } else if (i + 8 <= s->length) {
+          __builtin_memcpy(&eight, x + row * args.k + s->start + i, 8);
+        } else {
+          __builtin_memcpy(&eight, x + row * args.k + s->start + i, static_cast<size_t>(s->length - i));
+        }
+        if (s->length - i < 8) eight &= (uint64_t{1} << 8 * (s->length - i)) - 1;
+        eight = even_then_odd(eight);
+        __builtin_memcpy(packed + i, &eight, 8);
+      }
+    }
+  }
+}
+
+inline void pack_floats(const PackArgs& args, int64_t begin, int64_t end) {
+  auto* out = static_cast<float*>(args.out);
+  with_type(args.dtype, args.x, [&](auto* x) {
+    for (int64_t row = begin; row < end; row++) {
+      for (const Segment* s = args.segments; s < args.segments + args.segment_count; s++) {
+        float* packed = out + s->offset * args.packed_rows + row * s->padded();
+        for_each_vector(x + row * args.k + s->start, s->length, [&](int64_t i, F32 v, int n) {
+          if (n == 16) {
+            store(packed + i, v);
+          } else {
+            store_partial(packed + i, v, n);
+          }
+        });
+        for (int64_t i = s->length; i < s->padded(); i++) packed[i] = 0;
+      }
+    }
+  });
+}
+
+// --- Weights ---
+
+// 16 bytes from byte `at` on of 16 rows of weights, where rows at and beyond n or bytes beyond a row are
+// zeros.
+inline void load_codes(const ProductArgs& args, int64_t first, int64_t at, I32* columns) {
+  const int64_t bytes = (args.k + 1) / 2, rows = smaller(args.n - first, 16), width = smaller(bytes - at, 16);
+  const uint8_t* p = args.weight + first * bytes + at;
+  if (rows == 16 && width == 16) return load_columns(p, bytes, columns);
+  uint8_t copy[256] = {};
+  for (int64_t row = 0; row < rows; row++) {
+    __builtin_memcpy(copy + 16 * row, p + row * bytes, static_cast<size_t>(width));
+  }
+  load_columns(copy, 16, columns);
+}
+
+template <class Product, int kVectors>
+inline void decode_tile(const ProductArgs& args, const Product& product, const Segment& segment,
+                        int64_t first, typename Product::Element* tile) {
+  constexpr int kSteps = 8 / Product::kDepth;                // of 8 members
+  constexpr int64_t kVectorElements = 16 * Product::kDepth;  // of Element
+  for (int v = 0; v < kVectors; v++) {
+    for (int64_t i = 0; i < segment.length; i += 32) {
+      I32 columns[4];
+      load_codes(args, first + 16 * v, (segment.start + i) / 2, columns);
+      const int64_t eights = smaller((segment.length - i + 7) / 8, 4);
+      for (int64_t j = 0; j < eights; j++) {
+        typename Product::Vector steps[kSteps];
+        product.decode(columns[j], steps);
+        auto* out = tile + ((i / 8 + j) * kSteps * kVectors + v) * kVectorElements;
+        for (int step = 0; step < kSteps; step++) {
+          store_vector(out + step * kVectors * kVectorElements, steps[step]);
+        }
+      }
+    }
+  }
+}
+
+// The clips of a panel as factors on levels in steps: scales [groups, 16 kVectors].
+template <int kVectors>
+inline void decode_clips(const ProductArgs& args, float unit, int64_t first, float* scales) {
+  for (int v = 0; v < kVectors; v++) {
+    const int64_t outputs = smaller(args.n - first - 16 * v, 16);
+    for (int64_t group = 0; group < args.weight_groups; group++) {
+      float* out = scales + group * 16 * kVectors + 16 * v;
+      for (int64_t i = 0; i < 16; i++) {
+        const int64_t output = first + 16 * v + (i < outputs ? i : 0);
+        out[i] = value_scale(args.clips[output * args.weight_groups + group]) * unit;
+      }
+    }
+  }
+}
+
+// --- The product ---
+
+// kRows rows, from `row` on, of a segment: totals [kRows, 16 kVectors] += their sums times their clips.
+template <class Product, int kRows, int kVectors>
+inline void add_block(const ProductArgs& args, const Segment& segment, const typename Product::Element* x,
+                      const typename Product::Element* tile, const typename Product::Vector* start,
+                      const float* scales, int64_t row, float* totals) {
+  using Vector = typename Product::Vector;
+  constexpr int64_t kVectorElements = 16 * Product::kDepth;
+  const int64_t padded = segment.padded();
+  Vector sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) sums[r][v] = start[v];
+  }
+  for (int64_t i = 0; i < padded; i += Product::kDepth) {
+    Vector weights[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) weights[v] = load_vector(tile + v * kVectorElements);
+    tile += kVectors * kVectorElements;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      const Vector activations = Product::broadcast_at(x + r * padded + i);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) {
+        sums[r][v] = Product::add_product(sums[r][v], activations, weights[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) {
+    const F32 clip =
+        f32(args.scales ? args.scales[(row + r) * args.activation_groups + segment.activation_group] : 1.0f);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      float* total = totals + (r * kVectors + v) * 16;
+      const F32 scale = mul(load(scales + 16 * v), clip);
+      store(total, muladd(Product::sum_in_float(sums[r][v]), scale, load(total)));
+    }
+  }
+}
+
+// Calls add_block for rows [row, row + count), count <= kRows.
+template <class Product, int kRows, int kVectors, class... Args>
+inline void add_rows(int64_t count, const Args&... args) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) return add_rows<Product, kRows - 1, kVectors>(count, args...);
+  }
+  add_block<Product, kRows, kVectors>(args...);
+}
+
+template <class Product, int kVectors>
+inline void multiply_panel(const ProductArgs& args, const Product& product, int64_t first, int64_t row_begin,
+                           int64_t row_end, const ProductScratch& scratch) {
+  using Element = typename Product::Element;
+  constexpr int64_t kWidth = 16 * kVectors;
+  auto* tile = static_cast<Element*>(scratch.tile);
+  const auto* x = static_cast<const Element*>(args.x);
+  decode_clips<kVectors>(args, args.unit, first, scratch.scales);
+  const int64_t outputs = smaller(args.n - first, kWidth);
+  for (int64_t row = row_begin; row < row_end; row++) {
+    float* totals = scratch.totals + (row - row_begin) * kWidth;
+    for (int64_t i = 0; i < kWidth; i++) totals[i] = args.bias && i < outputs ? args.bias[first + i] : 0.0f;
+  }
+  for (const Segment* s = args.segments; s < args.segments + args.segment_count; s++) {
+    decode_tile<Product, kVectors>(args, product, *s, first, tile);
+    const Element* rows = x + s->offset * args.packed_rows;
+    typename Product::Vector start[kVectors];
+    for (int v = 0; v < kVectors; v++) start[v] = zeros(start[v]);
+    if constexpr (Product::kDepth == 4) {
+      const Element* ones = rows + args.rows * s->padded();
+      for (int64_t i = 0; i < s->padded(); i += 4) {
+        for (int v = 0; v < kVectors; v++) {
+          start[v] = dot(start[v], broadcast(ones + i), load_vector(tile + (i / 4 * kVectors + v) * 64));
+        }
+      }
+      for (int v = 0; v < kVectors; v++) start[v] = half_times(start[v], -product.zero);
+    }
+    const float* scales = scratch.scales + s->weight_group * kWidth;
+    for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
+      add_rows<Product, kBlockRows, kVectors>(row_end - row, args, *s, rows + row * s->padded(), tile, start,
+                                              scales, row, scratch.totals + (row - row_begin) * kWidth);
+    }
+  }
+  with_type(args.dtype, args.out, [&](auto* out) {
+    for (int64_t row = row_begin; row < row_end; row++) {
+      for_each_vector(scratch.totals + (row - row_begin) * kWidth, outputs, [&](int64_t i, F32 v, int n) {
+        auto* at = out + row * args.n + first + i;
+        if (n == 16) {
+          store(at, v);
+        } else {
+          store_partial(at, v, n);
+        }
+      });
+    }
+  });
+}
+
+// The last panel of a matrix may need fewer vectors.
+template <class Product, int kVectors, class... Args>
+inline void multiply_outputs(int64_t vectors, const Args&... args) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) return multiply_outputs<Product, kVectors - 1>(vectors, args...);
+  }
+  multiply_panel<Product, kVectors>(args...);
+}
+
+template <class Product>
+void multiply(const ProductArgs& args, int64_t begin, int64_t end, const ProductScratch& scratch) {
+  const Product product(args);
+  for (int64_t task = begin; task < end; task++) {
+    const int64_t first = task / args.row_blocks * 16 * kPanelVectors,
+                  row = task % args.row_blocks * args.block_rows;
+    multiply_outputs<Product, kPanelVectors>((args.n - first + 15) / 16, args, product, first, row,
+                                             smaller(row + args.block_rows, args.rows), scratch);
+  }
+}
+
+template <class T>
+constexpr Product product(void (*pack)(const PackArgs&, int64_t, int64_t)) {
+  return {pack, multiply<T>, sizeof(typename T::Element), T::kLongestSegment, 16 * kPanelVectors, kBlockRows};
+}
+
+}  // namespace
+}  // namespace la_aciq::cpu
