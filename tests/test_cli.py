@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_llama import byte_llama, byte_tokenizer, sentences
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from la_aciq import cli
 from la_aciq._files import check_output
@@ -100,6 +101,56 @@ class TestCommands:
         assert model.la_aciq.config.activations == 8
         assert model.la_aciq.config.kv == 4
         assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+
+    def test_the_card_shows_a_report(self, run, model_folder, profile_folder, quantized_folder, texts_folder, tmp_path):
+        status, _, _ = run(
+            *("evaluate", "--model", model_folder, "--quantized", quantized_folder, "--texts", texts_folder),
+            *("--seqlen", "64", "--nsamples", "2", "--output_dir", tmp_path / "report"),
+        )
+        assert status == 0
+        status, _, _ = run(
+            *("quantize", "--model", model_folder, "--profile", profile_folder, "--scheme", "W4A8", "--kv_bits", "4"),
+            *("--report", tmp_path / "report", "--output_dir", tmp_path / "int4"),
+        )
+        assert status == 0
+        result = Report.load(tmp_path / "report" / "report.json").configurations[0].by_language["th"]
+        assert f"| th | {result.reference_bpb:.3f} | {result.change:+.3f} [" in (
+            tmp_path / "int4" / "README.md"
+        ).read_text("utf-8")
+
+    def test_quantize_to_compressed_tensors(self, run, model_folder, texts_folder, tmp_path):
+        pytest.importorskip("compressed_tensors")
+        status, _, _ = run(
+            *("calibrate", "--model", model_folder, "--texts", texts_folder, "--no_rotate", "--group_size", "20"),
+            *("--seqlen", "32", "--nsamples", "2", "--ignore", "lm_head,down_proj"),
+            *("--output_dir", tmp_path / "profile"),
+        )
+        assert status == 0
+        status, _, _ = run(
+            *("quantize", "--model", model_folder, "--profile", tmp_path / "profile", "--scheme", "W4A16"),
+            *("--codebook", "midtread", "--format", "compressed-tensors", "--output_dir", tmp_path / "ct"),
+        )
+        assert status == 0
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "ct")
+        assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+        assert (tmp_path / "ct" / "la_aciq_table.safetensors").exists()
+
+    def test_other_models_than_causal_ones(self, run, texts_folder, tmp_path):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 54}
+        BertForMaskedLM(BertConfig(vocab_size=256, **sizes)).save_pretrained(tmp_path / "bert")
+        byte_tokenizer().save_pretrained(tmp_path / "bert")
+        status, _, _ = run(
+            *("calibrate", "--model", tmp_path / "bert", "--texts", texts_folder, "--output_dir", tmp_path / "profile"),
+            *SMALL,
+        )
+        assert status == 0
+        status, _, _ = run(
+            *("quantize", "--model", tmp_path / "bert", "--profile", tmp_path / "profile"),
+            *("--output_dir", tmp_path / "int4"),
+        )
+        assert status == 0
+        assert type(load_quantized(tmp_path / "int4")) is BertForMaskedLM
 
     @pytest.mark.parametrize("what", ["profile", "quantized"])
     def test_evaluate_writes_a_report(self, run, what, model_folder, texts_folder, tmp_path, request):
@@ -229,6 +280,13 @@ class TestCommands:
 
 
 class TestBadInput:
+    def test_what_compressed_tensors_cannot_hold(self, refused, model_folder, profile_folder, tmp_path):
+        refused(
+            "needs a profile without rotation; calibrate with --no_rotate",
+            *("quantize", "--model", model_folder, "--profile", profile_folder, "--format", "compressed-tensors"),
+            *("--output_dir", tmp_path / "ct"),
+        )
+
     """One sentence, a non-zero status, no traceback, and nothing half-written."""
 
     @pytest.fixture
@@ -240,11 +298,13 @@ class TestBadInput:
     def test_a_missing_model_path(self, refused, calibrate, tmp_path):
         refused("model path '.*/nowhere' does not exist", *calibrate, "--model", tmp_path / "nowhere")
 
-    def test_a_model_that_is_not_causal(self, refused, calibrate, tmp_path):
-        from transformers import BertConfig
-
+    def test_a_model_that_is_not_causal(self, refused, profile_folder, texts_folder, tmp_path):
         BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "bert")
-        refused("is not a causal language model: it is BertForMaskedLM", *calibrate, "--model", tmp_path / "bert")
+        refused(
+            "is not a causal language model: it is BertForMaskedLM",
+            *("evaluate", "--model", tmp_path / "bert", "--profile", profile_folder, "--texts", texts_folder),
+            *("--output_dir", tmp_path / "out"),
+        )
 
     @pytest.mark.parametrize("name", ["english", "xx", "12"])
     def test_a_file_named_by_something_else_than_a_tag(self, refused, calibrate, tmp_path, name):

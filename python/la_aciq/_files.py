@@ -24,9 +24,10 @@ def _has(*fields: str) -> Callable[[dict[str, Any]], bool]:
 
 
 def _is_quantized(content: dict[str, Any]) -> bool:
-    """Whether a config.json is that of a model quantized by LA-ACIQ."""
+    """Whether a config.json is that of a model quantized, or exported, by LA-ACIQ."""
     description = content.get("quantization_config")
-    return isinstance(description, dict) and description.get("quant_method") == "la_aciq"
+    quantized = isinstance(description, dict) and description.get("quant_method") == "la_aciq"
+    return quantized or isinstance(content.get("la_aciq"), dict)
 
 
 _PROFILE = ("profile.json", "profile.safetensors")
@@ -42,7 +43,7 @@ _KINDS = {
     "config.json": _Kind(
         _is_quantized,
         (
-            *("config.json", "generation_config.json", "README.md"),
+            *("config.json", "generation_config.json", "README.md", "la_aciq_table.safetensors"),
             *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
             # What tokenizers and processors save.
             *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),

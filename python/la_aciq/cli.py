@@ -69,7 +69,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output_dir)
     check_output(output, JSON_FILE, arguments.force)
     texts = _texts(arguments)
-    model, tokenizer = _model(arguments)
+    model, tokenizer = _model(arguments, causal=False)
     with kept_when_interrupted(output, ".partial") as (partial,):
         profile = calibrate(
             model,
@@ -89,12 +89,19 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     from .calibration import Profile
+    from .evaluation import Report
     from .nn import QuantConfig, bits_per_weight, quantize_model, save_quantized
     from .nn.checkpoint import ARCHITECTURE
 
     output = Path(arguments.output_dir)
     check_output(output, ARCHITECTURE, arguments.force)
     profile = Profile.load(arguments.profile)
+    report = None if arguments.report is None else Report.load(_report_file(arguments.report))
+    exported = arguments.format == "compressed-tensors"
+    if exported and profile.metadata["rotation"]["enabled"]:
+        raise LaAciqError("--format compressed-tensors needs a profile without rotation; calibrate with --no_rotate")
+    if exported and report is not None:
+        raise LaAciqError("--report is for the model card, which --format compressed-tensors does not write")
     config = QuantConfig(
         weights=4,
         activations=_SCHEMES[arguments.scheme],
@@ -108,9 +115,16 @@ def _quantize(arguments: argparse.Namespace) -> None:
         rotate=profile.metadata["rotation"]["enabled"],
         ignore=tuple(profile.metadata["ignore"] if arguments.ignore is None else arguments.ignore),
     )
-    model, tokenizer = _model(arguments)
+    model, tokenizer = _model(arguments, causal=False)
     quantized = quantize_model(model, profile, config, inplace=True)
-    save_quantized(quantized, output, tokenizer, force=arguments.force)
+    if exported:
+        from .clipping import table
+        from .integrations.compressed_tensors import export_compressed_tensors
+
+        clips = table(profile, codebook=config.codebook, objective=config.objective, sharing=config.sharing)
+        export_compressed_tensors(quantized, output, tokenizer, table=clips, force=arguments.force)
+    else:
+        save_quantized(quantized, output, tokenizer, report=report, force=arguments.force)
     print(f"Quantized model ({arguments.scheme}, {bits_per_weight(quantized):.2f} bits per weight): {output}")
 
 
@@ -166,8 +180,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from .demo import illustrate
     from .evaluation import Report
 
-    given = Path(arguments.report)
-    file = given / "report.json" if given.is_dir() else given
+    file = _report_file(arguments.report)
     report = Report.load(file)
     print(report.terminal())
     _say_where(file, illustrate(report, file.parent))
@@ -226,12 +239,12 @@ def _info(arguments: argparse.Namespace) -> None:
 # --- What commands share --------------------------------------------------------------------------------------------
 
 
-def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def _model(arguments: argparse.Namespace, *, causal: bool = True) -> tuple[Any, Any]:
     from . import embedded, models
 
     if arguments.model == EMBEDDED:
         return embedded.load_model(arguments.device, arguments.dtype)
-    return models.load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    return models.load_model(arguments.model, device=arguments.device, dtype=arguments.dtype, causal=causal)
 
 
 def _texts(arguments: argparse.Namespace, languages: Sequence[str] | None = None) -> dict[str, str]:
@@ -250,6 +263,11 @@ def _texts(arguments: argparse.Namespace, languages: Sequence[str] | None = None
         if tag not in texts:
             raise LaAciqError(f"--languages names {tag!r}, and {arguments.texts!r} has only {', '.join(texts)}")
     return {tag: texts[tag] for tag in wanted}
+
+
+def _report_file(given: str) -> Path:
+    path = Path(given)
+    return path / "report.json" if path.is_dir() else path
 
 
 def _unrotated(config: Any) -> Any:
@@ -354,6 +372,14 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="layers to leave alone, with commas between (the profile's by default)",
     )
+    quantize.add_argument(
+        "--format",
+        choices=("la_aciq", "compressed-tensors"),
+        default="la_aciq",
+        help="compressed-tensors is what stock kernels load: --scheme W4A16 --codebook midtread, a profile without "
+        "rotation",
+    )
+    quantize.add_argument("--report", help="folder with a report.json of this model and configuration, for the card")
     _add_output(quantize)
 
     evaluate = command("evaluate", _evaluate, "report what quantization costs each language, on held-out text")
@@ -391,7 +417,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    text = f"folder, .gguf file or Hugging Face id of a causal model; {EMBEDDED!r} is the test model"
+    text = f"folder, .gguf file or Hugging Face id of a model; {EMBEDDED!r} is the test model"
     parser.add_argument("--model", required=default is None, default=default, help=text)
     parser.add_argument("--device", default="cpu", help="where to run the model, such as cpu or cuda:0")
     parser.add_argument(

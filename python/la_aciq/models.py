@@ -103,15 +103,18 @@ def is_ignored(layer: str, patterns: Iterable[str], head: str | None = None) -> 
     return any(pattern in (layer, last) or fnmatchcase(layer, pattern) for pattern in patterns)
 
 
-def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
-    """A causal language model, in evaluation mode, and its tokenizer.
+def load_model(name: str, *, device: str = "cpu", dtype: str | None = None, causal: bool = True) -> tuple[Any, Any]:
+    """A language model, in evaluation mode, and its tokenizer.
 
     name: a folder, a .gguf file, or a Hugging Face model id (from the cache, or the hub where it can be reached). Code
         that comes with a model is never run.
     dtype: "float32", "bfloat16", "float16" or "auto" (as stored); None is float32 on a CPU and "auto" elsewhere.
+    causal: whether it must be a causal language model; otherwise any class of transformers that config.json names.
 
-    Raises `LaAciqError` in one sentence when there is no such model, it is not causal, or it is quantized already.
+    Raises `LaAciqError` in one sentence when there is no such model, it is not causal and has to be, or it is quantized
+    already.
     """
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     # None, transformers' default, would ask on stdin whether to run the model's code.
@@ -125,16 +128,21 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> t
         dtype = "float32" if target.type == "cpu" else "auto"
     try:
         config = AutoConfig.from_pretrained(**place)
-        _check_causal(name, config)
+        _check_unquantized(name, config)
+        kind = AutoModelForCausalLM
+        if causal:
+            _check_causal(name, config)
+        elif config.architectures:
+            kind = getattr(transformers, config.architectures[0])
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             **place,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if "gguf_file" in place else True,  # never pickle
         )
     except LaAciqError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if "gguf_file" in place:
         # The weights are floating-point now; what the file stored them as is of no further concern.
@@ -192,6 +200,9 @@ def _check_causal(name: str, config: Any) -> None:
         raise LaAciqError(
             f"model {name!r} is not a causal language model: it is {found}; expected an architecture ...ForCausalLM"
         )
+
+
+def _check_unquantized(name: str, config: Any) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and "gguf" not in str(quantization).lower():
         hint = "; evaluate it with --quantized" if "la_aciq" in str(quantization) else ""

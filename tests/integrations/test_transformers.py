@@ -76,6 +76,7 @@ def test_both_ways_of_saving_write_the_same(model, profile, tmp_path):
     quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
     save_quantized(quantized, tmp_path / "a")
     quantized.save_pretrained(tmp_path / "b")
+    (tmp_path / "a" / "README.md").unlink()  # the card, which save_pretrained does not write
     a, b = (sorted((tmp_path / name).iterdir()) for name in "ab")
     assert [file.name for file in a] == [file.name for file in b]
     assert all(one.read_bytes() == other.read_bytes() for one, other in zip(a, b, strict=True))

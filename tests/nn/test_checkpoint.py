@@ -76,6 +76,7 @@ def test_the_loaded_model_computes_the_same_bits(setting, setting_in_16_bits, tm
 
 def test_nothing_in_the_folder_executes(saved):
     assert {file.name for file in saved.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

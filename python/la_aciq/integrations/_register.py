@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -24,7 +25,10 @@ def register() -> None:
 
 
 def _register_now() -> None:
-    importlib.import_module("la_aciq.integrations.transformers")
+    try:
+        importlib.import_module("la_aciq.integrations.transformers")
+    except ImportError as error:  # another version of transformers; everything else works without it
+        warnings.warn(f"LA-ACIQ cannot register with the installed transformers: {error}", stacklevel=2)
 
 
 class _AfterTable(importlib.abc.MetaPathFinder):

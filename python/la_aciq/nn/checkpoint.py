@@ -37,7 +37,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -49,12 +49,16 @@ from ..calibration.profile import SINK
 from ..errors import LaAciqError
 from ..models import is_experts, linear_weight
 from ..tags import UND, canonical
+from .card import model_card
 from .config import QuantConfig
 from .context import LanguageState
 from .experts import LanguageAwareExperts
 from .kv import RoundedProjection
 from .linear import LanguageAwareLinear, LanguageAwareModule, check_clips
 from .quantize import Quantization
+
+if TYPE_CHECKING:
+    from ..evaluation import Report
 
 METHOD = "la_aciq"
 SCHEMA = 2
@@ -68,12 +72,18 @@ _FIELDS: dict[str, tuple[type, Any]] = {
 
 
 def save_quantized(
-    model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None, *, force: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    report: "Report | None" = None,
+    force: bool = False,
 ) -> None:
     """Write a quantized Hugging Face model (and its tokenizer) into a new folder, complete or not at all.
 
-    `model.save_pretrained(folder)` writes the same files, into an existing folder too. Raises `LaAciqError` when the
-    model is not a quantized one, or the folder exists (`force` replaces one of this kind).
+    `model.save_pretrained(folder)` writes the same model, into an existing folder too. Beside it comes a README.md with
+    the table by language (`model_card`; report is what it shows). Raises `LaAciqError` when the model is not a
+    quantized one, or the folder exists (`force` replaces one of this kind).
     """
     if not isinstance(getattr(model, "la_aciq", None), Quantization):
         raise LaAciqError("save_quantized needs a model that quantize_model or load_quantized returned")
@@ -82,6 +92,7 @@ def save_quantized(
     hugging_face: Any = model
     with new_folder(folder, ARCHITECTURE, force) as temporary:
         hugging_face.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(model, report), "utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 
