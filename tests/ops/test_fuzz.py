@@ -11,6 +11,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ DRIVER = Path(__file__).parent / "fuzz" / "fuzz_kernels.cpp"
 FOLDER = ROOT / "build" / "fuzz"
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 SEEDS = (1, 1_000_001)  # a process each, side by side
-CASES = 8000
+CASES = 3000
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
@@ -48,20 +49,22 @@ def sanitizing_compiler() -> list[str]:
     return compiler
 
 
-def flags_of_setup(name: str):
-    """A constant of setup.py, which is a program and cannot be imported."""
+def flags_of_setup() -> dict:
+    """The constants of setup.py, which is a program and cannot be imported."""
+    values = {"sys": sys}
     for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
-            return eval(compile(ast.Expression(node.value), "setup.py", "eval"))
-    raise AssertionError(f"setup.py has no {name}")
+        if isinstance(node, ast.Assign) and node.targets[0].id.endswith(("_FLAGS", "_ARCHITECTURES")):
+            values[node.targets[0].id] = eval(compile(ast.Expression(node.value), "setup.py", "eval"), values)
+    return values
 
 
 @pytest.fixture(scope="module")
 def fuzz_kernels() -> Path:
     """The program, built if it is not there."""
     compiler = sanitizing_compiler()
-    common, by_isa = flags_of_setup("COMMON_FLAGS"), flags_of_setup("ISA_FLAGS")
-    kernels = sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp"))
+    flags_of = flags_of_setup()
+    common, by_isa = flags_of["COMMON_FLAGS"], flags_of["ISA_FLAGS"]
+    kernels = sorted([*(ROOT / "csrc" / "cpu").glob("kernels_*.cpp"), *(ROOT / "csrc" / "cpu").glob("products_*.cpp")])
     if platform.machine().lower() not in ("x86_64", "amd64"):
         kernels = [source for source in kernels if source.stem not in by_isa]
     sources = [*kernels, ROOT / "csrc" / "cpu" / "dispatch.cpp", DRIVER]

@@ -211,6 +211,10 @@ std::string at(int64_t row, int64_t i, double got, double expected) {
 
 // --- The definitions, in float64 ---
 
+bool same(double a, double b) {
+  return a == b || (a != a && b != b);
+}
+
 bool usable(double clip) {
   return clip > 0 && clip <= FLT_MAX;
 }
@@ -286,8 +290,9 @@ void check_quantize(Random& random) {
   const Codebook codebook = any_codebook(random);
   const Clip clips[] = {Clip::kStatic, Clip::kRms, Clip::kAbsmax};
   const Clip clip = clips[random.between(0, 2)];
-  const bool values = random.once_in(3), tail_sums = !values && clip == Clip::kStatic && random.once_in(2);
-  const int bits = values && random.once_in(2) ? 8 : 4;
+  const bool bytes = random.once_in(3), tail_sums = !bytes && clip == Clip::kStatic && random.once_in(2);
+  const bool scales = clip != Clip::kStatic || random.once_in(2);
+  const int bits = bytes && random.once_in(2) ? 8 : 4;
   const bool rotated = random.once_in(3);
   const int64_t block = rotated ? any_block(random, shape.k) : 0;
   Array<float> signs(random, rotated ? shape.k : 0);
@@ -295,15 +300,15 @@ void check_quantize(Random& random) {
 
   struct Output {
     Array<uint8_t> codes;
-    Array<float> values, scales;
+    Array<float> scales;
     Array<double> tail;
   };
+  const int64_t row_bytes = bytes ? shape.k : shape.row_bytes();
   std::vector<std::unique_ptr<Output>> outputs;
   for (const Kernels* kernels : available_kernels()) {
     outputs.push_back(
-        std::make_unique<Output>(Output{{random, values ? 0 : shape.rows * shape.row_bytes()},
-                                        {random, values ? shape.rows * shape.k : 0},
-                                        {random, clip == Clip::kStatic ? 0 : shape.rows * shape.groups},
+        std::make_unique<Output>(Output{{random, shape.rows * row_bytes},
+                                        {random, scales ? shape.rows * shape.groups : 0},
                                         {random, tail_sums ? languages.count * shape.groups * 4 : 0}}));
     Output& out = *outputs.back();
     std::fill_n(out.tail.data(), out.tail.bytes() / 8, 1.0);  // sums are added to what is there
@@ -320,9 +325,9 @@ void check_quantize(Random& random) {
         .bits = bits,
         .signs = rotated ? signs.data() : nullptr,
         .block = block,
-        .codes = values ? nullptr : out.codes.data(),
-        .values = values ? out.values.data() : nullptr,
-        .scales = clip == Clip::kStatic ? nullptr : out.scales.data(),
+        .codes = bytes ? nullptr : out.codes.data(),
+        .bytes = bytes ? out.codes.data() : nullptr,
+        .scales = scales ? out.scales.data() : nullptr,
     };
     Array<float> scratch(random, rotated ? shape.k : 0);
     kernels->quantize(args, shape.begin, shape.end, scratch.data(), tail_sums ? out.tail.data() : nullptr);
@@ -356,6 +361,10 @@ void check_quantize(Random& random) {
           }
         }
         if (error != error) continue;
+        if (clip == Clip::kStatic && scales && !same(out.scales[row * shape.groups + group], used)) {
+          fail(kernels->isa,
+               "quantize, clip of " + at(row, group, out.scales[row * shape.groups + group], used));
+        }
         if (clip != Clip::kStatic) {
           const double statistic = clip == Clip::kAbsmax ? largest : count > 0 ? sqrt(squares / count) : 0;
           const double expected = used * statistic, got = out.scales[row * shape.groups + group];
@@ -368,27 +377,14 @@ void check_quantize(Random& random) {
         }
         for (int64_t i = start; i < end; i++) {
           const double v = exact.values[i];
-          if (values) {
-            const double got = out.values[row * shape.k + i];
-            const double level = usable(used) ? got / used : 0;
-            const int zero = codebook == Codebook::kMidrise ? (1 << bits) - 1 : 1 << bits;
-            const int code = usable(used) ? static_cast<int>(lround((level * ((1 << bits) - 1) + zero) / 2))
-                                          : 1 << (bits - 1);
-            const double expected = usable(used) ? exact_level(code, bits, codebook) * used : 0;
-            if (!(fabs(got) <= FLT_MAX) && fabs(v) > 0.9 * FLT_MAX && used > 0.9 * FLT_MAX) continue;
-            if (!(fabs(got - expected) <= 0x1p-21 * fabs(expected) + 0x1p-140) ||
-                !(right_code(code, v, exact.errors[i], used, bits, codebook) || used < 0x1p-110)) {
-              fail(kernels->isa, "quantize, value of " + at(row, i, got, v));
-            }
-          } else {
-            const int byte = out.codes[row * shape.row_bytes() + i / 2], code = i % 2 ? byte >> 4 : byte & 15;
-            if (!right_code(code, v, exact.errors[i], used, 4, codebook)) {
-              fail(kernels->isa, "quantize, code of " + at(row, i, code, v));
-            }
+          const int byte = out.codes[row * row_bytes + (bytes ? i : i / 2)];
+          const int code = bytes ? byte : i % 2 ? byte >> 4 : byte & 15;
+          if (!right_code(code, v, exact.errors[i], used, bits, codebook)) {
+            fail(kernels->isa, "quantize, code of " + at(row, i, code, v));
           }
         }
       }
-      if (!values && shape.k % 2 && out.codes[(row + 1) * shape.row_bytes() - 1] > 15) {
+      if (!bytes && shape.k % 2 && out.codes[(row + 1) * shape.row_bytes() - 1] > 15) {
         fail(kernels->isa, "quantize: the unused half of the last byte of a row is not zero");
       }
     }
@@ -402,11 +398,11 @@ void check_quantize(Random& random) {
       const int64_t row = memory.bytes() / shape.rows;
       return memory.unwritten(0, shape.begin * row) && memory.unwritten(shape.end * row, memory.bytes());
     };
-    if (!untouched(out.codes) || !untouched(out.values) || !untouched(out.scales)) {
+    if (!untouched(out.codes) || !untouched(out.scales)) {
       fail(kernels->isa, "quantize wrote rows it was not asked for");
     }
     Output& first = *outputs.front();
-    if (!(out.codes == first.codes) || !(out.scales == first.scales) || !(out.values == first.values)) {
+    if (!(out.codes == first.codes) || !(out.scales == first.scales)) {
       fail(kernels->isa, "quantize differs from baseline");
     }
   }
@@ -650,15 +646,129 @@ void check_matvec(Random& random) {
   }
 }
 
+// Members of K by groups of the activations and of the weights, none longer than `longest`.
+std::vector<Segment> segments_of(int64_t k, int64_t activation_size, int64_t weight_size, int64_t longest) {
+  std::vector<Segment> segments;
+  for (int64_t start = 0, offset = 0; start < k; start += segments.back().length) {
+    const int64_t group = start / activation_size, weight_group = start / weight_size;
+    const int64_t end =
+        std::min({k, (group + 1) * activation_size, (weight_group + 1) * weight_size, start + longest});
+    segments.push_back({start, end - start, group, weight_group, offset});
+    offset += segments.back().padded();
+  }
+  return segments;
+}
+
+void check_product(Random& random) {
+  const Shape shape(random), activation(random);
+  const int64_t k = shape.k, rows = random.size(12, 70), n = random.size(20, 150);
+  const bool codes = random.once_in(2);
+  const int bits = random.once_in(2) ? 4 : 8;
+  const int64_t size = codes ? std::min(activation.group_size + activation.group_size % 2, k + k % 2) : k;
+  const int64_t groups = (k + size - 1) / size;
+  const Codebook codebook = any_codebook(random), activation_codebook = any_codebook(random);
+  Elements x(random, any_dtype(random), codes ? 0 : rows * k);
+  for (int64_t i = 0; !codes && i < rows * k; i++) x.set(i, random.normal());
+  Array<uint8_t> bytes(random, codes ? rows * k : 0), weight(random, n * shape.row_bytes());
+  const bool extreme = random.once_in(4);  // the largest sums
+  const int64_t most = (1 << bits) - 1;
+  for (int64_t i = 0; i < bytes.bytes(); i++)
+    bytes[i] = static_cast<uint8_t>(random.between(extreme ? most : 0, most));
+  for (int64_t i = 0; i < weight.bytes(); i++) {
+    weight[i] = static_cast<uint8_t>(extreme ? (random.once_in(9) ? 0xFF : 0) : random.between(0, 255));
+  }
+  Array<float> clips(random, n * shape.groups), bias(random, n), scales(random, codes ? rows * groups : 0);
+  for (int64_t i = 0; i < n * shape.groups; i++) {
+    clips[i] = random.once_in(20) ? -1 : static_cast<float>(random.uniform());
+  }
+  for (int64_t i = 0; i < scales.bytes() / 4; i++) scales[i] = static_cast<float>(random.uniform());
+  for (int64_t i = 0; i < n; i++) bias[i] = static_cast<float>(random.normal());
+  const bool with_bias = random.once_in(2);
+  const DType dtype = any_dtype(random);
+  std::vector<double> weights(static_cast<size_t>(n * k)), activations(static_cast<size_t>(rows * k));
+  for (int64_t i = 0; i < n * k; i++) {
+    const int64_t output = i / k, member = i % k;
+    const int byte = weight[output * shape.row_bytes() + member / 2];
+    const double clip = clips[output * shape.groups + member / shape.group_size];
+    weights[i] = usable(clip) ? exact_level(member % 2 ? byte >> 4 : byte & 15, 4, codebook) * clip : 0;
+  }
+  for (int64_t i = 0; i < rows * k; i++) {
+    activations[i] = codes ? exact_level(bytes[i], bits, activation_codebook) *
+                                 static_cast<double>(scales[i / k * groups + i % k / size])
+                           : x.get(i);
+  }
+
+  for (const Kernels* kernels : available_kernels()) {
+    const Product& product = codes ? kernels->integer_product : kernels->float_product;
+    const std::vector<Segment> segments = segments_of(k, size, shape.group_size, product.longest_segment);
+    const int64_t width = segments.back().offset + segments.back().padded(), packed_rows = rows + codes;
+    Memory packed(random, packed_rows * width, product.element_size);
+    const PackArgs pack{
+        .x = codes ? static_cast<void*>(bytes.data()) : x.data(),
+        .dtype = codes ? DType::kFloat32 : x.dtype,
+        .rows = rows,
+        .k = k,
+        .segments = segments.data(),
+        .segment_count = static_cast<int64_t>(segments.size()),
+        .packed_rows = packed_rows,
+        .out = packed.data(),
+    };
+    product.pack(pack, 0, packed_rows);
+    Elements out(random, dtype, rows * n);
+    const int64_t blocks = random.between(1, 3), block_rows = (rows + blocks - 1) / blocks;
+    const int levels = 1 << bits;
+    const ProductArgs args{
+        .x = packed.data(),
+        .rows = rows,
+        .k = k,
+        .n = n,
+        .segments = segments.data(),
+        .segment_count = static_cast<int64_t>(segments.size()),
+        .packed_rows = packed_rows,
+        .scales = codes ? scales.data() : nullptr,
+        .activation_groups = groups,
+        .zero = activation_codebook == Codebook::kMidrise ? levels - 1 : levels,
+        .weight = weight.data(),
+        .clips = clips.data(),
+        .weight_groups = shape.groups,
+        .unit = codes ? 1.0f / static_cast<float>(15 * (levels - 1)) : 1.0f,
+        .bias = with_bias ? bias.data() : nullptr,
+        .codebook = codebook,
+        .out = out.data(),
+        .dtype = dtype,
+        .row_blocks = (rows + block_rows - 1) / block_rows,
+        .block_rows = block_rows,
+    };
+    const int64_t tasks = (n + product.panel - 1) / product.panel * args.row_blocks;
+    for (int64_t task = 0; task < tasks; task++) {
+      Memory tile(random, product.longest_segment * product.panel, product.element_size);
+      Array<float> factors(random, shape.groups * product.panel), totals(random, block_rows * product.panel);
+      product.multiply(args, task, task + 1, {tile.data(), factors.data(), totals.data()});
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      for (int64_t output = 0; output < n; output++) {
+        double expected = with_bias ? bias[output] : 0, magnitude = fabs(expected);
+        for (int64_t i = 0; i < k; i++) {
+          const double term = weights[output * k + i] * activations[row * k + i];
+          expected += term;
+          magnitude += fabs(term);
+        }
+        const double got = out.get(row * n + output);
+        if (!(fabs(got - expected) <= 1e-6 * magnitude + out.epsilon() * fabs(expected) + out.smallest())) {
+          fail(kernels->isa,
+               std::string(codes ? "integer" : "float") + " product, " + at(row, output, got, expected));
+        }
+      }
+    }
+  }
+}
+
 using Check = void (*)(Random&);
 constexpr struct {
   const char* name;
   Check check;
-} kChecks[] = {{"quantize", check_quantize},
-               {"dequantize", check_dequantize},
-               {"rotate", check_rotate},
-               {"moments", check_moments},
-               {"matvec", check_matvec}};
+} kChecks[] = {{"quantize", check_quantize}, {"dequantize", check_dequantize}, {"rotate", check_rotate},
+               {"moments", check_moments},   {"matvec", check_matvec},         {"product", check_product}};
 
 // Mistakes that the sanitizers and the comparisons have to find.
 int make_fault(const std::string& kind) {
@@ -686,7 +796,7 @@ int make_fault(const std::string& kind) {
                             .signs = nullptr,
                             .block = 0,
                             .codes = codes.data(),
-                            .values = nullptr,
+                            .bytes = nullptr,
                             .scales = nullptr};
     kernels->quantize(args, 0, 1, nullptr, nullptr);
     const int code = codes[0] & 15;
