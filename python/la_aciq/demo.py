@@ -32,7 +32,7 @@ QUICK = Size(("en", "sw", "th"), seqlen=128, calibration_tokens=256, evaluation_
 def configurations(group_size: int = 64, codebook: str = "midrise", kv: bool = True) -> dict[str, QuantConfig]:
     """What a user chooses between, by name: bits first, then who the clips of the activations belong to.
 
-    kv: also an INT4 key and value cache, which needs a model with k_proj and v_proj layers.
+    kv: also an INT4 key and value cache, for a profile that has keys and values.
     """
     common: dict[str, Any] = {"group_size": group_size, "codebook": codebook}
     four: dict[str, Any] = {"weights": 4, "activations": 4, **common}
@@ -46,8 +46,10 @@ def configurations(group_size: int = 64, codebook: str = "midrise", kv: bool = T
         "W4A4 dynamic absmax, per group": QuantConfig(clip="absmax", **four),
     }
     if kv:
-        chosen["KV4 static, pooled"] = QuantConfig(weights=16, activations=16, kv=4, sharing="pooled", **common)
-        chosen["KV4 static, per language"] = QuantConfig(weights=16, activations=16, kv=4, sharing="language", **common)
+        four = {"weights": 16, "activations": 16, "kv": 4, **common}
+        chosen["KV4 dynamic absmax"] = QuantConfig(sharing="pooled", **four)
+        chosen["KV4 static, pooled"] = QuantConfig(kv_clip="static", sharing="pooled", **four)
+        chosen["KV4 static, per language"] = QuantConfig(kv_clip="static", sharing="language", **four)
     return chosen
 
 

@@ -47,7 +47,6 @@ def seen():
     def keep(name):
         def hook(module, args, output):
             record.setdefault(name, []).append(args[0][0].double().numpy())
-            record.setdefault(f"{name}.output", []).append(output[0].double().numpy())
 
         return hook
 
@@ -111,21 +110,6 @@ def test_every_row_and_group_has_the_statistics_of_its_tokens(seen, profile, lay
     check_row(site.moments[-1], groups_of(first, GROUP))
 
 
-@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
-def test_outputs_of_key_and_value_projections_by_head_and_never_rotated(seen, profile, projection):
-    name = f"model.layers.1.self_attn.{projection}.output"
-    site = profile.sites[name]
-    assert (site.kind, site.layer_kind, site.k, site.group_size) == (
-        {"k_proj": "key", "v_proj": "value"}[projection],
-        projection,
-        20,
-        10,
-    )
-    for tag in TAGS:
-        values = np.concatenate([chunk[1:] for chunk in seen[tag][name]])
-        check_row(site.moments[profile.rows.index(tag)], groups_of(values, 10))
-
-
 def test_layers_that_read_the_same_tensor_share_a_site(profile):
     attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
     assert {profile.layers[attention + p] for p in ("q_proj", "k_proj", "v_proj")} == {attention + "q_proj"}
@@ -137,7 +121,7 @@ def test_layers_that_read_the_same_tensor_share_a_site(profile):
 
 def test_the_head_is_measured_where_it_is_not_ignored(seen):
     own = calibrated(ignore=["model.layers.*"])
-    assert list(own.layers) == ["lm_head"]
+    assert [layer for layer in own.layers if not layer.startswith("cache.")] == ["lm_head"]
     values = np.concatenate([rotated(chunk)[1:] for chunk in seen["en"]["lm_head"]])
     check_row(own.sites["lm_head"].moments[1], groups_of(values, GROUP))
 
@@ -256,7 +240,7 @@ class TestRefused:
     def test_outputs_that_overflow_name_the_layer(self):
         model = byte_llama()
         model.model.layers[1].self_attn.v_proj.weight.data *= 1e38
-        with pytest.raises(LaAciqError, match=r"the output of layer 'model\.layers\.1\.self_attn\.v_proj' has"):
+        with pytest.raises(LaAciqError, match=r"the value of layer 'cache\.1\.value' has"):
             calibrated(model)
 
     @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

@@ -32,7 +32,9 @@ def setting_in_16_bits():
 
 def quantized(setting, **changes):
     model, profile = setting
-    return quantize_model(model, profile, QuantConfig(**({"group_size": 16, "kv": 4} | changes)), progress=False)
+    return quantize_model(
+        model, profile, QuantConfig(**({"group_size": 16, "kv": 4, "kv_clip": "static"} | changes)), progress=False
+    )
 
 
 @pytest.fixture
@@ -180,7 +182,8 @@ def test_the_checksums_are_as_documented(saved):
         (lambda s: s["layers"].append("model.layers.7.mlp.up_proj"), r"model\.layers\.7\.mlp\.up_proj"),
         (lambda s: s["layers"].append("model.norm"), "no linear layer"),
         (lambda s: s["layers"].pop(), "do not fit"),
-        (lambda s: s["projections"].update({"model.layers.0.self_attn.k_proj": 5}), "heads of 5"),
+        (lambda s: s["cache"].update({"1": 5}), r"la_aciq_cache\.1_clip.*shape"),
+        (lambda s: s["cache"].update({"first": 4}), "'cache' has the layer 'first'"),
         (lambda s: s.update(layers="all"), "'layers' is missing or not a JSON list"),
         (lambda s: s["layers"].append(5), "'layers' has an entry that is not a JSON str"),
         (lambda s: s["rows"].append(5), "'rows' has an entry"),

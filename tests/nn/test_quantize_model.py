@@ -13,7 +13,7 @@ from torch import nn
 import la_aciq
 from la_aciq import clipping
 from la_aciq.errors import LaAciqError
-from la_aciq.nn import LanguageAwareLinear, QuantConfig, RoundedProjection, bits_per_weight, languages, quantize_model
+from la_aciq.nn import LanguageAwareLinear, QuantConfig, bits_per_weight, languages, quantize_model
 
 GROUP = 16
 LAYERS = 7 * 2
@@ -55,9 +55,7 @@ def test_layers_are_swapped_and_the_original_is_left_alone(model, profile):
     out = quantized(model, profile, kv=4)
     kinds = [type(module) for module in out.modules()]
     assert kinds.count(LanguageAwareLinear) == LAYERS
-    assert kinds.count(RoundedProjection) == 4
     assert len(out.la_aciq.layers) == LAYERS
-    assert set(out.la_aciq.projections.values()) == {8}
     assert out.la_aciq.skipped == {"lm_head": "ignored by the configuration"}
     assert not hasattr(model, "la_aciq")
     assert torch.equal(logits(model, IDS), expected)
@@ -78,12 +76,14 @@ def test_in_place_gives_the_same_model(model, profile):
 
 def test_clips_are_the_tables(model, profile):
     table = clipping.table(profile, bits=4)
-    out = quantized(model, profile, kv=4)
+    out = quantized(model, profile, kv=4, kv_clip="static")
     name = "model.layers.1.mlp.down_proj"
     np.testing.assert_array_equal(out.get_submodule(name).clip.numpy(), table.alpha[name])
     key = "model.layers.1.self_attn.k_proj"
-    np.testing.assert_array_equal(out.get_submodule(key).clip.numpy(), table.alpha[key + ".output"])
-    np.testing.assert_array_equal(out.get_submodule(key).linear.clip.numpy(), table.alpha[key])
+    np.testing.assert_array_equal(out.get_submodule(key).clip.numpy(), table.alpha[key])
+    cache = np.concatenate([table.alpha["cache.1.key"], table.alpha["cache.1.value"]], axis=1)
+    np.testing.assert_array_equal(out.get_buffer("la_aciq_cache.1_clip").numpy(), cache)
+    assert out.la_aciq.cache == {"0": 4, "1": 4}
     dynamic = quantized(model, profile, clip="rms", sharing="pooled")
     shape = clipping.table(profile, bits=4, sharing="pooled").shape[name]
     np.testing.assert_array_equal(dynamic.get_submodule(name).clip.numpy(), shape)
@@ -274,19 +274,13 @@ def test_nothing_left_to_quantize(model, profile):
         quantized(model, profile, ignore=("*",))
 
 
-def test_kv_without_projections(model, profile):
-    part = dataclasses.replace(profile, sites={k: v for k, v in profile.sites.items() if not k.endswith(".output")})
-    with pytest.raises(LaAciqError, match="no key or value projections"):
-        quantized(model, part, kv=4)
-
-
 def test_a_model_like_another_shares_its_weights_and_nothing_else(model, profile):
     first = quantized(model, profile, kv=4, sharing="pooled")
     second = quantize_model(model, profile, config_of(sharing="language"), like=first, progress=False)
     alone = quantized(model, profile, sharing="language")
     for name in second.la_aciq.layers:
         layer, other = second.get_submodule(name), first.get_submodule(name)
-        assert layer.weight is getattr(other, "linear", other).weight
+        assert layer.weight is other.weight
     with la_aciq.language("sw"):
         torch.testing.assert_close(logits(second, IDS), logits(alone, IDS), rtol=0, atol=0)
 

@@ -1,4 +1,4 @@
-"""LanguageAwareLinear, weight quantization and the KV projections against float64 arithmetic written out here."""
+"""LanguageAwareLinear, and weight quantization against float64 arithmetic written out here."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from la_aciq import rotation
 from la_aciq.errors import LaAciqError
-from la_aciq.nn import LanguageAwareLinear, LanguageState, QuantConfig, RoundedProjection, languages
+from la_aciq.nn import LanguageAwareLinear, LanguageState, QuantConfig, languages
 from la_aciq.nn.linear import quantize_weight, weight_clips
 
 ROWS = ("und", "en", "sw", "sink")
@@ -252,32 +252,6 @@ def test_clip_tables_that_do_not_fit(clip, message):
 def test_a_layer_with_nothing_to_quantize_is_refused():
     with pytest.raises(LaAciqError, match="nothing to quantize"):
         LanguageAwareLinear(8, 4, True, QuantConfig(weights=16, activations=16), LanguageState(ROWS))
-
-
-@pytest.mark.parametrize("clip_kind", ["static", "rms", "absmax"])
-def test_key_value_projection(clip_kind):
-    torch.manual_seed(3)
-    ids = torch.tensor([[3, 1, 1], [3, 2, 2]], dtype=torch.int32)
-    config = QuantConfig(weights=16, activations=16, kv=4, clip=clip_kind)
-    linear = nn.Linear(20, 24)
-    table = 0.4 + torch.rand(len(ROWS), 3)
-    layer = RoundedProjection.from_projection(linear, 8, config, Running(ROWS, ids), table)
-    x = torch.randn(2, 3, 20)
-    with torch.no_grad():
-        plain = linear(x).double().numpy().reshape(2, 3, 3, 8)
-        out = layer(x)
-    clip = table.double().numpy()[ids.numpy()]
-    if clip_kind == "rms":
-        clip = clip * np.sqrt(np.mean(plain**2, axis=-1))
-    elif clip_kind == "absmax":
-        clip = clip * np.abs(plain).max(axis=-1)
-    expected = to_levels(plain, clip[..., None], "midrise").reshape(2, 3, 24)
-    np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
-
-
-def test_heads_that_do_not_divide_the_outputs():
-    with pytest.raises(LaAciqError, match="not a whole number of heads of an even size 7"):
-        RoundedProjection.from_projection(nn.Linear(8, 24), 7, QuantConfig(kv=4), LanguageState(ROWS), torch.ones(4, 3))
 
 
 def test_each_row_of_a_mixed_batch_gets_its_own_clip():

@@ -29,9 +29,6 @@ from ..tags import UND, canonical
 from .profile import JSON_FILE, SINK, Kind, Profile
 from .texts import TokenizedText, tokenize
 
-# The projections whose outputs a KV cache holds, by the last component of their name.
-_CACHED: dict[str, Kind] = {"k_proj": "key", "v_proj": "value"}
-
 
 def calibrate(
     model: nn.Module,
@@ -47,7 +44,7 @@ def calibrate(
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
 ) -> Profile:
-    """Measure, by language, the inputs of a model's linear layers and the outputs of its key and value projections.
+    """Measure, by language, the inputs of a model's linear layers, and the keys and values that an INT4 cache rounds.
 
     model: a Hugging Face language model: a decoder, an encoder, or an encoder-decoder, whose decoder is given the same
         tokens one place later.
@@ -56,8 +53,8 @@ def calibrate(
         arguments: mappings of names to tensors with a batch of one.
     seqlen, tokens: the first `tokens` tokens of each text are read, in windows of seqlen; lists of calls are read
         whole.
-    group_size: elements along the input that share statistics: even, or 0 for one group per token. Outputs of key and
-        value projections have one group per head.
+    group_size: elements along the input that share statistics: even, or 0 for one group per token. Keys and values have
+        one group per head; they are measured after the cache's own centring and rotation, in decoders.
     rotate, seed: measure inputs after the randomized Hadamard rotation with these signs.
     ignore: names of linear layers to leave out: full names, last components, or shell patterns.
     resume: a folder to keep finished languages in. When it holds some, from a run that was interrupted, they are not
@@ -102,14 +99,13 @@ def calibrate(
         tqdm(total=total, initial=sum(readings[tag].tokens for tag in done), unit="tok", disable=not progress) as bar,
         collector.attached() as network,
     ):
-        cache = {"use_cache": False} if "use_cache" in inspect.signature(network.forward).parameters else {}
         for tag, reading in readings.items():
             if tag in done:
                 continue
             bar.set_description(f"calibrating {tag}")
             collector.begin_language()
             for call in reading.calls:
-                network(**{name: value.to(device) for name, value in call.items()}, **cache)
+                network(**{name: value.to(device) for name, value in call.items()}, **collector.cache(network))
                 bar.update(_positions(call))
             done[tag] = collector.end_language()
             if resume is not None:
@@ -245,13 +241,21 @@ class _Collector:
                 handles.append(module.register_forward_pre_hook(self._experts_hook(name), with_kwargs=True))
             for name, module in self._linears.items():
                 handles.append(module.register_forward_pre_hook(self._input_hook(name)))
-                kind = _CACHED.get(name.rpartition(".")[2])
-                if kind is not None:
-                    handles.append(module.register_forward_hook(self._output_hook(f"{name}.output", kind)))
             for handle in handles:
                 stack.callback(handle.remove)
             stack.enter_context(torch.inference_mode())
             yield network
+
+    def cache(self, network: Callable[..., Any]) -> dict[str, Any]:
+        """Arguments that hand a call of the network a cache which measures keys and values, where it takes one."""
+        hugging_face: Any = self._model
+        taken = inspect.signature(getattr(network, "forward", network)).parameters
+        decodes = hasattr(self._model, "can_generate") and hugging_face.can_generate() and "past_key_values" in taken
+        if decodes and not hugging_face.config.is_encoder_decoder:
+            from ..nn.cache import recording_cache
+
+            return {"use_cache": True, "past_key_values": recording_cache(self._model, self._measure_cached)}
+        return {"use_cache": False} if "use_cache" in taken else {}
 
     def begin_language(self) -> None:
         self._language, self._language_sink = {}, {}
@@ -315,18 +319,9 @@ class _Collector:
             values = ops.rotate(values, self._signs[k])
         self._measure(layer, "input", self._group_size or x.shape[-1], values, x)
 
-    def _output_hook(self, site: str, kind: Kind) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.layers[site] = site
-            self._measure(site, kind, self._head_dim(), output.float(), args[0])
-
-        return hook
-
-    def _head_dim(self) -> int:
-        hugging_face: Any = self._model
-        config = hugging_face.config.get_text_config(decoder=True)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(head_dim)
+    def _measure_cached(self, site: str, kind: Kind, head_dim: int, x: Tensor) -> None:
+        self.layers[site] = site
+        self._measure(site, kind, head_dim, x, x)
 
     def _measure(self, site: str, kind: Kind, group_size: int, values: Tensor, x: Tensor) -> None:
         """Add values [..., K], made of a layer's input x: its first tokens to the sink's statistics, others to the
@@ -341,10 +336,8 @@ class _Collector:
         measured = _moments_by_group(rows, row, min(group_size, k))
         bad = int(measured.nonfinite.sum())
         if bad:
-            what = "input" if kind == "input" else "output"
-            name = site.removesuffix(".output")
             raise LaAciqError(
-                f"the {what} of layer {name!r} has {bad} NaN or infinite values; the model or its dtype is broken"
+                f"the {kind} of layer {site!r} has {bad} NaN or infinite values; the model or its dtype is broken"
             )
         for total, own in ((self._language, measured[0]), (self._language_sink, measured[1])):
             if own.count.any():

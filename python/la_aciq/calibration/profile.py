@@ -50,7 +50,8 @@ Kind = Literal["input", "key", "value"]
 
 @dataclass(frozen=True)
 class SiteStats:
-    """Statistics of one place in the model: the input of linear layers, or the output of a key or value projection.
+    """Statistics of one place in the model: the input of linear layers, or an attention layer's keys or values (as its
+    INT4 cache stores them).
 
     kind: "input", "key" or "value".
     layer_kind: last component of the layer's name, for example "down_proj".
@@ -108,11 +109,11 @@ class Profile:
     rows: ("und", the languages as BCP-47 tags, "sink"). "und" pools the languages and says nothing of its own; "sink"
         is the first token of every sequence, in any language, and is in no other row.
     sites: what was measured, by site name. layers: for each linear layer the name of the site of its input (layers that
-        read the very same tensor, such as q, k and v projections, share one), and for each key and value projection the
-        entry "<layer>.output" -> "<layer>.output".
-    metadata: "fingerprint" and "architecture" of the model, "rotation" {"enabled", "seed"} (of inputs; outputs of key
-        and value projections are never rotated), "group_size", "seqlen", "ignore" (layers left out), "tokens"
-        {language: tokens used, from the start of its text}, "texts" {language: SHA-256 of those token ids}, "versions".
+        read the very same tensor, such as q, k and v projections, share one), and each site "cache.<attention
+        layer>.key" and "cache.<attention layer>.value" stands for itself.
+    metadata: "fingerprint" and "architecture" of the model, "rotation" {"enabled", "seed"} (of inputs),
+        "group_size", "seqlen", "ignore" (layers left out), "tokens" {language: tokens used, from the start of its
+        text}, "texts" {language: SHA-256 of those token ids}, "versions".
     """
 
     rows: tuple[str, ...]
@@ -147,8 +148,7 @@ class Profile:
             # same bits.
             pooled = _stack(own).pool(0) if own else empty
             moments = _stack([pooled, *own, sink.get(name, empty)])
-            layer = name.removesuffix(".output") if kind != "input" else name
-            stats[name] = SiteStats(kind, layer.rpartition(".")[2], k, group_size, moments)
+            stats[name] = SiteStats(kind, name.rpartition(".")[2], k, group_size, moments)
         return cls((UND, *languages, SINK), stats, dict(layers), dict(metadata))
 
     @classmethod

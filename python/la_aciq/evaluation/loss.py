@@ -21,7 +21,8 @@ from torch import nn
 
 from ..calibration import Window
 from ..errors import LaAciqError
-from ..nn import language
+from ..nn import Quantization, language
+from ..nn.kv import WINDOW
 
 Float64 = NDArray[np.float64]
 
@@ -29,6 +30,7 @@ SEGMENT = 128  # predicted tokens
 TAIL_NATS = 0.5  # per token: the text is e^0.5 = 1.65 times less likely with every token
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+_PIECE = WINDOW
 _RESAMPLES_AT_ONCE = 1 << 22  # entries of the matrix of counts
 
 
@@ -37,15 +39,16 @@ def token_losses(
 ) -> list[NDArray[np.float32]]:
     """Negative log-likelihood, in nats, of each predicted token: float32 [t - 1] per window of t ids.
 
-    The windows are read one at a time under the language `tag`. `step` is called after each, for progress.
+    The windows are read one at a time under the language `tag`. `step` is called after each, for progress. A model with
+    an INT4 cache reads them in short pieces, so that what it reads back are INT4 keys and values, as when it
+    generates; in one piece, every token would see the others in 16 bits.
     """
     device = next(model.parameters()).device
     losses = []
     for window in windows:
         ids = torch.from_numpy(np.ascontiguousarray(window.ids)).to(device)
         with torch.inference_mode(), language(tag):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            nats = nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none")
+            nats = nn.functional.cross_entropy(_logits(model, ids)[:-1].float(), ids[1:], reduction="none")
         if not bool(torch.isfinite(nats).all()):
             raise LaAciqError(
                 f"the model's loss on the text for {tag!r} is not finite; its weights or dtype are broken"
@@ -54,6 +57,20 @@ def token_losses(
         if step is not None:
             step()
     return losses
+
+
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of one sequence of ids [tokens]."""
+    quantization = getattr(model, "la_aciq", None)
+    if not isinstance(quantization, Quantization) or quantization.config.kv == 16:
+        logits: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+        return logits
+    from ..nn.cache import LanguageAwareCache
+
+    cache = LanguageAwareCache(model)
+    return torch.cat(
+        [model(input_ids=piece[None], past_key_values=cache).logits[0] for piece in torch.split(ids, _PIECE)]
+    )
 
 
 def segment_sums(values: Sequence[NDArray[np.generic]]) -> Float64:

@@ -192,10 +192,10 @@ def _common_limit(configurations: Sequence[Configuration]) -> float:
 
 
 def _short(site: str) -> str:
-    """ "model.layers.15.self_attn.k_proj.output" -> "layer 15, k_proj output"."""
-    parts = site.removesuffix(".output").split(".")
+    """ "model.layers.15.self_attn.o_proj" -> "layer 15, o_proj input"; "cache.15.key" -> "layer 15, key"."""
+    parts = site.split(".")
     number = next((part for part in parts if part.isdigit()), None)
-    name = parts[-1] + (" output" if site.endswith(".output") else " input")
+    name = parts[-1] + ("" if parts[0] == "cache" else " input")
     return name if number is None else f"layer {number}, {name}"
 
 

@@ -12,8 +12,7 @@
     rows                the rows of every table of clips: "und", the languages, "sink"
     layers              names of the modules that became `LanguageAwareLinear`, or `LanguageAwareExperts`, whose
                         layers are `<name>.<expert>.gate_up_proj` and `<name>.<expert>.down_proj`
-    projections         names of the key and value projections that are wrapped in a `RoundedProjection` (their own
-                        tensors move under `<name>.linear`), with the size of their heads
+    cache               by attention layer the entries per row of its INT4 cache's table, when that has one
     skipped             other layers with a weight matrix, and why they were left alone
     fingerprint         of the unquantized model
     calibration_tokens  by language
@@ -28,6 +27,11 @@ The tensors of a layer, with N outputs, K inputs and groups of `config.group_siz
     <layer>.clip          float32 [rows, groups], the activations' clips or factors; absent with 16-bit activations
     <layer>.signs         int8 [K], signs of the rotation; absent without rotation. The block is the largest power of
                           two that divides K.
+
+and of the INT4 cache with `kv_clip` "static" or "rms":
+
+    la_aciq_cache.<n>_clip  float32 [rows, entries], attention layer n's clips or factors of the keys' heads, then of
+                            the values'
 """
 
 import hashlib
@@ -53,9 +57,8 @@ from .card import model_card
 from .config import QuantConfig
 from .context import LanguageState
 from .experts import LanguageAwareExperts
-from .kv import RoundedProjection
 from .linear import LanguageAwareLinear, LanguageAwareModule, check_clips
-from .quantize import Quantization
+from .quantize import Quantization, add_cache_tables
 
 if TYPE_CHECKING:
     from ..evaluation import Report
@@ -66,7 +69,7 @@ ARCHITECTURE = "config.json"
 
 # Fields of a description: per field its type, and that of its entries.
 _FIELDS: dict[str, tuple[type, Any]] = {
-    "config": (dict, object), "rows": (list, str), "layers": (list, str), "projections": (dict, int),
+    "config": (dict, object), "rows": (list, str), "layers": (list, str), "cache": (dict, int),
     "skipped": (dict, str), "calibration_tokens": (dict, int),
 }  # fmt: skip
 
@@ -161,7 +164,7 @@ def describe(done: Quantization, sha256: str) -> dict[str, Any]:
         "config": done.config.to_dict(),
         "rows": list(done.state.rows),
         "layers": list(done.layers),
-        "projections": done.projections,
+        "cache": done.cache,
         "skipped": done.skipped,
         "fingerprint": done.fingerprint,
         "calibration_tokens": done.calibration_tokens,
@@ -201,12 +204,14 @@ def read_description(values: Mapping[str, Any]) -> tuple[Quantization, str]:
     languages = [row for row in rows[1:] if row != SINK]
     if rows[:1] != [UND] or len(set(rows)) != len(rows) or languages != [canonical(tag) for tag in languages]:
         raise LaAciqError(f"{where}: 'rows' is {rows!r}; expected {UND!r} and then the rows of the tables, each once")
+    if unknown := [layer for layer, count in values["cache"].items() if not layer.isdecimal() or count < 1]:
+        raise LaAciqError(f"{where}: 'cache' has the layer {unknown[0]!r} with {values['cache'][unknown[0]]!r} entries")
     config = QuantConfig.from_dict(values["config"])
     done = Quantization(
         config=config,
         state=LanguageState(rows, config.by_language),
         layers=tuple(values["layers"]),
-        projections=dict(values["projections"]),
+        cache=dict(values["cache"]),
         skipped=dict(values["skipped"]),
         fingerprint=values["fingerprint"],
         calibration_tokens=dict(values["calibration_tokens"]),
@@ -216,8 +221,10 @@ def read_description(values: Mapping[str, Any]) -> tuple[Quantization, str]:
 
 def install(model: nn.Module, done: Quantization) -> None:
     """Put empty quantized layers, on the meta device, where a model of the same architecture has them."""
-    for name in dict.fromkeys([*done.layers, *done.projections]):
+    for name in done.layers:
         _replace(model, name, done)
+    if done.cache:
+        add_cache_tables(model, done, "meta")
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -313,21 +320,13 @@ def _replace(model: nn.Module, name: str, done: Quantization) -> None:
             f"quantization_config names the layer {name!r}, and the model of {ARCHITECTURE} has no linear layer of "
             "that name"
         )
-    new: Any = original
-    if name in done.layers and weight is None:
+    new: Any
+    if weight is None:
         new = LanguageAwareExperts.empty(original, done.config, done.state)
-    elif name in done.layers and weight is not None:
+    else:
         n, k = weight.shape
         bias = original._parameters.get("bias") is not None
         new = LanguageAwareLinear(k, n, bias, done.config, done.state, dtype=weight.dtype, device="meta")
-    if name in done.projections:
-        head_dim = done.projections[name]
-        outputs = 0 if weight is None else len(weight)
-        if head_dim < 2 or outputs < head_dim or outputs % head_dim:
-            raise LaAciqError(
-                f"quantization_config gives {name!r} heads of {head_dim!r} outputs; it has {outputs} in all"
-            )
-        new = RoundedProjection(new, outputs // head_dim, head_dim, done.config, done.state)
     model.set_submodule(name, new)
 
 

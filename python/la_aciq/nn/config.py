@@ -14,6 +14,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "kv": (4, 16),
     "codebook": ("midrise", "midtread"),
     "clip": ("static", "rms", "absmax"),
+    "kv_clip": ("static", "rms", "absmax"),
     "sharing": ("language", "pooled"),
     "granularity": ("group", "layer", "model", "token"),
     "objective": ("exact", "in_range", "aciq"),
@@ -25,13 +26,14 @@ class QuantConfig:
     """How a model is quantized. 16 bits mean "as it is".
 
     weights, activations, kv: bits of the linear layers' weights (4, 16), of their inputs (4, 8, 16) and of the
-        outputs of the key and value projections (4, 16).
+        key and value cache (4, 16; see `LanguageAwareCache`).
     group_size: elements along K that share a weight's clip and, with granularity "group", an activation's clip: even,
         or 0 for one group per row. It is the one the profile was measured with.
     codebook: "midrise" or "midtread".
-    clip: how the activations' and the KV projections' clip is found. "static": read from the table, which the
+    clip: how the activations' clip is found. "static": read from the table, which the
         languages' statistics made. "rms": a factor of the table times the root mean square of the token's group.
         "absmax": the token's group's largest magnitude, no table.
+    kv_clip: how the cache's clips are found, one per token and head: as for `clip`; "absmax" needs no table.
     sharing: "language" gives each language its own clips, "pooled" gives all of them those of the pooled row; the
         attention sink's row is its own in both.
     granularity: what shares one entry of the table: a "group", a "layer", or the whole "model" (per language). With a
@@ -51,6 +53,7 @@ class QuantConfig:
     group_size: int = 64
     codebook: Codebook = "midrise"
     clip: ActivationClip = "static"
+    kv_clip: ActivationClip = "absmax"
     sharing: str = "language"
     granularity: str = "group"
     objective: str = "exact"
@@ -94,7 +97,8 @@ class QuantConfig:
     @property
     def by_language(self) -> bool:
         """Whether the languages have clips of their own."""
-        return self.sharing == "language" and self.clip != "absmax" and min(self.activations, self.kv) < 16
+        tables = (self.activations < 16 and self.clip != "absmax") or (self.kv < 16 and self.kv_clip != "absmax")
+        return self.sharing == "language" and tables
 
     def groups(self, k: int) -> int:
         """The columns of the clip table of a layer with k inputs."""

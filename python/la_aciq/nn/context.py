@@ -12,9 +12,10 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ SINK = "sink"
 
 # A tag for the whole batch, one tag per row of the batch, or None: the pooled row.
 _requested: ContextVar[str | tuple[str, ...] | None] = ContextVar("la_aciq_language", default=None)
+# Whether `generate` runs: it repeats each row of the batch for its beams or return sequences.
+_generating: ContextVar[bool] = ContextVar("la_aciq_generating", default=False)
 
 
 @contextmanager
@@ -97,6 +100,11 @@ class LanguageState:
         self._counted = False  # whether the running pass has counted the languages that have no row
         self._owner: threading.Thread | None = None
         self._running: list[nn.Module] = []  # hooked modules in whose forward the owner is, the outermost first
+        # For the INT4 cache: the model and the module that is given one, the running pass's row per row of the batch
+        # and its attention mask.
+        self._cached: tuple[nn.Module, nn.Module] | None = None
+        self._batch_rows: list[int] = []
+        self._mask: torch.Tensor | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,6 +117,7 @@ class LanguageState:
             "_memory": None,
             "_owner": None,
             "_running": [],
+            "_mask": None,
             "unserved": Counter(),
         }
 
@@ -116,11 +125,11 @@ class LanguageState:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+    def attach(self, model: nn.Module, cached: bool = False) -> list[RemovableHandle]:
         """Hook the state to a model: its forward passes set the ids first and release them at the end.
 
         An encoder-decoder's two parts have positions of their own and set their ids each for itself; cross-attention
-        reads those of the encoder. Returns the handles of the hooks.
+        reads those of the encoder. cached: the model's passes get an INT4 cache. Returns the handles of the hooks.
         """
         # The body of a Hugging Face model may be called alone, for its hidden states.
         whole = [model, getattr(model, "base_model", model)]
@@ -129,6 +138,7 @@ class LanguageState:
             hugging_face: Any = model
             reading = [hugging_face.get_encoder(), hugging_face.get_decoder()]
             self._features = _reads_features(reading[0])
+        self._cached = (model, reading[-1]) if cached else None
         modules = {id(module): module for module in [*whole, *reading]}
         handles = []
         for key, module in modules.items():
@@ -195,8 +205,11 @@ class LanguageState:
                 self._counted = False
             self._running.append(model)
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._enter(model, args, kwargs)
+    def _begin(
+        self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._enter(model, args, given)
+        kwargs = given
         if args:
             kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         inputs = args[0] if args else kwargs.get("input_ids")
@@ -212,7 +225,7 @@ class LanguageState:
         self._memory = None
         if _reads_features(model):  # how many positions it makes of them is its own affair, and none is a first token
             self._ids = self._write("own", (batch,), device)
-            return
+            return None
         first = self._first_tokens(inputs.shape[1], device, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
         self._ids = self._write("own", (batch, inputs.shape[1]), device, first)
         memory = kwargs.get("encoder_hidden_states")
@@ -223,6 +236,59 @@ class LanguageState:
                 first = self._first_tokens(memory.shape[1], device, kwargs.get("encoder_attention_mask"), None)
                 ids = self._write("memory", (batch, memory.shape[1]), device, first)
             self._memory = (memory, ids)
+        if self._cached is None or not (model is self._cached[1] or self._cached[0] in self._running):
+            return None
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        cache = self._int4_cache(model, kwargs)
+        return None if cache is None else (args, given | {"past_key_values": cache})
+
+    def _int4_cache(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
+        """The new INT4 cache for a pass that would make one of its own; an empty DynamicCache becomes one in place."""
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        from .cache import LanguageAwareCache
+
+        if self._cached is None:
+            return None
+        whole: Any = self._cached[0]
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            uses = kwargs.get("use_cache")
+            if "past_key_values" not in inspect.signature(model.forward).parameters or not (
+                getattr(whole.config, "use_cache", False) if uses is None else uses
+            ):
+                return None
+            made = LanguageAwareCache(whole)
+            if not whole.config.is_encoder_decoder:
+                return made
+            return EncoderDecoderCache(made, DynamicCache(config=whole.config.get_text_config(decoder=True)))
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if type(own) is DynamicCache and not own.offloading and own.get_seq_length() == 0:
+            LanguageAwareCache.take_over(own, whole)
+        return None
+
+    def rows_of_batch(self, batch: int, device: torch.device) -> torch.Tensor:
+        """The row of each row of the running pass's batch, int32 [batch]; the pooled row outside of a pass."""
+        rows = self._batch_rows if self._ids is not None else [0] * batch
+        if len(rows) != batch:
+            raise LaAciqError(f"the cache got a batch of {batch} rows in a pass over {len(rows)}")
+        return torch.tensor(rows, dtype=torch.int32, device=device)
+
+    def check_rows(self, rows: torch.Tensor) -> None:
+        """Raises `LaAciqError` when these are not the running pass's rows (on the CPU, where looking is free)."""
+        if rows.device.type == "cpu" and self._ids is not None and rows.tolist() != self._batch_rows:
+            raise LaAciqError(
+                "the languages of the batch changed between prefill and decode, and what is cached was quantized under "
+                "the first ones; start with a new cache"
+            )
+
+    def starts_of_batch(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """The number of each sequence's first token after left padding, int64 [batch]; None when all are 0."""
+        if self._mask is None or self._ids is None or self._mask.shape[0] != batch:
+            return None
+        starts = (self._mask != 0).to(torch.uint8).argmax(dim=1).to(device)
+        return starts if bool(starts.any()) else None
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # The hook also runs after a pass that `_begin` refused: that pass must not release another thread's.
@@ -230,7 +296,7 @@ class LanguageState:
             if self._owner is threading.current_thread() and model in self._running:
                 del self._running[self._running.index(model) :]
                 if not self._running:
-                    self._owner = self._ids = self._memory = None
+                    self._owner = self._ids = self._memory = self._mask = None
 
     def _write(
         self, role: str, shape: tuple[int, ...], device: torch.device, first: torch.Tensor | None = None
@@ -246,11 +312,14 @@ class LanguageState:
         ids = self._buffers[key][:number].view(shape)
         requested = _requested.get()
         if isinstance(requested, tuple):
-            if len(requested) != batch:
+            # `_generate` has compared the tags with the inputs; what is more now are their beams, side by side.
+            repeats = batch // len(requested) if _generating.get() and requested else 1
+            if len(requested) * repeats != batch:
                 raise LaAciqError(
                     f"languages() has {len(requested)} tags for a batch of {batch} rows; expected one tag per row"
                 )
-            rows = torch.tensor([self._count(tag) for tag in requested], dtype=torch.int32)
+            self._batch_rows = [self._count(tag) for tag in requested for _ in range(repeats)]
+            rows = torch.tensor(self._batch_rows, dtype=torch.int32)
             ids.copy_(rows.view(-1, *[1] * (len(shape) - 1)))
         else:
             if requested is None and self._warn:
@@ -260,7 +329,9 @@ class LanguageState:
                     "`with la_aciq.language('sw'):` in the thread that calls the model, or 'und' to pool on purpose",
                     stacklevel=2,
                 )
-            ids.fill_(0 if requested is None else self._count(requested, batch))
+            row = 0 if requested is None else self._count(requested, batch)
+            self._batch_rows = [row] * batch
+            ids.fill_(row)
         self._counted = True
         if self._sink is not None and first is not None and number:
             ids.masked_fill_(first, self._sink)
@@ -300,3 +371,44 @@ def _matching(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         if len(leading) == 2 and leading[0] == ids.shape[0] and leading[1] < ids.shape[1]:
             return ids[:, ids.shape[1] - leading[1] :]
     return None
+
+
+def add_language_to_generate(model: nn.Module) -> None:
+    """Give a model's `generate` the argument `language`: one tag, or a list with one per row of the inputs.
+
+    Where it has an argument of that name already, as Whisper's has, that keeps its meaning.
+    """
+    generate = getattr(type(model), "generate", None)
+    if generate is not None and "language" not in inspect.signature(generate).parameters:
+        model.generate = MethodType(_generate, model)  # type: ignore[assignment]
+
+
+def _generate(model: Any, *args: Any, language: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+    """`generate` of a quantized model: the class's own, under `language`, which this call alone sees.
+
+    language: a BCP-47 tag, or a list with one per row of the inputs (beams and return sequences have their input's);
+    None for that of the surrounding `la_aciq.language` or `languages`. Raises `LaAciqError` for another number of tags
+    than rows, and for a tag that is not BCP-47.
+    """
+    context = (
+        nullcontext()
+        if language is None
+        else language_context(language)
+        if isinstance(language, str)
+        else languages(language)
+    )
+    with context:
+        tags = _requested.get()
+        inputs = args[0] if args else None
+        for name in ("inputs", "input_ids", "inputs_embeds", getattr(model, "main_input_name", "input_ids")):
+            inputs = kwargs.get(name) if inputs is None else inputs
+        if isinstance(tags, tuple) and isinstance(inputs, torch.Tensor) and len(inputs) != len(tags):
+            raise LaAciqError(f"language has {len(tags)} tags for {len(inputs)} rows of inputs; expected one per row")
+        token = _generating.set(True)
+        try:
+            return type(model).generate(model, *args, **kwargs)
+        finally:
+            _generating.reset(token)
+
+
+language_context = language  # by a name that `_generate`'s argument does not hide

@@ -1,68 +1,74 @@
-"""An INT4 key and value cache, as far as its accuracy goes.
+"""What the INT4 key and value cache and its calibration share: how keys are centred, and the tables of clips.
 
-The outputs of the key and value projections are quantized to INT4 and dequantized at once, head by head, before the
-rotary embedding: attention then computes with the values an INT4 cache would give back. The cache itself stays 16-bit:
-this measures what an INT4 cache costs each language, and saves no memory.
+Without transformers, which the cache itself (nn/cache.py) builds on.
 """
 
-import torch
-from torch import nn
+from collections.abc import Mapping
+from math import gcd
 
-from ..errors import LaAciqError
+import torch
+from torch import Tensor
+
 from .config import QuantConfig
 from .context import LanguageState
-from .linear import LanguageAwareLinear, LanguageAwareModule, check_clips, round_trip
+from .linear import LanguageAwareModule, check_clips
+
+SINKS = 4  # first tokens of a sequence that stay in 16 bits
+WINDOW = 32  # latest tokens that do, at least; at most WINDOW + BLOCK - 1
+BLOCK = 64  # tokens quantized at once, which share a mean key
+ABSMAX_SHARE = 0.9  # of the largest magnitude, for kv_clip "absmax": a little of it clipped has the smaller error
 
 
-class RoundedProjection(LanguageAwareModule):
-    """A key or value projection whose output has been through INT4.
+def site(layer: int, kind: str) -> str:
+    """The name of a profile's site: the "key" or the "value" of an attention layer, counted as transformers does."""
+    return f"cache.{layer}.{kind}"
 
-    `linear` is the projection, quantized or not; its output [..., heads * head_dim] has one clip (static) or one factor
-    (dynamic: one scale per token and head) per head and row of the language table, in the float32 buffer `clip`
-    [rows, heads].
+
+def centre(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [blocks * BLOCK, ..., channels] less the mean of each block of tokens, in x's dtype, and the means, bfloat16
+    [blocks, ..., channels]. Fewer tokens than BLOCK are one block.
+
+    counted: bool [blocks * BLOCK, ..., 1], the tokens that a mean is of; None for all. A block without any has mean 0.
+    """
+    size = min(BLOCK, len(x))
+    blocks = x.view(-1, size, *x.shape[1:])
+    if counted is None:
+        means = blocks.mean(dim=1)
+    else:
+        weight = counted.view(-1, size, *counted.shape[1:]).to(x.dtype)
+        means = (blocks * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    means = means.to(torch.bfloat16)
+    return (blocks - means.unsqueeze(1).to(x.dtype)).view_as(x), means
+
+
+class KeyValueClips(LanguageAwareModule):
+    """The tables of a model's INT4 cache, a submodule of the model so that they are saved with it and move with it.
+
+    groups: per attention layer the clips per token of its keys and its values. The float32 buffer `<layer>_clip` [rows,
+    groups] holds the clips (kv_clip "static") or factors ("rms") of the keys' heads and then of the values'.
     """
 
-    clip: torch.Tensor
+    NAME = "la_aciq_cache"
 
-    def __init__(
-        self,
-        linear: nn.Linear | LanguageAwareLinear,
-        heads: int,
-        head_dim: int,
-        config: QuantConfig,
-        state: LanguageState,
-    ) -> None:
+    def __init__(self, groups: Mapping[int, int], config: QuantConfig, state: LanguageState) -> None:
         super().__init__(config, state)
-        self.linear = linear
-        self.heads, self.head_dim = heads, head_dim
-        device = next(iter([*linear.parameters(), *linear.buffers()])).device
-        self.register_buffer("clip", torch.empty((len(state.rows), heads), dtype=torch.float32, device=device))
+        self.groups = dict(groups)
+        for layer, count in self.groups.items():
+            self.register_buffer(f"{layer}_clip", torch.empty((len(state.rows), count), dtype=torch.float32))
 
-    @classmethod
-    def from_projection(
-        cls,
-        linear: nn.Linear | LanguageAwareLinear,
-        head_dim: int,
-        config: QuantConfig,
-        state: LanguageState,
-        clip: torch.Tensor,
-        *,
-        name: str = "projection",
-    ) -> "RoundedProjection":
-        """Wrap a projection; clip is float32 [rows, heads]. Raises `LaAciqError` when the shapes do not fit."""
-        width = linear.out_features
-        if head_dim < 2 or head_dim % 2 or width % head_dim:
-            raise LaAciqError(
-                f"layer {name!r}: its {width} outputs are not a whole number of heads of an even size {head_dim}"
-            )
-        layer = cls(linear, width // head_dim, head_dim, config, state)
-        layer.clip.copy_(check_clips(clip, tuple(layer.clip.shape), name + " output"))
-        return layer
+    def fill(self, clips: Mapping[int, Tensor]) -> None:
+        """Copy the tables by layer, float32 [rows, groups]. Raises `LaAciqError` for entries that are not finite and
+        positive, and for a table of another shape.
+        """
+        for layer, table in clips.items():
+            own = self.get_buffer(f"{layer}_clip")
+            own.copy_(check_clips(table, tuple(own.shape), f"{self.NAME}.{layer}"))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., heads * head_dim] in x's dtype, every value one of the 16 of its head's codebook."""
-        y = self.linear(x)
-        return round_trip(y, self.clip, self.state.ids_for(x), self.config, self.head_dim)
-
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, head_dim={self.head_dim}, clip={self.config.clip!r}"
+    def table(self, layer: int, heads: int, key_dim: int, value_dim: int) -> Tensor:
+        """float32 [rows, groups] for groups of gcd(key_dim, value_dim) channels, as the cache stores them."""
+        size = gcd(key_dim, value_dim)
+        clips = self.get_buffer(f"{layer}_clip")
+        keys, values = clips[:, :heads], clips[:, heads:]
+        return torch.cat(
+            [keys.repeat_interleave(key_dim // size, dim=1), values.repeat_interleave(value_dim // size, dim=1)], dim=1
+        )

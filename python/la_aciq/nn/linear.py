@@ -91,7 +91,11 @@ class LanguageAwareModule(nn.Module):
         self.state = state
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        exact = {name: buffer for name in ("weight_scale", "clip") if (buffer := self._buffers.get(name)) is not None}
+        exact = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if buffer is not None and name.endswith(("weight_scale", "clip"))
+        }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in exact.items():
             after = self.get_buffer(name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -16,12 +17,10 @@ from ..calibration import Profile
 from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, linear_weight, output_head
 from .config import QuantConfig
-from .context import LanguageState
+from .context import LanguageState, add_language_to_generate
 from .experts import LanguageAwareExperts
-from .kv import RoundedProjection
+from .kv import KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
-
-OUTPUT = ".output"  # of a projection's site in the profile and of its clips in the table
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,15 @@ class Quantization:
     """What was done to a quantized model; its attribute `la_aciq`.
 
     layers: names of the modules that are now `LanguageAwareLinear` or, a mixture's experts, `LanguageAwareExperts`.
-    projections: names of the key and value projections whose outputs go through INT4, with the size of their heads.
-    skipped: every other layer with a weight matrix, and why it was left alone. calibration_tokens: per language, how
-    many of its tokens the clips were chosen on.
+    cache: by the number of an attention layer (a string, for JSON) the entries per row of its INT4 cache's table; empty
+    without tables. skipped: every other layer with a weight matrix, and why it was left alone. calibration_tokens: per
+    language, how many of its tokens the clips were chosen on.
     """
 
     config: QuantConfig
     state: LanguageState
     layers: tuple[str, ...]
-    projections: dict[str, int]
+    cache: dict[str, int]
     skipped: dict[str, str]
     fingerprint: str
     calibration_tokens: dict[str, int]
@@ -78,7 +77,7 @@ def quantize_model(
         if inplace:
             model.set_submodule(name, plan.quantized(name, original, like))
         else:
-            replaced[id(original)] = plan.quantized(name, original, like, copied=True)
+            replaced[id(original)] = plan.quantized(name, original, like)
     result: nn.Module = model if inplace else copy.deepcopy(model, replaced)
     plan.finish(result)
     return result
@@ -93,48 +92,38 @@ class Plan:
     def __init__(self, model: nn.Module, profile: Profile, config: QuantConfig) -> None:
         _check_settings(profile, config)
         selected, skipped = _select(model, profile, config)
-        self.projections = _projections(model, profile, config, selected)
-        self.layers = selected if _quantizes_linear(config) else ()
-        self.names = self.layers or tuple(self.projections)
+        self.layers = self.names = selected if _quantizes_linear(config) else ()
         inputs = [one for name in self.layers for one in inputs_of(name, model.get_submodule(name))]
-        self._clips = _clips(profile, config, inputs, self.projections)
+        self._clips = _clips(profile, config, inputs)
+        self._cache_clips = _cache_clips(profile, config)
         self._seed = int(profile.metadata["rotation"]["seed"])
         self._done = Quantization(
             config=config,
             state=LanguageState(profile.rows, config.by_language),
             layers=self.layers,
-            projections=self.projections,
+            cache={str(layer): clips.shape[1] for layer, clips in self._cache_clips.items()},
             skipped=skipped,
             fingerprint=profile.metadata["fingerprint"],
             calibration_tokens={tag: int(count) for tag, count in profile.metadata["tokens"].items()},
         )
 
-    def quantized(self, name: str, original: Any, like: nn.Module | None = None, *, copied: bool = False) -> nn.Module:
-        """What takes the place of a layer; it shares tensors with the original unless `copied`."""
+    def quantized(self, name: str, original: Any, like: nn.Module | None = None) -> nn.Module:
+        """What takes the place of a layer."""
         config, state = self._done.config, self._done.state
-        new: Any
-        if name in self.layers and is_experts(original):
+        if is_experts(original):
             parts = {part: self._clips.get(f"{name}.{part}") for part in EXPERT_WEIGHTS}
             before: Any = None if like is None else like.get_submodule(name)
-            new = LanguageAwareExperts.from_experts(
+            experts: nn.Module = LanguageAwareExperts.from_experts(
                 original, config, state, parts, seed=self._seed, name=name, like=before
             )
-        elif name in self.layers:
-            clip = self._clips.get(name)
-            new = LanguageAwareLinear.from_linear(
-                original, config, state, clip, seed=self._seed, name=name, like=_quantized_layer(like, name)
-            )
-        else:
-            new = copy.deepcopy(original) if copied else original
-        if name in self.projections:
-            new = RoundedProjection.from_projection(
-                new, self.projections[name], config, state, self._clips[name + OUTPUT], name=name
-            )
-        replacement: nn.Module = new
-        return replacement
+            return experts
+        clip, known = self._clips.get(name), _quantized_layer(like, name)
+        return LanguageAwareLinear.from_linear(original, config, state, clip, seed=self._seed, name=name, like=known)
 
     def finish(self, model: nn.Module) -> None:
         """Make the model one that knows it is quantized, when all of `names` are replaced."""
+        if self._cache_clips:
+            add_cache_tables(model, self._done).fill(self._cache_clips)
         adopt(model, self._done)
 
 
@@ -144,11 +133,19 @@ def adopt(model: nn.Module, done: Quantization) -> None:
     """
     quantized: Any = model
     quantized.la_aciq = done
-    done.state.attach(model)
+    done.state.attach(model, cached=done.config.kv < 16)
+    add_language_to_generate(model)
     if hasattr(model, "save_pretrained"):
         from ..integrations.transformers import prepare_for_saving
 
         prepare_for_saving(model, done)
+
+
+def add_cache_tables(model: nn.Module, done: Quantization, device: torch.device | str | None = None) -> KeyValueClips:
+    """Give the model an empty table for its INT4 cache, by default on the device of its parameters."""
+    tables = KeyValueClips({int(layer): count for layer, count in done.cache.items()}, done.config, done.state)
+    model.add_module(KeyValueClips.NAME, tables.to(device or next(model.parameters()).device))
+    return tables
 
 
 def check_unquantized(model: nn.Module) -> None:
@@ -176,12 +173,9 @@ def _quantization(model: nn.Module) -> Quantization:
 
 
 def _quantized_layer(model: nn.Module | None, name: str) -> LanguageAwareLinear | None:
-    """The quantized layer of that name, if the model has one (a rounded projection has it inside)."""
-    if model is None:
-        return None
-    module: Any = model.get_submodule(name)
-    layer = module.linear if isinstance(module, RoundedProjection) else module
-    return layer if isinstance(layer, LanguageAwareLinear) else None
+    """The quantized layer of that name, if the model has one."""
+    module = None if model is None else model.get_submodule(name)
+    return module if isinstance(module, LanguageAwareLinear) else None
 
 
 def _quantizes_linear(config: QuantConfig) -> bool:
@@ -250,51 +244,46 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
     return tuple(layers), skipped
 
 
-def _projections(model: nn.Module, profile: Profile, config: QuantConfig, layers: tuple[str, ...]) -> dict[str, int]:
-    """The key and value projections to quantize the outputs of, with the size of their heads."""
-    if config.kv == 16:
-        return {}
-    found = {name: profile.sites[name + OUTPUT].group_size for name in layers if name + OUTPUT in profile.sites}
-    if not found:
-        raise LaAciqError(
-            "kv = 4, but the profile has no key or value projections (layers named k_proj and v_proj); expected kv = 16"
-        )
-    return found
-
-
-def _clips(
-    profile: Profile, config: QuantConfig, inputs: Sequence[str], projections: dict[str, int]
-) -> dict[str, torch.Tensor]:
-    """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs and the projections'
-    outputs.
+def _cache_clips(profile: Profile, config: QuantConfig) -> dict[int, torch.Tensor]:
+    """Clips (static) or factors (rms) of the INT4 cache, float32 [rows, heads of keys and values], by attention layer;
+    none for "absmax".
     """
-    inputs = inputs if config.activations < 16 else ()
-    outputs = tuple(name + OUTPUT for name in projections)
-    rows = len(profile.rows)
-    if config.clip == "absmax":
-        ones = {name: torch.ones(rows, config.groups(profile.sites[profile.layers[name]].k)) for name in inputs}
-        return ones | {
-            name: torch.ones(rows, profile.sites[name].k // profile.sites[name].group_size) for name in outputs
-        }
-
-    def table(bits: int, granularity: str) -> dict[str, Any]:
-        made = clipping.table(
-            profile,
-            bits=bits,
-            codebook=config.codebook,
-            objective=config.objective,
-            granularity=granularity,
-            sharing=config.sharing,
+    if config.kv == 16 or config.kv_clip == "absmax":
+        return {}
+    layers = [int(name.split(".")[1]) for name, found in profile.sites.items() if found.kind == "key"]
+    if not layers:
+        raise LaAciqError(
+            f"kv_clip = {config.kv_clip!r}, but the profile has no keys and values; expected kv_clip = 'absmax', or a "
+            "profile of a model whose attention uses a cache"
         )
-        return made.alpha if config.clip == "static" else made.shape
+    made = _table(profile, config, 4, "group" if config.granularity == "token" else config.granularity)
+    clips = made.alpha if config.kv_clip == "static" else made.shape
+    return {
+        layer: torch.from_numpy(np.concatenate([clips[site(layer, kind)] for kind in ("key", "value")], axis=1))
+        for layer in layers
+    }
 
-    clips: dict[str, torch.Tensor] = {}
-    if inputs:
-        # One scale per token takes the layer's factor; layer and model tables repeat one entry for all groups.
-        made = table(config.activations, "layer" if config.granularity == "token" else config.granularity)
-        columns = None if config.activation_group_size else 1
-        clips |= {name: torch.from_numpy(made[name][:, :columns]) for name in inputs}
-    if outputs:
-        made = table(4, "group" if config.granularity == "token" else config.granularity)
-        clips |= {name: torch.from_numpy(made[name]) for name in outputs}
-    return clips
+
+def _clips(profile: Profile, config: QuantConfig, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs."""
+    if config.activations == 16:
+        return {}
+    if config.clip == "absmax":
+        rows = len(profile.rows)
+        return {name: torch.ones(rows, config.groups(profile.sites[profile.layers[name]].k)) for name in layers}
+    # One scale per token takes the layer's factor; layer and model tables repeat one entry for all groups.
+    made = _table(profile, config, config.activations, "layer" if config.granularity == "token" else config.granularity)
+    clips = made.alpha if config.clip == "static" else made.shape
+    columns = None if config.activation_group_size else 1
+    return {name: torch.from_numpy(clips[name][:, :columns]) for name in layers}
+
+
+def _table(profile: Profile, config: QuantConfig, bits: int, granularity: str) -> clipping.ClipTable:
+    return clipping.table(
+        profile,
+        bits=bits,
+        codebook=config.codebook,
+        objective=config.objective,
+        granularity=granularity,
+        sharing=config.sharing,
+    )
