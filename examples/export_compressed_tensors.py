@@ -1,0 +1,34 @@
+"""Export INT4 weights to compressed-tensors, which transformers and vLLM load without LA-ACIQ.
+
+    python examples/export_compressed_tensors.py MODEL TEXTS FOLDER
+
+Needs the extra: pip install 'la-aciq[compressed-tensors]'. Stock kernels do not rotate, have a level at zero, and leave
+activations in 16 bits; the weights' groups must divide every layer's inputs.
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import la_aciq
+from la_aciq import calibration, clipping, models
+from la_aciq.integrations.compressed_tensors import export_compressed_tensors, load_table
+
+name, texts_folder, folder = sys.argv[1:]
+model, tokenizer = models.load_model(name)
+texts = calibration.load_texts(texts_folder)
+settings = {"group_size": 32, "rotate": False}
+profile = la_aciq.calibrate(model, texts, tokenizer, seqlen=128, tokens=256, progress=False, **settings)
+config = la_aciq.QuantConfig(weights=4, activations=16, codebook="midtread", **settings)
+int4 = la_aciq.quantize_model(model, profile, config, progress=False)
+
+# The clips of the activations by language travel beside the weights.
+export_compressed_tensors(int4, folder, tokenizer, table=clipping.table(profile, bits=8, codebook="midtread"))
+
+loaded = AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer("The committee met on Tuesday.", return_tensors="pt")["input_ids"]
+with torch.no_grad(), la_aciq.language("en"):
+    difference = (loaded(input_ids=ids).logits - int4(input_ids=ids).logits).abs().max()
+print(f"largest difference of a logit: {float(difference):.1e}")
+print("languages of the table:", ", ".join(load_table(f"{folder}/la_aciq_table.safetensors").rows))

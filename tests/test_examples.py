@@ -1,0 +1,54 @@
+"""The examples run, on a tiny model, and say what they are meant to show."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from byte_llama import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# What each takes, "model", "texts" and a new "folder", and what its output says.
+CASES = {
+    "quantize_and_generate.py": (["model", "texts"], ["14 layers quantized", "und, en, sw, th, sink", "sw: Habari ya"]),
+    "mixed_languages.py": (
+        ["model", "texts"],
+        ["sw     the same in a mixed batch: True; distance from English: 0.", "served by the pooled row: {'pt': "],
+    ),
+    "from_pretrained.py": (["model", "texts", "folder"], ["the same outputs after loading: True"]),
+    "numpy_moments_and_clips.py": ([], ["Gaussian(sigma=1.0, mean=0.0): clip 2.5140, normalized MSE 0.01154"]),
+    "export_compressed_tensors.py": (["even", "texts", "folder"], ["languages of the table: und, en, sw, th, sink"]),
+}
+
+
+@pytest.fixture(scope="module")
+def even_folder(tmp_path_factory):
+    """A model whose sizes are multiples of 32, as compressed-tensors needs."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    folder = tmp_path_factory.mktemp("even")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_every_example_is_run():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("error::UserWarning:la_aciq")
+def test_example(name, model_folder, texts_folder, even_folder, tmp_path, monkeypatch, capsys):
+    if name == "export_compressed_tensors.py":
+        pytest.importorskip("compressed_tensors")
+    arguments, expected = CASES[name]
+    given = {"model": model_folder, "even": even_folder, "texts": texts_folder, "folder": tmp_path / "out"}
+    monkeypatch.setattr(sys, "argv", [name, *(str(given[argument]) for argument in arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    output = capsys.readouterr().out
+    for text in expected:
+        assert text in output
