@@ -235,6 +235,8 @@ def check_supported(vllm_config: VllmConfig, config: LaAciqConfig) -> None:
         "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "overlapping of two batches": parallel.enable_dbo,
         "transfer of key and value blocks between engines": vllm_config.kv_transfer_config is not None,
+        "bit-identical batches outside of eager mode (--enforce-eager)": batch_invariant()
+        and not vllm_config.model_config.enforce_eager,
         "an INT4 key and value cache (quantize with kv_bits 16)": config.done.config.kv != 16,
     }
     for what, found in refused.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LaAciqError
-from ...nn.checkpoint import METHOD, read_description
+from ...nn.checkpoint import METHOD, _opened, digest, read_description
 from ...tags import UND
 
 BATCH_INVARIANT = "LA_ACIQ_BATCH_INVARIANT"  # environment: "1" for the same bits whatever the batch, on a CPU, slower
@@ -34,7 +34,10 @@ def check_model(folder: str) -> dict[str, Any]:
     description = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(description, dict) or description.get("quant_method") != METHOD:
         raise LaAciqError(f"{folder!r} is not a model quantized by LA-ACIQ; make one with la-aciq quantize")
-    read_description(description)
+    _, sha256 = read_description(description)
+    with _opened(sorted(Path(folder).glob("*.safetensors"))) as tensors:
+        if digest(tensors) != sha256:
+            raise LaAciqError(f"{folder!r}: its tensors do not match its config.json: a file was replaced or damaged")
     return description
 
 

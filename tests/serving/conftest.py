@@ -1,0 +1,60 @@
+"""The engine and the server of these tests: vLLM has its own virtual environment, in which `make test` runs them.
+
+    make .venv-vllm/.ready && .venv-vllm/bin/python -m pytest tests/serving
+"""
+
+import os
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these tests in .venv-vllm")
+
+# vLLM reads these when it is imported.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_ATTN_SPLIT_KV": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "LA_ACIQ_BATCH_INVARIANT": "1",
+}
+
+import torch  # noqa: E402
+from byte_llama import SENTENCES, byte_tokenizer, sentences  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import la_aciq  # noqa: E402
+from la_aciq.nn import save_quantized  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def quantized():
+    """A random Llama over bytes, with heads of a size that vLLM has kernels for, in INT4 with clips by language."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    texts = {tag: [sentences(tag)] for tag in SENTENCES}
+    profile = la_aciq.calibrate(model, texts, byte_tokenizer(), seqlen=128, tokens=512)
+    return la_aciq.quantize_model(model, profile, la_aciq.QuantConfig(), progress=False)
+
+
+@pytest.fixture(scope="session")
+def served_folder(quantized, tmp_path_factory):
+    """The folder of that model."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    save_quantized(quantized, folder, byte_tokenizer())
+    return folder

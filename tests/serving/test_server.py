@@ -1,0 +1,240 @@
+"""`la-aciq serve` as a user runs it: requests good and bad over HTTP, metrics, and Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+PROMPT = "The committee met on Tuesday, and nobody could say why the river had risen."
+START_SECONDS = 240
+
+
+class Server:
+    def __init__(self, folder, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # The engine of the server is a process of its own, with vLLM's usual settings.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "LA_ACIQ_"))}
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        options = ["--max-model-len", "256", "--max-num-seqs", "8", "--dtype", "float32"]
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "la_aciq.cli", "serve", str(folder), "--port", str(port), "--batch_invariant"]
+                + ["--", *options],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        self.address = f"http://127.0.0.1:{port}"
+        self.model = str(folder)
+
+    def wait(self):
+        deadline = time.monotonic() + START_SECONDS
+        while "Serving at" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()[-5000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
+            time.sleep(0.2)
+
+    def post(self, body, path="/v1/completions"):
+        """Status and JSON of the answer."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def complete(self, tag=None, **fields):
+        body = {"model": self.model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        return self.post(body | ({} if tag is None else {"vllm_xargs": {"language": tag}}) | fields)
+
+    def text(self, tag=None, **fields):
+        status, answer = self.complete(tag, **fields)
+        assert status == 200, answer
+        return answer["choices"][0]["text"]
+
+    def metric(self, name):
+        with urllib.request.urlopen(self.address + "/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition(" ")[0] == name)
+
+
+@pytest.fixture(scope="module")
+def server(served_folder, tmp_path_factory):
+    started = Server(served_folder, tmp_path_factory.mktemp("server") / "log")
+    try:
+        started.wait()
+        yield started
+    finally:
+        if started.process.poll() is None:
+            os.killpg(started.process.pid, signal.SIGKILL)
+        started.process.wait()
+
+
+def test_the_curl_line_works(server):
+    command = re.search(r"  (curl .*\n.*)\n", server.log.read_text())[1].replace("\\\n", " ")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["choices"][0]["text"]
+
+
+def test_a_tag_per_request(server):
+    texts = {tag: server.text(tag) for tag in ("en", "sw", "th", "sw-KE", "fi", None)}
+    assert len({texts["en"], texts["sw"], texts["th"]}) == 3
+    assert texts["sw-KE"] == texts["sw"]
+    assert texts["fi"] == texts[None] == server.text("und")
+
+
+def test_chat(server):
+    """The other OpenAI endpoint hands the tag on as well."""
+    body = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": 12,
+        "temperature": 0,
+        "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        "add_special_tokens": False,
+    }
+    status, answer = server.post(body | {"vllm_xargs": {"language": "sw"}}, "/v1/chat/completions")
+    if status == 400 and "trust" in str(answer):
+        pytest.skip("this server does not take templates from requests")
+    assert status == 200, answer
+    assert answer["choices"][0]["message"]["content"] == server.text("sw")
+
+
+@pytest.mark.parametrize("tag", ["klingon", "", "x" * 10_000, 5, 1.5, True, ["sw"], "sw\0", "sw sw", "../sw"])
+def test_a_bad_tag_is_a_400_that_names_it(server, tag):
+    status, answer = server.complete(tag)
+    assert status == 400
+    assert "language" in answer["error"]["message"]
+    assert len(answer["error"]["message"]) < 500
+
+
+def test_malformed_requests(server):
+    assert server.post(b'{"model": ')[0] == 400
+    assert server.post(b"\xff\xfe")[0] == 400
+    assert server.complete({"sw": 1})[0] == 400
+    assert server.complete(vllm_xargs="sw")[0] == 400
+    assert server.complete("sw", use_beam_search=True, n=2)[0] == 400
+    assert server.complete("sw", model="another")[0] == 404
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tag=json_values | st.sampled_from(["sw", "en-GB", "zh-Hant", "und"]),
+    fields=st.dictionaries(
+        st.sampled_from(["vllm_xargs", "n", "max_tokens", "temperature", "cache_salt", "logprobs", "priority", "echo"]),
+        json_values,
+        max_size=2,
+    ),
+)
+def test_fuzz_of_the_request_fields(server, tag, fields):
+    """Whatever comes is answered or refused: no 500, and never another language's answer."""
+    body = {"vllm_xargs": {"language": tag}, "max_tokens": 1} | fields
+    for name in ("n", "max_tokens"):  # few and short
+        if isinstance(body.get(name), int) and body[name] > 4:
+            body[name] = 4
+    status, answer = server.complete(**body)
+    assert status in (200, 400, 404), answer
+
+
+def test_metrics_by_language(server):
+    names = {
+        "sw": 'la_aciq_requests_total{row="sw"}',
+        "und": 'la_aciq_requests_total{row="und"}',
+        "unknown": "la_aciq_unknown_language_requests_total",
+        "invalid": "la_aciq_invalid_language_requests_total",
+    }
+    before = {key: server.metric(name) for key, name in names.items()}
+    server.text("sw")
+    server.text("sw-KE")
+    server.text("fi")
+    server.text()
+    server.complete("klingon")
+    change = {key: server.metric(name) - before[key] for key, name in names.items()}
+    assert change == {"sw": 2, "und": 2, "unknown": 1, "invalid": 1}
+
+
+def test_metrics_name_the_tables(server, served_folder):
+    checksum = json.loads((served_folder / "config.json").read_text())["quantization_config"]["checksum"]
+    assert server.metric(f'la_aciq_table_info{{version="{checksum[:16]}"}}') == 1
+
+
+def test_the_folder_may_vanish_while_serving(server, served_folder):
+    before = server.text("sw")
+    away = served_folder.with_name("away")
+    served_folder.rename(away)
+    try:
+        assert server.text("sw") == before
+        assert server.text("th") != before
+    finally:
+        away.rename(served_folder)
+
+
+def test_ctrl_c_stops_it(server):
+    """The last test of the module: status 0, and no process left."""
+    group = server.process.pid
+    os.kill(group, signal.SIGINT)
+    assert server.process.wait(60) == 0
+    assert "la-aciq: stopped" in server.log.read_text()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    pytest.fail("processes of the server are left")
+
+
+@pytest.mark.parametrize("broken", ["missing", "no config", "edited", "other method", "tensors"])
+def test_a_folder_that_cannot_be_served(served_folder, tmp_path, broken):
+    """One sentence and status 2, before an engine starts."""
+    folder = tmp_path / "model"
+    if broken != "missing":
+        folder.mkdir()
+        for file in served_folder.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = folder / "config.json"
+    if broken == "no config":
+        config.unlink()
+    elif broken == "edited":
+        content = json.loads(config.read_text())
+        content["quantization_config"]["rows"][1] = "fr"
+        config.write_text(json.dumps(content))
+    elif broken == "other method":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": None}))
+    elif broken == "tensors":
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-m", "la_aciq.cli", "serve", str(folder), "--port", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("la-aciq: error: ")
+    assert str(folder) in done.stderr or "quantization_config" in done.stderr or "tensors" in done.stderr
