@@ -1,32 +1,30 @@
 """The engine and the server of these tests: vLLM has its own virtual environment, in which `make test` runs them.
 
-    make .venv-vllm/.ready && .venv-vllm/bin/python -m pytest tests/serving
+make .venv-vllm/.ready && .venv-vllm/bin/python -m pytest tests/serving
 """
 
+import importlib.util
 import os
 
 import pytest
+import torch
+from byte_llama import SENTENCES, byte_tokenizer, sentences
+from transformers import LlamaConfig, LlamaForCausalLM
 
-pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these tests in .venv-vllm")
+import la_aciq
+from la_aciq.nn import save_quantized
 
-# vLLM reads these when it is imported.
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_ATTN_SPLIT_KV": "0",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "LA_ACIQ_BATCH_INVARIANT": "1",
-}
-
-import torch  # noqa: E402
-from byte_llama import SENTENCES, byte_tokenizer, sentences  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-import la_aciq  # noqa: E402
-from la_aciq.nn import save_quantized  # noqa: E402
+if importlib.util.find_spec("vllm"):
+    os.environ |= {  # before vLLM is imported, which reads them
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_ATTN_SPLIT_KV": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "LA_ACIQ_BATCH_INVARIANT": "1",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -56,5 +54,7 @@ def quantized():
 def served_folder(quantized, tmp_path_factory):
     """The folder of that model."""
     folder = tmp_path_factory.mktemp("served") / "model"
-    save_quantized(quantized, folder, byte_tokenizer())
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    save_quantized(quantized, folder, tokenizer)
     return folder

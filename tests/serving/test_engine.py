@@ -8,6 +8,9 @@ import random
 
 import pytest
 import torch
+
+pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these in .venv-vllm")
+
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 

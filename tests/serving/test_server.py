@@ -15,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these in .venv-vllm")
+
 PROMPT = "The committee met on Tuesday, and nobody could say why the river had risen."
 START_SECONDS = 240
 
@@ -27,12 +29,11 @@ class Server:
         # The engine of the server is a process of its own, with vLLM's usual settings.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "LA_ACIQ_"))}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        options = ["--max-model-len", "256", "--max-num-seqs", "8", "--dtype", "float32"]
+        options = ["--batch_invariant", "--", "--max-model-len", "256", "--max-num-seqs", "8", "--dtype", "float32"]
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "la_aciq.cli", "serve", str(folder), "--port", str(port), "--batch_invariant"]
-                + ["--", *options],
+                [sys.executable, "-m", "la_aciq.cli", "serve", str(folder), "--port", str(port), *options],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -105,12 +106,8 @@ def test_chat(server):
         "messages": [{"role": "user", "content": PROMPT}],
         "max_tokens": 12,
         "temperature": 0,
-        "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
-        "add_special_tokens": False,
     }
     status, answer = server.post(body | {"vllm_xargs": {"language": "sw"}}, "/v1/chat/completions")
-    if status == 400 and "trust" in str(answer):
-        pytest.skip("this server does not take templates from requests")
     assert status == 200, answer
     assert answer["choices"][0]["message"]["content"] == server.text("sw")
 
