@@ -205,3 +205,63 @@ def test_importing_la_aciq_imports_neither_transformers_nor_torch():
     script = "import sys, la_aciq; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_pickled_checkpoints_are_refused(model, profile, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(LaAciqError, match="safetensors files only"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LaAciqConfig(profile), use_safetensors=False)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_after_a_change_of_dtype_it_runs_and_is_saved_as_it_is(model, profile, tmp_path, loaded):
+    moved = quantize_model(model, profile, QuantConfig(group_size=16, kv=4), progress=False)
+    if loaded:
+        moved.save_pretrained(tmp_path / "before")
+        moved = load_quantized(tmp_path / "before")
+    before = {name: buffer.clone() for name, buffer in moved.named_buffers() if name.endswith(("clip", "scale"))}
+    moved = moved.to(torch.bfloat16)
+    assert moved.dtype == torch.bfloat16
+    assert all(torch.equal(moved.get_buffer(name), buffer) for name, buffer in before.items())
+    moved.save_pretrained(tmp_path / "after")
+    again = load_quantized(tmp_path / "after")
+    assert again.dtype == torch.bfloat16
+    again = again.to(torch.bfloat16)  # the rotary frequencies, which transformers does not save and makes in float32
+    assert torch.equal(logits(again), logits(moved))
+    # To another device and back. On the meta device there are no values, but there are the shapes of all the outputs.
+    away = copy.deepcopy(again).to("meta")
+    assert away(input_ids=IDS.to("meta")).logits.shape == (*IDS.shape, 61)
+
+
+def test_a_copy_is_a_quantized_model_of_its_own(model, profile, tmp_path):
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    copied = copy.deepcopy(quantized)
+    expected = logits(quantized)
+    with torch.no_grad():
+        quantized.model.layers[0].mlp.up_proj.clip.fill_(1e-3)
+    assert not torch.equal(logits(quantized), expected)
+    assert torch.equal(logits(copied), expected)
+    copied.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_quantized(tmp_path)), expected)
+
+
+def test_another_batch_between_prefill_and_decode_is_refused(model, profile):
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    with torch.no_grad(), la_aciq.languages(["sw", "th"]):
+        cache = quantized(input_ids=IDS, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([1]))
+        with pytest.raises(LaAciqError, match="2 tags for a batch of 1 rows"):
+            quantized(input_ids=IDS[1:, :1], past_key_values=cache)
+        # The call that was refused left nothing behind: with the tag of the row that stays, it goes on.
+        with la_aciq.languages(["th"]):
+            assert torch.isfinite(quantized(input_ids=IDS[1:, :1], past_key_values=cache).logits).all()
+
+
+def test_a_checkpoint_without_a_layers_weight(model, profile, folder, tmp_path):
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    del state["model.layers.1.mlp.up_proj.weight"]
+    model.config.save_pretrained(tmp_path)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LaAciqError, match=r"lacks .*model\.layers\.1\.mlp\.up_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LaAciqConfig(profile), dtype=torch.float32)

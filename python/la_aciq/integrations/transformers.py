@@ -87,6 +87,7 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
         self._done: Quantization | None = None
         self._parameters: list[str] = []  # names in the unquantized model
         self._samples: dict[str, bytes] = {}  # of the parameters that are not there any more
+        self._replaced: set[str] = set()
         self._failure: LaAciqError | None = None
 
     def is_serializable(self) -> bool:
@@ -174,6 +175,7 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
                 for buffer in quantized.buffers():
                     buffer._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would initialize it
                 model.set_submodule(layer, quantized)
+                self._replaced.add(layer)
         except LaAciqError as error:
             self._failure = error  # transformers would log it and go on; it is raised when loading ends
 
@@ -186,9 +188,8 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
             raise RuntimeError("transformers ended loading a model before it began")
         if self._failure is not None:
             raise self._failure
-        for name in plan.names:
-            if next(model.get_submodule(name).parameters(), torch.empty(0)).is_meta:
-                raise LaAciqError(f"the checkpoint lacks parameters of the layer {name!r}")
+        if missing := [name for name in plan.names if name not in self._replaced]:
+            raise LaAciqError(f"the checkpoint lacks parameters of the layer {missing[0]!r}")
         samples = {name: self._samples.get(name) or sample(model.get_parameter(name)) for name in self._parameters}
         profile.check_fingerprint(fingerprint_of(model, samples))
         plan.finish(model)
