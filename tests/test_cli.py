@@ -133,7 +133,7 @@ class TestCommands:
         assert status == 0
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "ct")
         assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
-        assert (tmp_path / "ct" / "la_aciq_table.safetensors").exists()
+        assert (tmp_path / "ct" / "la_aciq" / "clip_table.safetensors").exists()
 
     def test_other_models_than_causal_ones(self, run, texts_folder, tmp_path):
         torch.manual_seed(0)

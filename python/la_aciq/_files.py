@@ -43,7 +43,7 @@ _KINDS = {
     "config.json": _Kind(
         _is_quantized,
         (
-            *("config.json", "generation_config.json", "README.md", "la_aciq_table.safetensors"),
+            *("config.json", "generation_config.json", "README.md", "la_aciq", "la_aciq/clip_table.safetensors"),
             *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
             # What tokenizers and processors save.
             *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),

@@ -88,7 +88,7 @@ def test_transformers_loads_it_and_gives_the_same_logits(tmp_path, dtype, tie):
     if dtype == torch.float32:
         torch.testing.assert_close(logits(loaded), logits(quantized), rtol=1e-4, atol=1e-4)
 
-    again = load_table(tmp_path / "ct" / "la_aciq_table.safetensors")
+    again = load_table(tmp_path / "ct" / "la_aciq" / "clip_table.safetensors")
     assert again.rows == table.rows
     assert all(np.array_equal(again.alpha[name], alpha) for name, alpha in table.alpha.items())
 
@@ -140,11 +140,14 @@ def test_what_the_format_cannot_hold(tmp_path, changes, message):
 
 def test_its_own_folder_is_replaced_and_no_other(tmp_path):
     model = even_llama(torch.float32, True)
-    quantized = quantize_model(model, calibrated(model), config_of(), progress=False)
-    export_compressed_tensors(quantized, tmp_path / "ct")
+    profile = calibrated(model)
+    quantized = quantize_model(model, profile, config_of(), progress=False)
+    export_compressed_tensors(quantized, tmp_path / "ct", table=clipping.table(profile))
     with pytest.raises(LaAciqError, match="exists"):
         export_compressed_tensors(quantized, tmp_path / "ct")
-    export_compressed_tensors(quantized, tmp_path / "ct", force=True)
+    export_compressed_tensors(quantized, tmp_path / "ct", table=clipping.table(profile), force=True)
+    # vLLM takes every safetensors file in the folder for weights.
+    assert [file.name for file in (tmp_path / "ct").glob("*.safetensors")] == ["model.safetensors"]
     config = json.loads((tmp_path / "ct" / "config.json").read_text("utf-8"))
     del config["la_aciq"]
     (tmp_path / "ct" / "config.json").write_text(json.dumps(config), "utf-8")
@@ -163,7 +166,7 @@ def test_a_table_that_was_tampered_with(tmp_path):
     file = tmp_path / "table.safetensors"
     save_table(table, file)
     arrays = safetensors.torch.load_file(file)
-    metadata = {"la_aciq_table": json.dumps(table.to_arrays()[1])}
+    metadata = {"clip_table": json.dumps(table.to_arrays()[1])}
     arrays["alpha/model.layers.0.mlp.up_proj"][1, 0] = float("nan")
     safetensors.torch.save_file(arrays, file, metadata=metadata)
     with pytest.raises(LaAciqError, match=r"up_proj.*finite and positive"):

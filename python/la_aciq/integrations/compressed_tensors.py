@@ -8,7 +8,8 @@ What such kernels compute fixes what can be exported: the mid-tread codebook, on
     weight_shape   int64 [2], N and K
 
 The clips of the activations by language, which stock kernels do not read, travel beside them in
-`la_aciq_table.safetensors` (`load_table`).
+`la_aciq/clip_table.safetensors` (`load_table`): in a folder of their own, because vLLM takes every safetensors file
+beside config.json for weights.
 """
 
 import copy
@@ -29,8 +30,8 @@ from ..nn.checkpoint import stored_tensors
 from ..nn.linear import LanguageAwareLinear
 from ..nn.quantize import Quantization
 
-TABLE_FILE = "la_aciq_table.safetensors"
-_METADATA = "la_aciq_table"
+TABLE_FILE = "la_aciq/clip_table.safetensors"
+_METADATA = "clip_table"
 _WORD = 8  # codes in an int32
 
 
@@ -89,6 +90,7 @@ def export_compressed_tensors(
         if getattr(model, "generation_config", None) is not None:
             hugging_face.generation_config.save_pretrained(temporary)
         if table is not None:
+            (temporary / TABLE_FILE).parent.mkdir()
             save_table(table, temporary / TABLE_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
