@@ -1,14 +1,17 @@
 """Quantizing a small real Llama: what is swapped, what is left alone, and what a mixed batch computes."""
 
+import asyncio
 import copy
 import dataclasses
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from tiny_llama import random_texts, tiny_llama
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import la_aciq
 from la_aciq import clipping
@@ -170,6 +173,106 @@ def test_generate_under_a_language(model, profile):
         alone = out.generate(IDS[1:2], max_new_tokens=5, do_sample=False)
     assert together.shape == (3, 17)
     assert torch.equal(together[1], alone[0])
+
+
+@pytest.mark.parametrize("style", ["module", "forward"])
+def test_compiled_once_for_all_languages_and_batches_of_tags(model, profile, style):
+    out = quantized(model, profile)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = copy.deepcopy(out)
+    if style == "module":
+        compiled = torch.compile(compiled, backend=counter)
+    else:  # as transformers' own documentation does it, and without a single graph break
+        compiled.forward = torch.compile(compiled.forward, backend=counter, fullgraph=True)
+    seen = set()
+    for tags in (["en"] * 3, ["sw"] * 3, ["th", "ja", "en"], ["sw", "en", "th"], ["und"] * 3):
+        with la_aciq.languages(tags):
+            got = logits(compiled, IDS, use_cache=False)
+            torch.testing.assert_close(got, logits(out, IDS, use_cache=False))
+        seen.add(got.sum().item())
+    with la_aciq.language("sw"):
+        logits(compiled, IDS, use_cache=False)
+    assert len(seen) == 5  # the languages differ, so the ids are read and not baked in
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_body_sets_its_own_languages(model, profile):
+    out = quantized(model, profile)
+    torch._dynamo.reset()
+    compiled = torch.compile(out.model, backend="eager")
+    for tags in (["en", "sw", "th"], ["th", "th", "en"]):
+        with la_aciq.languages(tags), torch.no_grad():
+            got = compiled(IDS, use_cache=False).last_hidden_state
+            torch.testing.assert_close(got, out.model(IDS, use_cache=False).last_hidden_state)
+
+
+def test_moved_after_quantization(model, profile):
+    out = quantized(model, profile, activations=8)
+    with la_aciq.language("sw"):
+        before = logits(out, IDS)
+        clip = out.model.layers[0].mlp.up_proj.clip.clone()
+        out.to(torch.bfloat16)
+        assert torch.equal(out.model.layers[0].mlp.up_proj.clip, clip)  # float32 as before
+        moved = logits(out, IDS)
+        assert moved.dtype == torch.bfloat16
+        assert (moved.float() - before).std() < 0.1 * before.std()
+        assert out.to("meta").model.layers[0].mlp.up_proj.weight.is_meta
+        assert logits(out, IDS.to("meta")).is_meta
+
+
+def test_generate_takes_a_language_that_no_later_call_sees(model, profile):
+    out = quantized(model, profile)
+
+    def tokens(ids=IDS, **settings):
+        return out.generate(ids, max_new_tokens=4, do_sample=False, **settings)
+
+    with la_aciq.language("und"):
+        pooled = tokens()
+        with la_aciq.language("sw"):
+            expected = tokens()
+        assert torch.equal(tokens(language="sw"), expected)
+        assert torch.equal(tokens(), pooled)
+        rows = tokens(language=["th", "sw", "en"])
+        assert torch.equal(rows[1], expected[1])
+        with pytest.raises(LaAciqError, match="2 tags for 3 rows of inputs"):
+            tokens(language=["th", "sw"])
+        with pytest.raises(LaAciqError, match="not BCP-47"):
+            tokens(language="no language")
+        assert torch.equal(tokens(), pooled)
+        # Six rows are three inputs' beams only where three inputs were given.
+        with la_aciq.languages(["th", "sw", "en"]):
+            assert tokens(num_beams=2).shape == (3, 16)
+            with pytest.raises(LaAciqError, match="3 tags for 6 rows"):
+                tokens(torch.cat([IDS, IDS]))
+    assert torch.equal(copy.deepcopy(out).generate(IDS, max_new_tokens=4, do_sample=False, language="sw"), expected)
+
+
+def test_generate_under_threads_and_asyncio(model, profile):
+    """Each thread and task has its own language; two that share a model take turns or are refused."""
+    out = quantized(model, profile)
+    models = {tag: copy.deepcopy(out) for tag in ("en", "sw", "th")}
+
+    def tokens(tag, of):
+        return of.generate(IDS, max_new_tokens=4, do_sample=False, language=tag)
+
+    expected = {tag: tokens(tag, out) for tag in models}
+    with ThreadPoolExecutor(3) as pool:
+        found = dict(zip(models, pool.map(tokens, models, models.values()), strict=True))
+    assert all(torch.equal(found[tag], expected[tag]) for tag in models)
+
+    async def serve():
+        turn = asyncio.Lock()
+
+        async def one(tag):
+            await asyncio.sleep(0)
+            async with turn:
+                return await asyncio.to_thread(tokens, tag, out)
+
+        return await asyncio.gather(*map(one, models))
+
+    for tag, own in zip(models, asyncio.run(serve()), strict=True):
+        assert torch.equal(own, expected[tag])
 
 
 def test_a_language_the_profile_lacks_is_pooled_and_counted(model, profile):

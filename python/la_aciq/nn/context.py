@@ -100,8 +100,10 @@ class LanguageState:
         self._counted = False  # whether the running pass has counted the languages that have no row
         self._owner: threading.Thread | None = None
         self._running: list[nn.Module] = []  # hooked modules in whose forward the owner is, the outermost first
+        self._whole = False  # whether the whole model is the outermost of them, not its body alone
         # For the INT4 cache: the model and the module that is given one, the running pass's row per row of the batch
         # and its attention mask.
+        self._model: nn.Module | None = None
         self._cached: tuple[nn.Module, nn.Module] | None = None
         self._batch_rows: list[int] = []
         self._mask: torch.Tensor | None = None
@@ -131,6 +133,7 @@ class LanguageState:
         An encoder-decoder's two parts have positions of their own and set their ids each for itself; cross-attention
         reads those of the encoder. cached: the model's passes get an INT4 cache. Returns the handles of the hooks.
         """
+        self._model = model
         # The body of a Hugging Face model may be called alone, for its hidden states.
         whole = [model, getattr(model, "base_model", model)]
         reading = whole
@@ -142,9 +145,11 @@ class LanguageState:
         modules = {id(module): module for module in [*whole, *reading]}
         handles = []
         for key, module in modules.items():
-            begin = self._begin if any(key == id(part) for part in reading) else self._enter
+            begin, end = self._begin if any(key == id(part) for part in reading) else self._enter, self._end
+            if module is not model and reading is whole:
+                begin, end = self._begin_body, self._end_body
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._end, always_call=True))
+            handles.append(module.register_forward_hook(end, always_call=True))
         return handles
 
     def row(self, tag: str) -> int:
@@ -186,6 +191,18 @@ class LanguageState:
         finally:
             self._ids, self._memory = before, memory
 
+    def _begin_body(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # In a compiled graph of the whole model, which has set the ids before it: a break less.
+        if torch.compiler.is_compiling() and self._whole:
+            return None
+        return self._begin(model, args, kwargs)
+
+    def _end_body(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (torch.compiler.is_compiling() and self._whole):
+            self._end(model, args, output)
+
+    # What sets and releases the ids is never traced: it reads the context, and a graph would hold on to what it read.
+    @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = threading.current_thread()
         with self._lock:
@@ -204,7 +221,9 @@ class LanguageState:
             if not self._running:
                 self._counted = False
             self._running.append(model)
+            self._whole = self._running[0] is self._model
 
+    @torch.compiler.disable
     def _begin(
         self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -290,12 +309,14 @@ class LanguageState:
         starts = (self._mask != 0).to(torch.uint8).argmax(dim=1).to(device)
         return starts if bool(starts.any()) else None
 
+    @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # The hook also runs after a pass that `_begin` refused: that pass must not release another thread's.
         with self._lock:
             if self._owner is threading.current_thread() and model in self._running:
                 del self._running[self._running.index(model) :]
                 if not self._running:
+                    self._whole = False
                     self._owner = self._ids = self._memory = self._mask = None
 
     def _write(
