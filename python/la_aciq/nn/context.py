@@ -202,7 +202,7 @@ class LanguageState:
             self._end(model, args, output)
 
     # What sets and releases the ids is never traced: it reads the context, and a graph would hold on to what it read.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = threading.current_thread()
         with self._lock:
@@ -223,7 +223,7 @@ class LanguageState:
             self._running.append(model)
             self._whole = self._running[0] is self._model
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(
         self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -309,7 +309,7 @@ class LanguageState:
         starts = (self._mask != 0).to(torch.uint8).argmax(dim=1).to(device)
         return starts if bool(starts.any()) else None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # The hook also runs after a pass that `_begin` refused: that pass must not release another thread's.
         with self._lock:
