@@ -30,7 +30,7 @@ def _is_quantized(content: dict[str, Any]) -> bool:
     return quantized or isinstance(content.get("la_aciq"), dict)
 
 
-_PROFILE = ("profile.json", "profile.safetensors")
+_PROFILE = ("profile.json", "profile.safetensors", "second_moments.safetensors")
 _KINDS = {
     "profile.json": _Kind(_has("format", "schema", "checksum"), _PROFILE),
     "report.json": _Kind(

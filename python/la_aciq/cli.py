@@ -84,6 +84,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             rotate=not arguments.no_rotate,
             seed=arguments.seed,
             ignore=arguments.ignore,
+            second_moments=not arguments.no_second_moments,
             resume=partial,
         )
         profile.save(output, arguments.force)
@@ -115,6 +116,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         sharing=arguments.sharing,
         granularity=arguments.granularity,
         objective=arguments.objective,
+        rounding=arguments.rounding,
         rotate=profile.metadata["rotation"]["enabled"],
         ignore=tuple(profile.metadata["ignore"] if arguments.ignore is None else arguments.ignore),
     )
@@ -361,6 +363,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--no_rotate", action="store_true", help="measure inputs without the Hadamard rotation")
     calibrate.add_argument(
+        "--no_second_moments",
+        action="store_true",
+        help="do not measure what weights are rounded by (it takes as much memory as the model)",
+    )
+    calibrate.add_argument(
         "--ignore",
         type=_list,
         default=["lm_head"],
@@ -381,6 +388,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--codebook", choices=("midrise", "midtread"), default="midrise", help="the 16 levels")
     quantize.add_argument(
         "--objective", choices=("exact", "in_range", "aciq"), default="exact", help="the clip's model of the error"
+    )
+    quantize.add_argument(
+        "--rounding",
+        choices=("auto", "nearest", "feedback"),
+        default="auto",
+        help="how weights are rounded; auto is feedback where the profile has second moments",
     )
     quantize.add_argument(
         "--ignore",

@@ -133,7 +133,11 @@ class TestOnDisk:
         loaded = Profile.load(saved)
         assert_same(loaded, profile)
         assert (loaded.rows, loaded.metadata) == (profile.rows, profile.metadata)
-        assert sorted(path.name for path in saved.iterdir()) == ["profile.json", "profile.safetensors"]
+        assert sorted(path.name for path in saved.iterdir()) == [
+            "profile.json",
+            "profile.safetensors",
+            "second_moments.safetensors",
+        ]
 
     def test_histograms_are_cut_to_what_they_hold(self, profile, saved):
         window = load_file(saved / "profile.safetensors")["model.layers.0.mlp.down_proj.histogram"]

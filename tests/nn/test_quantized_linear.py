@@ -11,7 +11,7 @@ from torch import nn
 from la_aciq import rotation
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageAwareLinear, LanguageState, QuantConfig, languages
-from la_aciq.nn.linear import quantize_weight, weight_clips
+from la_aciq.nn.weights import quantize_weight, weight_clips
 
 ROWS = ("und", "en", "sw", "sink")
 

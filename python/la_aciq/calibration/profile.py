@@ -1,16 +1,21 @@
 """What calibration measured, in memory and on disk.
 
-A profile folder holds two files:
+A profile folder holds two files, or three:
 
     profile.json         what the rows, layers and sites are, the settings they were measured with, and a checksum
     profile.safetensors  per site `<site>.state` float64 [rows, groups, 8] and `<site>.histogram` int64 [rows, groups,
                          bins, 2], the latter cut to the window of bins that hold anything
+    second_moments.safetensors  when they were measured: by site of kind "input" float32 [K (K + 1) / 2], the upper
+                         triangle of the sum of x x^T over all tokens, row by row
 
-The checksum covers both files, so an edited or truncated one is refused instead of quietly giving other clips.
+The checksum covers all files, so an edited or truncated one is refused instead of quietly giving other clips.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,11 +44,13 @@ from .._moments import (
 )
 from ..errors import LaAciqError
 from ..tags import UND, canonical
+from .second_moments import SecondMoments
 
 SCHEMA = 1
 SINK = "sink"
 JSON_FILE = "profile.json"
 TENSOR_FILE = "profile.safetensors"
+SECOND_MOMENTS_FILE = "second_moments.safetensors"
 
 Kind = Literal["input", "key", "value"]
 
@@ -114,12 +121,15 @@ class Profile:
     metadata: "fingerprint" and "architecture" of the model, "rotation" {"enabled", "seed"} (of inputs),
         "group_size", "seqlen", "ignore" (layers left out), "tokens" {language: tokens used, from the start of its
         text}, "texts" {language: SHA-256 of those token ids}, "versions".
+    second_moments: by site of kind "input" the sum of x x^T over every token of every language, sink included, float32
+        [K, K]; None when they were not measured.
     """
 
     rows: tuple[str, ...]
     sites: dict[str, SiteStats]
     layers: dict[str, str]
     metadata: dict[str, Any] = field(default_factory=dict)
+    second_moments: SecondMoments | None = None
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -134,6 +144,7 @@ class Profile:
         sites: Mapping[str, tuple[Kind, int, int]],
         layers: Mapping[str, str],
         metadata: Mapping[str, Any],
+        second_moments: SecondMoments | None = None,
     ) -> "Profile":
         """A profile of each language's and the sink's moments [groups] by site; `sites` gives (kind, k, group_size).
 
@@ -149,15 +160,16 @@ class Profile:
             pooled = _stack(own).pool(0) if own else empty
             moments = _stack([pooled, *own, sink.get(name, empty)])
             stats[name] = SiteStats(kind, name.rpartition(".")[2], k, group_size, moments)
-        return cls((UND, *languages, SINK), stats, dict(layers), dict(metadata))
+        return cls((UND, *languages, SINK), stats, dict(layers), dict(metadata), second_moments)
 
     @classmethod
     def merge(cls, *profiles: "Profile") -> "Profile":
         """The profile of all the texts that these profiles of one model are of, taken together.
 
         For parts measured by several processes: rows of the same language are united, others stand beside each other.
-        Histograms and counts are exact; moments do not depend on the order beyond float64 rounding. Raises
-        `LaAciqError` when the profiles differ in model, settings or layers.
+        Histograms and counts are exact; moments do not depend on the order beyond float64 rounding, second moments
+        beyond float32 rounding. Raises `LaAciqError` when the profiles differ in model, settings or layers, or only
+        some have second moments.
         """
         if not profiles:
             raise ValueError("profiles: expected at least one to merge, got none")
@@ -171,6 +183,8 @@ class Profile:
                     )
             if other.layers != first.layers:
                 raise LaAciqError("profiles of different layers cannot be merged")
+            if (other.second_moments is None) != (first.second_moments is None):
+                raise LaAciqError("profiles with and without second moments cannot be merged")
         languages = list(dict.fromkeys(tag for profile in profiles for tag in profile.languages))
 
         def united(row: str) -> dict[str, Moments]:
@@ -185,12 +199,14 @@ class Profile:
             tag: _hash_together([p.metadata["texts"][tag] for p in profiles if tag in p.metadata.get("texts", {})])
             for tag in languages
         }
+        products = [profile.second_moments for profile in profiles if profile.second_moments is not None]
         return cls.from_languages(
             {tag: united(tag) for tag in languages},
             united(SINK),
             {name: (site.kind, site.k, site.group_size) for name, site in first.sites.items()},
             first.layers,
             {**first.metadata, "tokens": {tag: tokens.get(tag, 0) for tag in languages}, "texts": hashes},
+            functools.reduce(operator.add, products) if products else None,
         )
 
     def row(self, name: str) -> dict[str, Moments]:
@@ -234,8 +250,11 @@ class Profile:
             "layers": self.layers,
             "sites": sites,
         }
-        description["checksum"] = _checksum(description, data)
         with new_folder(folder, JSON_FILE, force) as temporary:
+            if self.second_moments is not None:
+                self.second_moments.save(temporary / SECOND_MOMENTS_FILE)
+                description["second_moments"] = {"sha256": _sha256(temporary / SECOND_MOMENTS_FILE)}
+            description["checksum"] = _checksum(description, data)
             (temporary / TENSOR_FILE).write_bytes(data)
             (temporary / JSON_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
@@ -268,7 +287,17 @@ class Profile:
             profile = _read(description, tensors)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise LaAciqError(f"profile {str(path)!r} is not consistent: {error}") from error
-        return profile
+        if "second_moments" not in description:
+            return profile
+        file = path / SECOND_MOMENTS_FILE
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise LaAciqError(f"{str(path)!r} lacks a file of its profile: {error.strerror}: {file}") from error
+        if found != description["second_moments"]["sha256"]:
+            raise LaAciqError(f"{str(file)!r} was edited or cut short; calibrate again")
+        sizes = {name: site.k for name, site in profile.sites.items() if site.kind == "input"}
+        return dataclasses.replace(profile, second_moments=SecondMoments.open(file, sizes))
 
 
 def _stack(moments: Sequence[Moments]) -> Moments:
@@ -285,6 +314,11 @@ def _window(histogram: NDArray[np.int64]) -> tuple[int, int]:
     """First bin that holds anything, and the one after the last."""
     used = np.flatnonzero(histogram[..., 0].any(axis=(0, 1)))
     return (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _checksum(description: Mapping[str, Any], data: bytes) -> str:

@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "sharing": ("language", "pooled"),
     "granularity": ("group", "layer", "model", "token"),
     "objective": ("exact", "in_range", "aciq"),
+    "rounding": ("auto", "nearest", "feedback"),
 }
 
 
@@ -40,6 +41,9 @@ class QuantConfig:
         dynamic clip, "token" shares one scale over a token's whole row, and the other three have one per token and
         group.
     objective: the clip's model of the quantization error, as in `clipping.optimal`.
+    rounding: how weights become codes. "feedback": by the error of the layer's output on the profile's second moments,
+        see `nn.weights`. "nearest": each weight for itself. "auto": "feedback" where the profile has second moments,
+        otherwise "nearest"; a quantized model's configuration says which.
     rotate: rotate the layers' inputs by a randomized Hadamard transform (and the weights, offline).
     ignore: names of linear layers to leave alone: full names, last components, or shell patterns such as
         "model.layers.0.*". "lm_head" is the output head, whatever the architecture calls it.
@@ -57,6 +61,7 @@ class QuantConfig:
     sharing: str = "language"
     granularity: str = "group"
     objective: str = "exact"
+    rounding: str = "auto"
     rotate: bool = True
     ignore: tuple[str, ...] = ("lm_head",)
 

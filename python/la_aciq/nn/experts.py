@@ -46,12 +46,14 @@ class LanguageAwareExperts(nn.Module):
         *,
         seed: int = 0,
         name: str = "experts",
+        second_moments: dict[str, torch.Tensor | None] | None = None,
         like: "LanguageAwareExperts | None" = None,
     ) -> "LanguageAwareExperts":
         """Quantize trained experts (see `models.is_experts`), which are left as they are.
 
-        clips: by the name of the weight, "gate_up_proj" and "down_proj", as `LanguageAwareLinear.from_linear` takes
-        them; like it in all else.
+        clips, second_moments: by the name of the weight, "gate_up_proj" and "down_proj", as
+        `LanguageAwareLinear.from_linear` takes them; like it in all else. All experts are rounded by the same second
+        moments, those of the tokens routed to any of them.
         """
         made = cls(experts.act_fn, state)
         for index in range(len(experts.gate_up_proj)):
@@ -61,7 +63,14 @@ class LanguageAwareExperts(nn.Module):
                 linear.weight = nn.Parameter(getattr(experts, part)[index], requires_grad=False)
                 before: Any = None if like is None else like.get_submodule(own)
                 layer = LanguageAwareLinear.from_linear(
-                    linear, config, state, clips.get(part), seed=seed, name=f"{name}.{own}", like=before
+                    linear,
+                    config,
+                    state,
+                    clips.get(part),
+                    seed=seed,
+                    name=f"{name}.{own}",
+                    second_moments=(second_moments or {}).get(part),
+                    like=before,
                 )
                 made._put(index, part, layer)
         return made

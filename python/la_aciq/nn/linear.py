@@ -1,5 +1,6 @@
 """The quantized linear layer: INT4 weights, and an activation clip looked up by the language of each token."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -9,77 +10,9 @@ from torch import nn
 from .. import ops, rotation
 from ..errors import LaAciqError
 from ..models import linear_weight
-from ..ops import Codebook
 from .config import QuantConfig
 from .context import LanguageState
-
-# The clips tried for a group of weights, as shares of its largest magnitude: first coarsely, then around the best of
-# those. Over groups of 64 or more Gaussian weights the squared error is within 0.2 % of that of the best of 1001 clips,
-# over groups of 16 within 1 %.
-_COARSE = [0.4 + 0.05 * i for i in range(17)]
-_FINE = [0.01 * i for i in range(-4, 5) if i]
-# Weights worked on at once: the three float32 copies of them stay in a core's own cache.
-_CHUNK = 1 << 17
-
-
-def weight_clips(weight: torch.Tensor, group_size: int, codebook: Codebook = "midrise") -> torch.Tensor:
-    """The INT4 clip of each group of weights with the least squared error, searched over 25 clips.
-
-    weight: [N, K] of any float dtype, finite. group_size 0 means one group per row. Returns float32 [N, groups] on the
-    weight's device; a group of zeros gets the clip 0, which dequantizes to exactly 0.
-    """
-    n, k = weight.shape
-    group = group_size or k
-    groups = -(-k // group)
-    clips = torch.empty((n, groups), dtype=torch.float32, device=weight.device)
-    rows_at_once = max(_CHUNK // max(k, 1), 1)
-    for start in range(0, n, rows_at_once):
-        # A short last group is filled with zeros; `padding` takes their error (a quarter of a step squared in mid-rise)
-        # off again.
-        rows = nn.functional.pad(weight[start : start + rows_at_once].float(), (0, groups * group - k))
-        padding = torch.zeros(groups, dtype=torch.float32, device=weight.device)
-        padding[-1] = 0.25 * (groups * group - k) if codebook == "midrise" else 0.0
-        clips[start : start + rows_at_once] = _best_clips(rows.view(-1, groups, group), codebook, padding)
-    return clips
-
-
-def _best_clips(rows: torch.Tensor, codebook: Codebook, padding: torch.Tensor) -> torch.Tensor:
-    """Clips [rows, groups] of weights [rows, groups, group]; padding [groups] is no weight's share of the error."""
-    largest = rows.abs().amax(dim=-1)
-    steps_in_largest = 7.5 / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    scaled, level = torch.empty_like(rows), torch.empty_like(rows)
-    best = torch.full_like(largest, torch.inf)
-    found = torch.ones_like(largest)
-
-    def attempt(share: torch.Tensor | float) -> None:
-        nonlocal best, found
-        torch.mul(rows, (steps_in_largest / share).unsqueeze(-1), out=scaled)
-        if codebook == "midrise":
-            scaled.sub_(0.5)  # floor(x) + 1/2 is as far from x as round(x - 1/2) from x - 1/2
-        torch.round(scaled, out=level).clamp_(-8, 7).sub_(scaled)
-        error = (torch.linalg.vector_norm(level, dim=-1).square() - padding) * share**2
-        better = error < best
-        best, found = torch.where(better, error, best), torch.where(better, share, found)
-
-    for share in _COARSE:
-        attempt(share)
-    centre = found
-    for offset in _FINE:
-        attempt(centre + offset)
-    return found * largest
-
-
-def quantize_weight(
-    weight: torch.Tensor, group_size: int, codebook: Codebook = "midrise"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """INT4 codes uint8 [N, ceil(K / 2)] and clips float32 [N, groups] of a weight [N, K], each group with its own
-    clip.
-    """
-    clips = weight_clips(weight, group_size, codebook)
-    row = torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device)
-    # Each row of the weight is a "language" with its own row of the table of clips.
-    codes: torch.Tensor = ops.quantize(weight.float(), clips, row, group_size=group_size, codebook=codebook)
-    return codes, clips
+from .weights import quantize_weight
 
 
 class LanguageAwareModule(nn.Module):
@@ -136,6 +69,7 @@ class LanguageAwareLinear(LanguageAwareModule):
     ) -> None:
         """An empty layer for a checkpoint to fill; `from_linear` makes one of a trained layer."""
         super().__init__(config, state)
+        self.rounded_by: str | None = None  # SHA-256 of the second moments, where `from_linear` was given some
         if config.weights == 16 and config.activations == 16:
             raise LaAciqError(
                 "weights = 16 and activations = 16: a linear layer has nothing to quantize; expected 4 for one of them"
@@ -173,45 +107,66 @@ class LanguageAwareLinear(LanguageAwareModule):
         *,
         seed: int = 0,
         name: str = "linear",
+        second_moments: torch.Tensor | None = None,
         like: "LanguageAwareLinear | None" = None,
     ) -> "LanguageAwareLinear":
         """Quantize a trained layer (see `models.linear_weight`), which is left as it is.
 
         clip: float32 [rows, groups] as `config` asks for, every entry finite and positive; None with 16-bit
         activations.
-        seed: of the rotation's signs, the profile's. name: for messages. like: this layer as it was quantized before;
-        its weights are shared instead of made again where they would come out the same. Raises `LaAciqError` when the
-        weight has NaN or Inf, or when the clip table does not fit.
+        seed: of the rotation's signs, the profile's. name: for messages. second_moments: [K, K], the sum of x x^T over
+        the layer's inputs, rotated as the layer rotates them; needed unless `config.rounding` is "nearest" or weights
+        have 16 bits. like: this layer as it was quantized before; its weights are shared instead of made again where
+        they would come out the same. Raises `LaAciqError` when the weight has NaN or Inf, or when the clip table or
+        the second moments do not fit.
         """
         weight = check_weight(linear, name)
         n, k = weight.shape
         layer = cls(k, n, linear.bias is not None, config, state, dtype=weight.dtype, device=weight.device)
         if layer.signs is not None:
             layer.signs.copy_(torch.from_numpy(rotation.signs(k, seed)))
+        second_moments = layer._checked_second_moments(second_moments, name)
+        if second_moments is not None:
+            layer.rounded_by = hashlib.sha256(second_moments.cpu().contiguous().numpy().data).hexdigest()
         if like is not None and layer._same_weights(like):
             layer.weight, layer.weight_scale = like.weight, like.weight_scale
         else:
-            layer._set_weights(weight)
+            layer._set_weights(weight, second_moments)
         if layer.bias is not None:
             layer.bias.copy_(linear.bias.detach())
         if layer.clip is not None:
             layer.clip.copy_(check_clips(clip, tuple(layer.clip.shape), name))
         return layer
 
-    def _set_weights(self, weight: torch.Tensor) -> None:
+    def _checked_second_moments(self, given: torch.Tensor | None, name: str) -> torch.Tensor | None:
+        """Those that the weights are to be rounded by; None for rounding to nearest."""
+        if self.config.rounding == "nearest" or self.weight_scale is None:
+            return None
+        k = self.in_features
+        if given is None:
+            if self.config.rounding == "auto":
+                return None
+            raise LaAciqError(f"layer {name!r}: rounding = 'feedback' needs second moments of its input, got none")
+        if tuple(given.shape) != (k, k) or not bool(torch.isfinite(given).all()):
+            raise LaAciqError(
+                f"layer {name!r}: expected finite second moments of shape {[k, k]}, got {list(given.shape)}"
+            )
+        return given.float()
+
+    def _set_weights(self, weight: torch.Tensor, second_moments: torch.Tensor | None) -> None:
         """Fill the weight buffers from the trained weight [N, K], rotated first where the layer has signs."""
         if self.signs is not None:
             weight = ops.rotate(weight.float(), self.signs, self.block_size)
         if self.weight_scale is None:
             self.weight.copy_(weight)
             return
-        codes, clips = quantize_weight(weight, self.config.group_size, self.config.codebook)
+        codes, clips = quantize_weight(weight, self.config.group_size, self.config.codebook, second_moments)
         self.weight.copy_(codes)
         self.weight_scale.copy_(clips)
 
     def _same_weights(self, other: "LanguageAwareLinear") -> bool:
         """Whether the two layers, made from one trained layer, have the same weight buffers."""
-        settings = [(c.weights, c.group_size, c.codebook) for c in (self.config, other.config)]
+        settings = [(x.config.weights, x.config.group_size, x.config.codebook, x.rounded_by) for x in (self, other)]
         if settings[0] != settings[1] or (self.signs is None) != (other.signs is None):
             return False
         return self.signs is None or other.signs is None or torch.equal(self.signs, other.signs)

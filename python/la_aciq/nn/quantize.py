@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,8 @@ class Plan:
 
     def __init__(self, model: nn.Module, profile: Profile, config: QuantConfig) -> None:
         _check_settings(profile, config)
+        config = _with_rounding(profile, config)
+        self._profile = profile
         selected, skipped = _select(model, profile, config)
         self.layers = self.names = selected if _quantizes_linear(config) else ()
         inputs = [one for name in self.layers for one in inputs_of(name, model.get_submodule(name))]
@@ -111,14 +113,35 @@ class Plan:
         """What takes the place of a layer."""
         config, state = self._done.config, self._done.state
         if is_experts(original):
-            parts = {part: self._clips.get(f"{name}.{part}") for part in EXPERT_WEIGHTS}
             before: Any = None if like is None else like.get_submodule(name)
             experts: nn.Module = LanguageAwareExperts.from_experts(
-                original, config, state, parts, seed=self._seed, name=name, like=before
+                original,
+                config,
+                state,
+                {part: self._clips.get(f"{name}.{part}") for part in EXPERT_WEIGHTS},
+                seed=self._seed,
+                name=name,
+                second_moments={part: self._second_moments(f"{name}.{part}") for part in EXPERT_WEIGHTS},
+                like=before,
             )
             return experts
-        clip, known = self._clips.get(name), _quantized_layer(like, name)
-        return LanguageAwareLinear.from_linear(original, config, state, clip, seed=self._seed, name=name, like=known)
+        return LanguageAwareLinear.from_linear(
+            original,
+            config,
+            state,
+            self._clips.get(name),
+            seed=self._seed,
+            name=name,
+            second_moments=self._second_moments(name),
+            like=_quantized_layer(like, name),
+        )
+
+    def _second_moments(self, name: str) -> torch.Tensor | None:
+        """Those of a layer's input, where its weights are to be rounded by them."""
+        config, second_moments = self._done.config, self._profile.second_moments
+        if config.weights == 16 or config.rounding == "nearest" or second_moments is None:
+            return None
+        return torch.from_numpy(second_moments[self._profile.layers[name]])
 
     def finish(self, model: nn.Module) -> None:
         """Make the model one that knows it is quantized, when all of `names` are replaced."""
@@ -202,6 +225,21 @@ def inputs_of(name: str, module: nn.Module) -> tuple[str, ...]:
     if linear_weight(module) is not None:
         return (name,)
     return tuple(f"{name}.{part}" for part in EXPERT_WEIGHTS) if is_experts(module) else ()
+
+
+def _with_rounding(profile: Profile, config: QuantConfig) -> QuantConfig:
+    """The configuration with the rounding of weights that the profile allows."""
+    rotated = bool(profile.metadata["rotation"]["enabled"])
+    usable = profile.second_moments is not None and rotated == config.rotate
+    if config.rounding == "auto":
+        return replace(config, rounding="feedback" if usable else "nearest")
+    if config.rounding == "feedback" and config.weights < 16 and not usable:
+        found = f"those of inputs with rotate = {rotated}" if profile.second_moments is not None else "none"
+        raise LaAciqError(
+            f"rounding = 'feedback' needs a profile with second moments of inputs with rotate = {config.rotate}, "
+            f"this one has {found}; calibrate again, or use rounding = 'nearest'"
+        )
+    return config
 
 
 def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tuple[str, ...], dict[str, str]]:
