@@ -1,5 +1,7 @@
 """Calibration against the same statistics worked out in float64 from what the layers were given."""
 
+import copy
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -306,3 +308,75 @@ class TestFingerprint:
         model.config.name_or_path = "somewhere/else"
         model.config.transformers_version = "9"
         assert fingerprint(model) == fingerprint(byte_llama())
+
+
+class TestSecondMoments:
+    """The sum of x x^T of every input token, sink included, against float64 products of what the layers were given."""
+
+    def expected(self, seen, layer, tags=TAGS):
+        x = rotated(np.concatenate([np.concatenate(seen[tag][layer]) for tag in tags]))
+        return x.T @ x
+
+    def check(self, found, expected):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, found.T)
+        scale = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))
+        assert np.abs(found - expected).max() <= 1e-5 * scale.max()
+        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
+
+    def test_they_are_those_of_all_tokens(self, profile, seen):
+        inputs = {name for name, site in profile.sites.items() if site.kind == "input"}
+        assert set(profile.second_moments) == inputs
+        assert len(profile.second_moments) == len(inputs)
+        for name in inputs:
+            self.check(profile.second_moments[name], self.expected(seen, name))
+
+    def test_they_can_be_left_out(self):
+        assert calibrated(second_moments=False).second_moments is None
+
+    def test_merged_parts_are_those_of_all_texts(self, seen):
+        texts = random_ids()
+        parts = [calibrated(texts={tag: texts[tag]}) for tag in TAGS]
+        self.check(Profile.merge(*parts).second_moments[LAYER], self.expected(seen, LAYER))
+        with pytest.raises(LaAciqError, match="with and without second moments"):
+            Profile.merge(parts[0], calibrated(texts={"sw": texts["sw"]}, second_moments=False))
+
+    def test_saved_and_loaded_bit_for_bit(self, profile, tmp_path):
+        profile.save(tmp_path / "profile")
+        loaded = Profile.load(tmp_path / "profile")
+        for name, matrix in profile.second_moments.items():
+            np.testing.assert_array_equal(loaded.second_moments[name], matrix)
+        for copied in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+            np.testing.assert_array_equal(copied.second_moments[LAYER], profile.second_moments[LAYER])
+        # Replacing the folder leaves what is loaded as it was.
+        calibrated(texts={"en": random_ids()["en"]}).save(tmp_path / "profile", force=True)
+        np.testing.assert_array_equal(loaded.second_moments[LAYER], profile.second_moments[LAYER])
+
+    @pytest.mark.parametrize("damage", ["edited", "cut short", "gone"])
+    def test_a_damaged_file_is_refused_by_name(self, profile, tmp_path, damage):
+        profile.save(tmp_path / "profile")
+        file = tmp_path / "profile" / "second_moments.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        if damage == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(content if damage == "edited" else content[:-5])
+        with pytest.raises(LaAciqError, match=r"second_moments\.safetensors"):
+            Profile.load(tmp_path / "profile")
+
+    def test_a_resumed_run_has_the_same_bits_and_its_own_settings(self, profile, tmp_path, monkeypatch):
+        def interrupted(self, folder, force=False, save=Profile.save):
+            save(self, folder, force)
+            if len(self.languages) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Profile, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(resume=tmp_path / "part")
+        monkeypatch.undo()
+        with pytest.raises(LaAciqError, match="differs in second_moments"):
+            calibrated(resume=tmp_path / "part", second_moments=False)
+        resumed = calibrated(resume=tmp_path / "part")
+        for name, matrix in profile.second_moments.items():
+            np.testing.assert_array_equal(resumed.second_moments[name], matrix)

@@ -23,6 +23,7 @@ from la_aciq.nn import QuantConfig
         ("sharing", "global"),
         ("granularity", "channel"),
         ("objective", "kl"),
+        ("rounding", "stochastic"),
         ("rotate", 1),
         ("ignore", "lm_head"),
         ("ignore", (1,)),

@@ -17,6 +17,7 @@ import la_aciq
 from la_aciq import clipping
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageAwareLinear, QuantConfig, bits_per_weight, languages, quantize_model
+from la_aciq.nn.weights import quantize_weight
 
 GROUP = 16
 LAYERS = 7 * 2
@@ -398,3 +399,42 @@ def test_other_weights_are_not_shared(model, profile):
 def test_like_must_be_this_model_quantized(model, profile):
     with pytest.raises(LaAciqError, match="like: it is not quantized"):
         quantize_model(model, profile, config_of(), like=model, progress=False)
+
+
+def test_weights_are_rounded_by_the_second_moments_where_the_profile_has_them(model, profile):
+    out = quantized(model, profile, activations=16)
+    assert out.la_aciq.config.rounding == "feedback"
+    nearest = quantized(model, profile, activations=16, rounding="nearest")
+    assert nearest.la_aciq.config.rounding == "nearest"
+    for name in out.la_aciq.layers:
+        layer = out.get_submodule(name)
+        weight = la_aciq.ops.rotate(model.get_submodule(name).weight.detach(), layer.signs)
+        products = torch.from_numpy(profile.second_moments[profile.layers[name]])
+        for given, expected in ((products, layer), (None, nearest.get_submodule(name))):
+            codes, clips = quantize_weight(weight, GROUP, "midrise", given)
+            assert torch.equal(codes, expected.weight)
+            assert torch.equal(clips, expected.weight_scale)
+
+
+def test_without_second_moments_weights_are_rounded_to_nearest_and_the_result_says_so(model, profile):
+    without = dataclasses.replace(profile, second_moments=None)
+    out = quantized(model, without, activations=16)
+    assert out.la_aciq.config.rounding == "nearest"
+    expected = quantized(model, profile, activations=16, rounding="nearest")
+    for (name, tensor), other in zip(out.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    with pytest.raises(LaAciqError, match=r"rounding = 'feedback' needs a profile with second moments .* has none"):
+        quantized(model, without, rounding="feedback")
+    with pytest.raises(LaAciqError, match="rotate = False, this one has those of inputs with rotate = True"):
+        quantized(model, profile, activations=16, rounding="feedback", rotate=False)
+    # 16-bit weights are not rounded at all.
+    assert quantized(model, without, weights=16, rounding="feedback").la_aciq.config.weights == 16
+
+
+def test_shared_weights_are_those_of_the_same_rounding(model, profile):
+    first = quantized(model, profile)
+    again = quantize_model(model, profile, config_of(clip="absmax"), like=first, progress=False)
+    other = quantize_model(model, profile, config_of(rounding="nearest"), like=first, progress=False)
+    name = first.la_aciq.layers[0]
+    weights = [one.get_submodule(name).weight.data_ptr() for one in (first, again, other)]
+    assert weights[0] == weights[1] != weights[2]
