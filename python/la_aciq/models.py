@@ -202,10 +202,17 @@ def _check_causal(name: str, config: Any) -> None:
         )
 
 
-def _check_unquantized(name: str, config: Any) -> None:
+def is_quantized(config: Any) -> bool:
+    """Whether a configuration says that the model's weights are quantized. Those of a GGUF file are floating-point once
+    they are loaded.
+    """
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and "gguf" not in str(quantization).lower():
-        hint = "; evaluate it with --quantized" if "la_aciq" in str(quantization) else ""
+    return quantization is not None and "gguf" not in str(quantization).lower()
+
+
+def _check_unquantized(name: str, config: Any) -> None:
+    if is_quantized(config):
+        hint = "; evaluate it with --quantized" if "la_aciq" in str(config.quantization_config) else ""
         raise LaAciqError(f"model {name!r} is quantized already; expected floating-point weights{hint}")
 
 

@@ -158,6 +158,13 @@ def test_a_tampered_table_is_refused_by_from_pretrained(model, profile, tmp_path
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_configurations_copies_share_the_profile(profile):
+    config = LaAciqConfig(profile, activations=8)
+    copied = copy.deepcopy(config)
+    assert copied.profile is profile
+    assert copied.to_dict() == config.to_dict() == {"quant_method": "la_aciq", "config": config.config.to_dict()}
+
+
 def test_settings_are_checked(profile):
     with pytest.raises(LaAciqError, match="activations = 5"):
         LaAciqConfig(profile, activations=5)

@@ -10,6 +10,7 @@ before or after. Without it transformers does not know the method of the checkpo
 its tensors. `la_aciq.nn.checkpoint` describes the files.
 """
 
+import copy
 import os
 from typing import Any
 
@@ -63,6 +64,12 @@ class LaAciqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
         """The configuration in a config.json."""
         made = cls.of(config_dict)
         return (made, kwargs) if return_unused_kwargs else made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LaAciqConfig":
+        """transformers copies configurations; the profile, which nothing changes and which may be large, is shared."""
+        copied = copy.copy(self)
+        copied.description = copy.deepcopy(self.description, memo)
+        return copied
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: the description of a quantized model, otherwise the settings without the profile."""

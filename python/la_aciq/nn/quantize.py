@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import clipping
 from ..calibration import Profile
 from ..errors import LaAciqError
-from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, linear_weight, output_head
+from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, is_quantized, linear_weight, output_head
 from .config import QuantConfig
 from .context import LanguageState, add_language_to_generate
 from .experts import LanguageAwareExperts
@@ -173,7 +173,7 @@ def add_cache_tables(model: nn.Module, done: Quantization, device: torch.device 
 
 def check_unquantized(model: nn.Module) -> None:
     """Raises `LaAciqError` when the model is quantized already, by LA-ACIQ or by a quantizer of transformers."""
-    if hasattr(model, "la_aciq") or getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+    if hasattr(model, "la_aciq") or is_quantized(getattr(model, "config", None)):
         raise LaAciqError("the model is quantized already; expected the model as it was trained")
 
 
