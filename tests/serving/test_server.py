@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -99,17 +100,18 @@ def test_a_tag_per_request(server):
     assert texts["fi"] == texts[None] == server.text("und")
 
 
-def test_chat(server):
-    """The other OpenAI endpoint hands the tag on as well."""
-    body = {
-        "model": server.model,
-        "messages": [{"role": "user", "content": PROMPT}],
-        "max_tokens": 12,
-        "temperature": 0,
-    }
-    status, answer = server.post(body | {"vllm_xargs": {"language": "sw"}}, "/v1/chat/completions")
+def test_the_other_endpoints_hand_the_tag_on(server):
+    own = {"model": server.model, "temperature": 0, "vllm_xargs": {"language": "sw"}}
+    chat = own | {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
+    status, answer = server.post(chat, "/v1/chat/completions")
     assert status == 200, answer
     assert answer["choices"][0]["message"]["content"] == server.text("sw")
+    status, answer = server.post(chat, "/v1/messages")
+    assert status == 200, answer
+    assert answer["content"][0]["text"] == server.text("sw")
+    status, answer = server.post(own | {"input": PROMPT, "max_output_tokens": 12}, "/v1/responses")
+    assert status == 200, answer
+    assert answer["output"][0]["content"][0]["text"] == server.text("sw")
 
 
 @pytest.mark.parametrize("tag", ["klingon", "", "x" * 10_000, 5, 1.5, True, ["sw"], "sw\0", "sw sw", "../sw"])
@@ -175,6 +177,17 @@ def test_metrics_by_language(server):
 def test_metrics_name_the_tables(server, served_folder):
     checksum = json.loads((served_folder / "config.json").read_text())["quantization_config"]["checksum"]
     assert server.metric(f'la_aciq_table_info{{version="{checksum[:16]}"}}') == 1
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(server):
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    server.text("sw")
+    with urllib.request.urlopen(server.address + "/metrics", timeout=30) as answer:
+        exported = set(re.findall(r"^([a-z0-9_:]+)", answer.read().decode(), re.MULTILINE))
+    asked = {name for query in queries for name in re.findall(r"(?:vllm:|la_aciq_)[a-z0-9_]+", query)}
+    assert len(asked) > 10
+    assert asked <= exported
 
 
 def test_the_folder_may_vanish_while_serving(server, served_folder):

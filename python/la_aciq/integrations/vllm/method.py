@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -80,24 +79,23 @@ class LaAciqConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How vLLM's layer of this name is computed; None for layers that are never quantized."""
         check_supported(get_current_vllm_config(), self)
+        if not isinstance(layer, LinearBase):
+            if any(name == prefix or name.startswith(prefix + ".") for name in self.done.layers):
+                raise LaAciqError(
+                    f"layer {prefix!r} is quantized, and vLLM's {type(layer).__name__} cannot be served so; name it in "
+                    "--ignore when you quantize"
+                )
+            return _EmbeddingByToken() if batch_invariant() and isinstance(layer, ParallelLMHead) else None
         last = prefix.rpartition(".")[2]
-        parts = self.packed_modules_mapping.get(last, [last])
-        names = [prefix.removesuffix(last) + part for part in parts]
+        names = [prefix.removesuffix(last) + part for part in self.packed_modules_mapping.get(last, [last])]
         quantized = [name in self.done.layers for name in names]
         if not any(quantized):
-            if batch_invariant() and isinstance(layer, ParallelLMHead):
-                return _EmbeddingByToken()
-            if isinstance(layer, LinearBase):
-                return _LinearByToken() if batch_invariant() else UnquantizedLinearMethod()
-            return None
+            return _LinearByToken() if batch_invariant() else UnquantizedLinearMethod()
         if not all(quantized):
             raise LaAciqError(
                 f"vLLM computes {', '.join(names)} as one layer, and only {names[quantized.index(True)]} is quantized; "
                 "expected all of them or none"
             )
-        if not isinstance(layer, LinearBase):
-            kind = "experts" if isinstance(layer, RoutedExperts) else type(layer).__name__
-            raise LaAciqError(f"layer {prefix!r}: quantized {kind} cannot be served; ignore it when quantizing")
         return LanguageLinearMethod(self, prefix)
 
 
