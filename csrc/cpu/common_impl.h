@@ -10,6 +10,12 @@
 namespace la_aciq::cpu {
 namespace {
 
+// Asks for what a stream of reads needs two pages later: prefetchers in hardware stop at the end of a page,
+// and the next one has to be found in the page tables first.
+inline void prefetch(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 8192));
+}
+
 // n < 16 elements, zeros after them.
 template <class T>
 inline F32 load_partial(const T* p, int64_t n) {

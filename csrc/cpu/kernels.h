@@ -154,11 +154,26 @@ struct Product {
   int64_t block_rows;  // blocks of rows are multiples of it
 };
 
+// A language's counts on their way into its histogram. Elements side by side take turns with eight tables, so
+// that none waits for the one before it where both are in the same bin, and one addition counts an element
+// (from bit 44 on) and adds up bin_and_place (below), for which there is room until kMaxCounted elements are
+// counted.
+constexpr int kHistogramLanes = 8;
+constexpr int kCountShift = 44;
+constexpr int64_t kMaxCounted = kHistogramLanes << 15;
+struct HistogramLanes {
+  int64_t counted = 0;
+  uint64_t entries[kHistogramLanes][kHistogramBins] = {};
+};
+
 struct Kernels {
   const char* isa;
-  // Elements [begin, end) merged into states [languages] and counted in histogram [languages, 258, 2] (may be
-  // null).
-  void (*moments)(const MomentsArgs&, int64_t begin, int64_t end, MomentState* states, int64_t* histogram);
+  // Elements [begin, end) merged into states [languages] and counted in histograms [languages, 258, 2] (may
+  // be null), through lanes [languages] where they are given.
+  void (*moments)(const MomentsArgs&, int64_t begin, int64_t end, MomentState* states, HistogramLanes* lanes,
+                  int64_t* histograms);
+  // Adds what a language's lanes still hold to its histogram [258, 2].
+  void (*unpack_histogram)(HistogramLanes& lanes, int64_t* histogram);
   // Rows [begin, end). scratch: k floats. tail (may be null): [languages, groups, 4], added to.
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end, float* scratch, double* tail);
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);

@@ -14,6 +14,7 @@ extern const Kernels LA_ACIQ_KERNELS;
 const Kernels LA_ACIQ_KERNELS = {
     LA_ACIQ_ISA,
     moments,
+    unpack_histogram,
     quantize,
     dequantize,
     rotate,

@@ -1,5 +1,5 @@
-// Streaming moments: blocks that stay in the first-level cache are read twice, once for their mean and once
-// for the powers about it, and merged in float64 in the order of memory.
+// Streaming moments: sums of powers about an element of the block, in one pass and in float64, made central
+// at the end of the block and merged in the order of memory.
 #pragma once
 
 #include "cpu/common_impl.h"
@@ -7,7 +7,7 @@
 namespace la_aciq::cpu {
 namespace {
 
-constexpr int64_t kMomentsBlock = 2048;
+constexpr int64_t kMomentsBlock = 4096;
 
 inline double element(const double* x) { return *x; }
 template <class T>
@@ -17,62 +17,87 @@ inline double element(const T* x) {
   return first[0];
 }
 
-// |x| of up to 16 elements as float32 bits; float64 beyond the range of float32 counts as its largest value.
-template <class T>
-inline I32 magnitude_bits(const T* x, int n) {
-  return bits_of(abs(n == 16 ? load(x) : load_partial(x, n)));
-}
-inline I32 magnitude_bits(const double* x, int n) {
-  float narrowed[16] = {};
+// Float64 beyond the range of float32 becomes its largest value.
+inline F32 narrowed(const double* x, int n) {
+  float narrow[16] = {};
   for (int i = 0; i < n; i++) {
-    narrowed[i] = static_cast<float>(x[i]);
-    if (is_finite(x[i]) && !is_finite(narrowed[i])) narrowed[i] = 3.402823466e+38f;
+    narrow[i] = static_cast<float>(x[i]);
+    if (is_finite(x[i]) && !is_finite(narrow[i])) narrow[i] = 3.402823466e+38f;
   }
-  return bits_of(abs(load(narrowed)));
+  return load(narrow);
 }
 
-// body(8 doubles) over n elements; where they do not fill the last vector, `rest` does.
-template <class T, class Body>
-inline __attribute__((always_inline)) void for_each_half(const T* x, int64_t n, double rest, Body body) {
-  int64_t i = 0;
+// Sums of (x - center)^p. Where elements do not fill the last vector, center does: it adds nothing.
+struct PowerSums {
+  F64 s1 = f64(0), s2 = f64(0), s3 = f64(0), s4 = f64(0);
+
+  inline __attribute__((always_inline)) void add_elements(F64 x, F64 center) {
+    const F64 d = sub(x, center), d2 = mul(d, d);
+    s1 = add(s1, d);
+    s2 = add(s2, d2);
+    s3 = muladd(d2, d, s3);
+    s4 = muladd(d2, d2, s4);
+  }
+};
+
+constexpr auto no_histogram = [](const F32&, int) {};
+
+// One pass over n >= 1 elements, n <= kMomentsBlock, that also calls histogram(16 elements in float32, number
+// of them that count). center lies between them (equality allowed) and is a float32, or a float64 where the
+// elements are.
+template <class T, class Histogram>
+MomentState block_moments(const T* x, int64_t n, double center, Histogram&& histogram,
+                          bool may_center_again = true) {
+  const F64 shift = f64(center);
+  PowerSums even, odd;
+  double smallest = center, largest_value = center;
+  const auto widen_range = [&](auto low_end, auto high_end, auto* lane, int lanes) {
+    store(lane, low_end);
+    for (int i = 0; i < lanes; i++) smallest = lane[i] < smallest ? lane[i] : smallest;
+    store(lane, high_end);
+    for (int i = 0; i < lanes; i++) largest_value = lane[i] > largest_value ? lane[i] : largest_value;
+  };
   if constexpr (sizeof(T) == sizeof(double)) {
-    for (; i + 8 <= n; i += 8) body(load(x + i));
+    F64 low_end = shift, high_end = shift;
+    double lane[8];
+    for (int64_t i = 0; i < n; i += 16) {
+      const int size = static_cast<int>(smaller(16, n - i));
+      histogram(narrowed(x + i, size), size);
+    }
+    for (int64_t i = 0; i < n; i += 8) {
+      prefetch(x + i);
+      const bool whole = i + 8 <= n;
+      for (int j = 0; j < 8 && !whole; j++) lane[j] = i + j < n ? x[i + j] : center;
+      const F64 v = load(whole ? x + i : lane);
+      (i / 8 % 2 ? odd : even).add_elements(v, shift);
+      low_end = min(low_end, v);
+      high_end = max(high_end, v);
+    }
+    widen_range(low_end, high_end, lane, 8);
   } else {
-    for (; i + 16 <= n; i += 16) {
-      const F32 both_halves = load(x + i);
-      body(low(both_halves));
-      body(high(both_halves));
-    }
-  }
-  while (i < n) {
-    double padded[8];
-    for (int lane = 0; lane < 8; lane++, i++) {
-      if constexpr (sizeof(T) == sizeof(double)) {
-        padded[lane] = i < n ? x[i] : rest;
-      } else {
-        padded[lane] = i < n ? element(x + i) : rest;
+    const F32 fill = f32(static_cast<float>(center));
+    F32 low_end = fill, high_end = fill;
+    float lane[16];
+    for_each_vector(x, n, [&](int64_t i, F32 v, int size) {
+      prefetch(x + i);
+      histogram(v, size);
+      if (size < 16) {
+        store(lane, fill);
+        store_partial(lane, v, size);
+        v = load(lane);
       }
-    }
-    body(load(padded));
+      even.add_elements(low(v), shift);
+      odd.add_elements(high(v), shift);
+      low_end = min(low_end, v);
+      high_end = max(high_end, v);
+    });
+    widen_range(low_end, high_end, lane, 16);
   }
-}
 
-// n >= 1 elements, n <= kMomentsBlock.
-template <class T>
-MomentState block_moments(const T* x, int64_t n) {
-  // The last vector is filled up with the first element, which changes neither extreme; the sum is rid of it
-  // again.
-  const double first = element(x);
-  F64 total = f64(0), low_end = f64(first), high_end = f64(first);
-  for_each_half(x, n, first, [&](F64 v) {
-    total = add(total, v);
-    low_end = min(low_end, v);
-    high_end = max(high_end, v);
-  });
-  const double block_sum = sum(total) - static_cast<double>(-n & 7) * first;
-  if (!is_finite(block_sum)) {
-    // NaN or infinities: leave them out. (A block of huge float64 values may overflow its sum: then nothing
-    // is left out, and the mean is infinite.)
+  const double s1 = sum(add(even.s1, odd.s1)), s2 = sum(add(even.s2, odd.s2));
+  if (!is_finite(s1)) {
+    // NaN or infinities: leave them out. (Huge float64 values may overflow a sum: then nothing is left out,
+    // and the moments are not finite.)
     T kept[kMomentsBlock];
     int64_t count = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -80,79 +105,138 @@ MomentState block_moments(const T* x, int64_t n) {
       count += is_finite(element(x + i));
     }
     if (count < n) {
-      MomentState state = count > 0 ? block_moments(kept, count) : empty_moments();
+      MomentState state =
+          count > 0 ? block_moments(kept, count, element(kept), no_histogram) : empty_moments();
       state.nonfinite = static_cast<double>(n - count);
       return state;
     }
   }
-
-  const double center = block_sum / static_cast<double>(n);
-  const F64 mean = f64(center);
-  F64 s1 = f64(0), s2 = f64(0), s3 = f64(0), s4 = f64(0);
-  // Here the mean fills it up, which adds nothing to any sum.
-  for_each_half(x, n, center, [&](F64 v) {
-    const F64 d = sub(v, mean), d2 = mul(d, d);
-    s1 = add(s1, d);
-    s2 = add(s2, d2);
-    s3 = muladd(d2, d, s3);
-    s4 = muladd(d2, d2, s4);
-  });
-  double lane[8], smallest = first, largest_value = first;
-  store(lane, low_end);
-  for (double v : lane) smallest = v < smallest ? v : smallest;
-  store(lane, high_end);
-  for (double v : lane) largest_value = v > largest_value ? v : largest_value;
-  return moments_about(center, static_cast<double>(n), sum(s1), sum(s2), sum(s3), sum(s4), smallest,
-                       largest_value);
+  // An element far from all others is a bad center: the powers about the mean would be small differences of
+  // large sums. Four standard deviations cost two of sixteen digits.
+  if (may_center_again && s1 * s1 > 0.9375 * static_cast<double>(n) * s2) {
+    const double mean = center + s1 / static_cast<double>(n);
+    const double bounded = mean < smallest ? smallest : mean > largest_value ? largest_value : mean;
+    return block_moments(x, n, sizeof(T) == sizeof(double) ? bounded : static_cast<float>(bounded),
+                         no_histogram,
+                         /*may_center_again=*/false);
+  }
+  return moments_about(center, static_cast<double>(n), s1, s2, sum(add(even.s3, odd.s3)),
+                       sum(add(even.s4, odd.s4)), smallest, largest_value);
 }
 
-typedef int64_t CountAndSum __attribute__((vector_size(16)));
+// histogram_bin of common/moments.h for vectors: the bits of |x| at the start of the first bin and of the
+// last.
+constexpr int32_t kFirstBinBits = ((111 << 3) - 1) << 20;
+constexpr int32_t kLastBinBits = kFirstBinBits + ((kHistogramBins - 1) << 20);
 
-inline void count_in_histogram(int64_t* histogram, int32_t magnitude_bits, int32_t in_bin) {
-  int64_t* entry = histogram + 2 * in_bin;
-  CountAndSum counted;
-  __builtin_memcpy(&counted, entry, sizeof(counted));
-  counted += CountAndSum{1, magnitude_bits & 0xFFFFF};
-  __builtin_memcpy(entry, &counted, sizeof(counted));
+// The bin of |x| in the upper 12 bits, its place in the bin in the lower 20; what is not finite goes to the
+// last bin.
+inline I32 bin_and_place(F32 x) {
+  const I32 magnitude = min(bits_of(abs(x)), i32(kLastBinBits));
+  return add(max(magnitude, i32(kFirstBinBits)), -kFirstBinBits);
 }
 
-// Adds finite elements to histogram [258, 2].
-template <class T>
-void block_histogram(const T* x, int64_t n, int64_t* histogram) {
-  for (int64_t i = 0; i < n; i += 16) {
-    int32_t bits[16];
-    const int size = static_cast<int>(smaller(16, n - i));
-    store(bits, magnitude_bits(x + i, size));
-    for (int j = 0; j < size; j++) {
-      if (bits[j] < 0x7F800000) count_in_histogram(histogram, bits[j], histogram_bin(bits[j]));
+// Adds the counts to histogram [258, 2] and takes them out of the lanes.
+void unpack_histogram(HistogramLanes& lanes, int64_t* histogram) {
+  for (int bin = 0; bin < kHistogramBins; bin++) {
+    int64_t counts = 0, places = 0;
+    for (auto& lane : lanes.entries) {
+      const int64_t n = static_cast<int64_t>(lane[bin] >> kCountShift);
+      counts += n;
+      places += static_cast<int64_t>(lane[bin] & ((1ull << kCountShift) - 1)) -
+                n * (static_cast<int64_t>(bin) << 20);
+      lane[bin] = 0;
+    }
+    histogram[2 * bin] += counts;
+    // The two end bins have no edges to measure from.
+    if (bin > 0 && bin < kHistogramBins - 1) histogram[2 * bin + 1] += places;
+  }
+  lanes.counted = 0;
+}
+
+// Counts a block of elements in the lanes of its language. Counting an element takes a load, an addition and
+// a store through an address that comes from the element; it follows the vectors that compute addresses by
+// kBehind elements, so that these are read from the cache and not from the queue of pending stores.
+struct LaneCounter {
+  static constexpr int64_t kBehind = 64;
+  HistogramLanes& lanes;
+  int64_t filled = 0, counted = 0;
+  int32_t found[kMomentsBlock];
+
+  explicit LaneCounter(HistogramLanes& own) : lanes(own) {}
+
+  inline __attribute__((always_inline)) void count(int64_t i, int lane) {
+    const uint64_t bin_place = static_cast<uint32_t>(found[i]);
+    lanes.entries[lane][bin_place >> 20] += (1ull << kCountShift) + bin_place;
+  }
+  inline __attribute__((always_inline)) void operator()(const F32& x, int size) {
+    store(found + filled, bin_and_place(x));
+    filled += size;
+    if (filled >= kBehind + 16) {
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j++) count(counted + j, j % kHistogramLanes);
+      counted += 16;
     }
   }
-  // The two end bins have no edges to measure from.
-  histogram[1] = histogram[2 * (kHistogramBins - 1) + 1] = 0;
-}
+  void finish() {
+    for (; counted < filled; counted++) count(counted, static_cast<int>(counted % kHistogramLanes));
+  }
+};
+
+// Counts in the histogram itself: for a few elements, or more languages than lanes are kept for.
+struct DirectCounter {
+  int64_t* histogram;
+
+  void operator()(const F32& x, int size) {
+    int32_t found[16];
+    store(found, bin_and_place(x));
+    for (int j = 0; j < size; j++) {
+      histogram[2 * (found[j] >> 20)] += 1;
+      histogram[2 * (found[j] >> 20) + 1] += found[j] & 0xFFFFF;
+    }
+    histogram[1] = histogram[2 * kHistogramBins - 1] = 0;  // the two end bins have no edges to measure from
+  }
+};
 
 template <class T>
 void moments_of(const T* x, const Languages& languages, int64_t begin, int64_t end, MomentState* states,
-                int64_t* histogram) {
+                HistogramLanes* lanes, int64_t* histograms) {
   for (int64_t i = begin; i < end;) {
     const int32_t row = language_of(languages, i);
+    int64_t* const histogram = histograms ? histograms + 2 * kHistogramBins * row : nullptr;
     const int64_t span_end = languages.ids ? smaller(end, (i / languages.span + 1) * languages.span) : end;
     while (i < span_end) {
       const int64_t n = smaller(kMomentsBlock, span_end - i);
-      merge_moments(states[row], block_moments(x + i, n));
-      if (histogram) block_histogram(x + i, n, histogram + 2 * kHistogramBins * row);
+      const double first = element(x + i);
+      MomentState state;
+      if (histogram == nullptr) {
+        state = block_moments(x + i, n, first, no_histogram);
+      } else if (lanes == nullptr) {
+        state = block_moments(x + i, n, first, DirectCounter{histogram});
+      } else {
+        // Every lane counts at most its share of this number.
+        const int64_t whole_vectors = (n + 15) / 16 * 16;
+        if (lanes[row].counted + whole_vectors > kMaxCounted) unpack_histogram(lanes[row], histogram);
+        lanes[row].counted += whole_vectors;
+        LaneCounter counter(lanes[row]);
+        state = block_moments(x + i, n, first, counter);
+        counter.finish();
+      }
+      if (histogram) histogram[2 * (kHistogramBins - 1)] -= static_cast<int64_t>(state.nonfinite);
+      merge_moments(states[row], state);
       i += n;
     }
   }
 }
 
-void moments(const MomentsArgs& args, int64_t begin, int64_t end, MomentState* states, int64_t* histogram) {
+void moments(const MomentsArgs& args, int64_t begin, int64_t end, MomentState* states, HistogramLanes* lanes,
+             int64_t* histograms) {
   if (args.dtype == DType::kFloat64) {
-    moments_of(static_cast<const double*>(args.x), args.languages, begin, end, states, histogram);
+    moments_of(static_cast<const double*>(args.x), args.languages, begin, end, states, lanes, histograms);
     return;
   }
   with_type(args.dtype, args.x,
-            [&](auto* x) { moments_of(x, args.languages, begin, end, states, histogram); });
+            [&](auto* x) { moments_of(x, args.languages, begin, end, states, lanes, histograms); });
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <string>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -21,6 +21,9 @@ namespace {
 
 constexpr int64_t kMaxChunks = 256;  // partial results of reductions
 constexpr int64_t kMaxPartialBytes = 64 << 20;
+// Lanes of a histogram are 16 KiB per language and thread, zeroed and read once per call.
+constexpr int64_t kMaxLanguagesInLanes = 128;
+constexpr int64_t kMinElementsInLanes = 16384;
 
 // --- Work for threads ---
 
@@ -32,15 +35,15 @@ int64_t chunk_count(int64_t elements, int64_t partial_bytes) {
   return std::clamp<int64_t>(elements / elements_per_chunk, 1, std::max<int64_t>(at_most, 1));
 }
 
-// body(chunk, begin, end): chunk c of `chunks` equal parts of [0, count).
+// body(first, last, range_of) for ranges of chunks, where range_of(chunk) is the chunk's part of [0, count):
+// a pair.
 template <class Body>
 void for_chunks(int64_t chunks, int64_t count, const Body& body) {
   const int64_t size = (count + chunks - 1) / chunks;
-  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; chunk++) {
-      body(chunk, std::min(chunk * size, count), std::min((chunk + 1) * size, count));
-    }
-  });
+  const auto range_of = [&](int64_t chunk) {
+    return std::pair(std::min(chunk * size, count), std::min((chunk + 1) * size, count));
+  };
+  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) { body(first, last, range_of); });
 }
 
 // --- Operations ---
@@ -60,12 +63,30 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& lang
   const int64_t bins = histogram ? 2 * kHistogramBins : 0;
   const int64_t chunks =
       chunk_count(elements, languages * static_cast<int64_t>(sizeof(MomentState) + 8 * bins));
+  const bool in_lanes = histogram && languages <= kMaxLanguagesInLanes && elements >= kMinElementsInLanes;
   std::vector<MomentState> states(chunks * languages, empty_moments());
-  const Tensor counts = at::zeros({chunks, languages, bins / 2, 2}, at::kLong);
-  for_chunks(chunks, elements, [&](int64_t chunk, int64_t begin, int64_t end) {
-    int64_t* histogram_of_chunk =
-        histogram ? counts.mutable_data_ptr<int64_t>() + chunk * languages * bins : nullptr;
-    kernels.moments(args, begin, end, states.data() + chunk * languages, histogram_of_chunk);
+  const Tensor counts = histogram ? at::zeros({languages, kHistogramBins, 2}, at::kLong)
+                                  : at::empty({languages, 0, 2}, at::kLong);
+  std::mutex counts_mutex;
+  for_chunks(chunks, elements, [&](int64_t first, int64_t last, const auto& range_of) {
+    // Counts are integers: one histogram per thread is enough, and the order in which they are added does not
+    // show.
+    int64_t* all_counts = counts.mutable_data_ptr<int64_t>();
+    std::vector<HistogramLanes> lanes(in_lanes ? languages : 0);
+    std::vector<int64_t> own_counts(chunks > 1 ? languages * bins : 0);
+    int64_t* histograms = !histogram ? nullptr : chunks > 1 ? own_counts.data() : all_counts;
+    for (int64_t chunk = first; chunk < last; chunk++) {
+      const auto [begin, end] = range_of(chunk);
+      kernels.moments(args, begin, end, states.data() + chunk * languages, in_lanes ? lanes.data() : nullptr,
+                      histograms);
+    }
+    for (size_t row = 0; row < lanes.size(); row++) {
+      kernels.unpack_histogram(lanes[row], histograms + row * bins);
+    }
+    if (!own_counts.empty()) {
+      const std::lock_guard<std::mutex> lock(counts_mutex);
+      for (size_t i = 0; i < own_counts.size(); i++) all_counts[i] += own_counts[i];
+    }
   });
 
   const Tensor out = at::empty({languages, 8}, at::kDouble);
@@ -74,100 +95,103 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& lang
     for (int64_t chunk = 1; chunk < chunks; chunk++) merge_moments(total, states[chunk * languages + row]);
     memcpy(out.mutable_data_ptr<double>() + 8 * row, &total, sizeof(total));
   }
-  return {out, chunks == 1 ? counts[0].clone() : counts.sum(0)};
+  return {out, counts};
+}
+
+// What `quantize` and `quantize_dynamic` share: checked arguments and new outputs.
+struct Quantization {
+  int64_t rows;
+  Tensor values, table, codes, scales;
+  LanguageIds ids;
+  Rotation rotation;
+  QuantizeArgs args;
+
+  void run(int64_t begin, int64_t end, double* tail) const {
+    std::vector<float> scratch(args.signs ? args.k : 0);
+    active_kernels().quantize(args, begin, end, scratch.data(), tail);
+  }
+};
+
+Quantization quantization(const Tensor& x, const char* table_name, const Tensor& table,
+                          const optional<Tensor>& language, int64_t group_size, Clip clip,
+                          c10::string_view codebook, const optional<Tensor>& signs, int64_t block_size) {
+  check_rows_of_k("x", x);
+  const int64_t k = x.size(-1);
+  const auto lead = x.sizes().slice(0, x.dim() - 1);
+  const DType dtype = dtype_of("x", x.scalar_type());
+  const Groups groups = groups_of(k, group_size);
+  Quantization q{.rows = x.numel() / k,
+                 .values = x.contiguous(),
+                 .table = checked_table(table_name, table, groups.count),
+                 .codes = {},
+                 .scales = {},
+                 .ids = checked_language(language, lead),
+                 .rotation = checked_rotation(signs, block_size, k),
+                 .args = {}};
+  at::DimVector sizes(x.sizes());
+  sizes.back() = (k + 1) / 2;
+  q.codes = new_output(sizes, at::kByte);
+  if (clip != Clip::kStatic) {
+    sizes.back() = groups.count;
+    q.scales = new_output(sizes, at::kFloat);
+  }
+  q.args = {
+      .x = q.values.const_data_ptr(),
+      .dtype = dtype,
+      .k = k,
+      .group_size = groups.size,
+      .groups = groups.count,
+      .table = q.table.const_data_ptr<float>(),
+      .languages = q.ids.of(table.size(0)),
+      .clip = clip,
+      .codebook = codebook_of("codebook", codebook),
+      .bits = 4,
+      .signs = q.rotation.data(),
+      .block = q.rotation.block,
+      .codes = q.codes.mutable_data_ptr<uint8_t>(),
+      .bytes = nullptr,
+      .scales = q.scales.defined() ? q.scales.mutable_data_ptr<float>() : nullptr,
+  };
+  return q;
 }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const optional<Tensor>& language,
                                     int64_t group_size, c10::string_view codebook,
                                     const optional<Tensor>& signs, int64_t block_size, bool tail_sums) {
-  check_rows_of_k("x", x);
-  const int64_t k = x.size(-1), rows = x.numel() / k;
-  const auto lead = x.sizes().slice(0, x.dim() - 1);
-  const Groups groups = groups_of(k, group_size);
-  const Tensor table = checked_table("alpha", alpha, groups.count), values = x.contiguous();
-  const LanguageIds ids = checked_language(language, lead);
-  const Rotation rotation = checked_rotation(signs, block_size, k);
-  auto sizes = x.sizes().vec();
-  sizes.back() = (k + 1) / 2;
-  const Tensor codes = at::empty(sizes, at::kByte);
-  const QuantizeArgs args{
-      .x = values.const_data_ptr(),
-      .dtype = dtype_of("x", x.scalar_type()),
-      .k = k,
-      .group_size = groups.size,
-      .groups = groups.count,
-      .table = table.const_data_ptr<float>(),
-      .languages = ids.of(table.size(0)),
-      .clip = Clip::kStatic,
-      .codebook = codebook_of("codebook", codebook),
-      .bits = 4,
-      .signs = rotation.data(),
-      .block = rotation.block,
-      .codes = codes.mutable_data_ptr<uint8_t>(),
-      .bytes = nullptr,
-      .scales = nullptr,
-  };
-  const Kernels& kernels = active_kernels();
-  const auto scratch_size = rotation.data() ? k : 0;
+  const Quantization q =
+      quantization(x, "alpha", alpha, language, group_size, Clip::kStatic, codebook, signs, block_size);
+  const int64_t languages = q.table.size(0), groups = q.args.groups;
   if (!tail_sums) {
-    for_rows(rows, k, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(scratch_size);
-      kernels.quantize(args, begin, end, scratch.data(), nullptr);
-    });
-    return {codes, at::empty({0, groups.count, 4}, at::kDouble)};
+    for_rows(q.rows, q.args.k, [&](int64_t begin, int64_t end) { q.run(begin, end, nullptr); });
+    return {q.codes, at::empty({0, groups, 4}, at::kDouble)};
   }
-  const int64_t entries = table.numel() * 4;
+  const int64_t entries = languages * groups * 4;
   const int64_t chunks = chunk_count(x.numel(), entries * static_cast<int64_t>(sizeof(double)));
-  const Tensor tails = at::zeros({chunks, table.size(0), groups.count, 4}, at::kDouble);
-  for_chunks(chunks, rows, [&](int64_t chunk, int64_t begin, int64_t end) {
-    std::vector<float> scratch(scratch_size);
-    kernels.quantize(args, begin, end, scratch.data(), tails.mutable_data_ptr<double>() + chunk * entries);
+  std::vector<double> tails(chunks * entries);
+  for_chunks(chunks, q.rows, [&](int64_t first, int64_t last, const auto& range_of) {
+    for (int64_t chunk = first; chunk < last; chunk++) {
+      const auto [begin, end] = range_of(chunk);
+      q.run(begin, end, tails.data() + chunk * entries);
+    }
   });
-  const Tensor tail = tails[0].clone();
-  for (int64_t chunk = 1; chunk < chunks; chunk++) tail.add_(tails[chunk]);
-  return {codes, tail};
+  const Tensor tail = at::empty({languages, groups, 4}, at::kDouble);
+  double* total = tail.mutable_data_ptr<double>();
+  std::copy_n(tails.begin(), entries, total);
+  for (int64_t chunk = 1; chunk < chunks; chunk++) {
+    for (int64_t i = 0; i < entries; i++) total[i] += tails[chunk * entries + i];
+  }
+  return {q.codes, tail};
 }
 
 std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape,
                                             const optional<Tensor>& language, int64_t group_size,
                                             c10::string_view statistic, c10::string_view codebook,
                                             const optional<Tensor>& signs, int64_t block_size) {
-  check_rows_of_k("x", x);
-  const int64_t k = x.size(-1), rows = x.numel() / k;
-  const auto lead = x.sizes().slice(0, x.dim() - 1);
-  const Groups groups = groups_of(k, group_size);
-  const Tensor table = checked_table("shape", shape, groups.count), values = x.contiguous();
-  const LanguageIds ids = checked_language(language, lead);
-  const Rotation rotation = checked_rotation(signs, block_size, k);
   TORCH_CHECK_VALUE(statistic != "static", "statistic: expected 'rms' or 'absmax', got 'static'");
-  auto sizes = x.sizes().vec();
-  sizes.back() = (k + 1) / 2;
-  const Tensor codes = at::empty(sizes, at::kByte);
-  sizes.back() = groups.count;
-  const Tensor scales = at::empty(sizes, at::kFloat);
-  const QuantizeArgs args{
-      .x = values.const_data_ptr(),
-      .dtype = dtype_of("x", x.scalar_type()),
-      .k = k,
-      .group_size = groups.size,
-      .groups = groups.count,
-      .table = table.const_data_ptr<float>(),
-      .languages = ids.of(table.size(0)),
-      .clip = clip_of("statistic", statistic),
-      .codebook = codebook_of("codebook", codebook),
-      .bits = 4,
-      .signs = rotation.data(),
-      .block = rotation.block,
-      .codes = codes.mutable_data_ptr<uint8_t>(),
-      .bytes = nullptr,
-      .scales = scales.mutable_data_ptr<float>(),
-  };
-  const Kernels& kernels = active_kernels();
-  for_rows(rows, k, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(rotation.data() ? k : 0);
-    kernels.quantize(args, begin, end, scratch.data(), nullptr);
-  });
-  return {codes, scales};
+  const Quantization q = quantization(x, "shape", shape, language, group_size,
+                                      clip_of("statistic", statistic), codebook, signs, block_size);
+  for_rows(q.rows, q.args.k, [&](int64_t begin, int64_t end) { q.run(begin, end, nullptr); });
+  return {q.codes, q.scales};
 }
 
 Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tensor>& language, int64_t k,
@@ -186,7 +210,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tenso
   }
   auto sizes = codes.sizes().vec();
   sizes.back() = k;
-  const Tensor out = at::empty(sizes, dtype);
+  const Tensor out = new_output(sizes, dtype);
   const DequantizeArgs args{
       .codes = packed.const_data_ptr<uint8_t>(),
       .k = k,
@@ -207,7 +231,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tenso
 Tensor rotate(const Tensor& x, const Tensor& signs, int64_t block_size) {
   check_rows_of_k("x", x);
   const Rotation rotation = checked_rotation(signs, block_size, x.size(-1));
-  const Tensor values = x.contiguous(), out = at::empty(x.sizes(), values.options());
+  const Tensor values = x.contiguous(), out = new_output(x.sizes(), x.scalar_type());
   rotate_rows(values, rotation, out);
   return out;
 }

@@ -4,6 +4,10 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -21,6 +25,24 @@ template <class Body>
 void for_rows(int64_t rows, int64_t width, const Body& body) {
   const int64_t grain = std::max<int64_t>(kElementsPerTask / std::max<int64_t>(width, 1), 1);
   at::parallel_for(0, rows, grain, body);
+}
+
+// A new tensor for the kernels to fill. Large memory comes from the operating system when it is first
+// written, zeroed, and by default in pages of 4 KiB; asking for pages of 2 MiB makes that several times
+// faster. Pages are asked for only inside the tensor, which needs them all in any case.
+inline Tensor new_output(at::IntArrayRef sizes, at::ScalarType dtype) {
+  Tensor out = at::empty(sizes, dtype);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kHugePage = 2 << 20, kWorthIt = 2 * kHugePage;
+  if (out.nbytes() >= kWorthIt) {
+    const auto begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()), end = begin + out.nbytes();
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
+                    last = end / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(first), last - first,
+            MADV_HUGEPAGE);  // advice: nothing is lost if it fails
+  }
+#endif
+  return out;
 }
 
 // Rotation by blocks; signs hold +-1 / sqrt(block).

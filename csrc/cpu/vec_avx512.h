@@ -47,6 +47,9 @@ inline F32 floor(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF |
 inline I32 to_int(F32 a) { return _mm512_cvtps_epi32(a); }
 inline F32 to_float(I32 a) { return _mm512_cvtepi32_ps(a); }
 inline I32 bits_of(F32 a) { return _mm512_castps_si512(a); }
+inline I32 i32(int x) { return _mm512_set1_epi32(x); }
+inline I32 min(I32 a, I32 b) { return _mm512_min_epi32(a, b); }
+inline I32 max(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
 inline I32 add(I32 a, int b) { return _mm512_add_epi32(a, _mm512_set1_epi32(b)); }
 inline void store(int32_t* p, I32 x) { _mm512_storeu_si512(p, x); }
 

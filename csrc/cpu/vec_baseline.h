@@ -131,6 +131,9 @@ inline F32 to_float(const I32& x) {
 inline I32 bits_of(const F32& x) {
   return lanes<I32>([&](int i) { return bits_of(x.lane[i]); });
 }
+inline I32 i32(int x) {
+  return lanes<I32>([&](int) { return x; });
+}
 inline I32 add(const I32& x, int y) {
   return lanes<I32>([&](int i) { return x.lane[i] + y; });
 }

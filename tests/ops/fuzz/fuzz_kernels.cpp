@@ -501,7 +501,7 @@ void check_moments(Random& random) {
   Elements x(random, random.once_in(4) ? DType::kFloat64 : any_dtype(random), n);
   x.fill(random);
   LanguagesOf languages(random, n);
-  const bool histogram = random.once_in(2);
+  const bool histogram = random.once_in(2), in_lanes = histogram && random.once_in(2);
   const int64_t begin = random.once_in(2) ? 0 : random.between(0, n);
   const int64_t end = random.once_in(2) ? n : random.between(begin, n);
 
@@ -537,7 +537,13 @@ void check_moments(Random& random) {
     Array<int64_t> bins(random, histogram ? languages.count * kHistogramBins * 2 : 0);
     memset(bins.data(), 0, static_cast<size_t>(bins.bytes()));
     const MomentsArgs args{.x = x.data(), .dtype = x.dtype, .languages = languages.get()};
-    kernels->moments(args, begin, end, states.data(), histogram ? bins.data() : nullptr);
+    Array<HistogramLanes> lanes(random, in_lanes ? languages.count : 0);
+    memset(static_cast<void*>(lanes.data()), 0, static_cast<size_t>(lanes.bytes()));
+    kernels->moments(args, begin, end, states.data(), in_lanes ? lanes.data() : nullptr,
+                     histogram ? bins.data() : nullptr);
+    for (int64_t language = 0; in_lanes && language < languages.count; language++) {
+      kernels->unpack_histogram(lanes[language], bins.data() + language * 2 * kHistogramBins);
+    }
     for (int64_t language = 0; language < languages.count; language++) {
       const Exact& own = exact[language];
       const MomentState& got = states[language];
