@@ -537,8 +537,7 @@ void check_moments(Random& random) {
     Array<int64_t> bins(random, histogram ? languages.count * kHistogramBins * 2 : 0);
     memset(bins.data(), 0, static_cast<size_t>(bins.bytes()));
     const MomentsArgs args{.x = x.data(), .dtype = x.dtype, .languages = languages.get()};
-    Array<HistogramLanes> lanes(random, in_lanes ? languages.count : 0);
-    memset(static_cast<void*>(lanes.data()), 0, static_cast<size_t>(lanes.bytes()));
+    std::vector<HistogramLanes> lanes(in_lanes ? static_cast<size_t>(languages.count) : 0);
     kernels->moments(args, begin, end, states.data(), in_lanes ? lanes.data() : nullptr,
                      histogram ? bins.data() : nullptr);
     for (int64_t language = 0; in_lanes && language < languages.count; language++) {
