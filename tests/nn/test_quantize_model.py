@@ -438,3 +438,25 @@ def test_shared_weights_are_those_of_the_same_rounding(model, profile):
     name = first.la_aciq.layers[0]
     weights = [one.get_submodule(name).weight.data_ptr() for one in (first, again, other)]
     assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_without_values_becomes_a_quantized_one_without_values(model, profile, inplace):
+    out = quantized(model, profile, kv=4, kv_clip="static")
+    empty = copy.deepcopy(model).to("meta")
+    made = quantize_model(empty, profile, config_of(kv=4, kv_clip="static"), inplace=inplace, progress=False)
+    assert (made is empty) == inplace
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in made.state_dict().items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in out.state_dict().items()
+    }
+    assert all(tensor.is_meta for tensor in made.state_dict().values())
+    assert made.la_aciq.config == out.la_aciq.config
+    assert bits_per_weight(made) == bits_per_weight(out)
+    assert logits(made, IDS.to("meta")).shape == logits(out, IDS).shape
+
+
+def test_a_model_without_some_of_its_values_is_refused(model, profile):
+    partly = copy.deepcopy(model)
+    partly.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(LaAciqError, match=r"layers\.1\.mlp\.up_proj\.weight' is on the meta device"):
+        quantized(partly, profile)

@@ -23,9 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..calibration import Profile
 from ..errors import LaAciqError
 from ..models import fingerprint_of, sample
-from ..nn.checkpoint import METHOD, check_files, describe, digest, install, read_description, stored_tensors
+from ..nn.checkpoint import METHOD, check_files, describe, digest, read_description, stored_tensors
 from ..nn.config import QuantConfig
-from ..nn.quantize import Plan, Quantization, adopt
+from ..nn.quantize import Plan, Quantization, adopt, install
 
 
 @register_quantization_config(METHOD)
@@ -101,11 +101,11 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether `save_pretrained` works: yes."""
         return True
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """How names in the files become names in the model: a quantized model's files have the model's own names."""
         if self.pre_quantized:
             return []
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         return conversions
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:

@@ -51,14 +51,12 @@ from .. import __version__
 from .._files import new_folder
 from ..calibration.profile import SINK
 from ..errors import LaAciqError
-from ..models import is_experts, linear_weight
 from ..tags import UND, canonical
 from .card import model_card
 from .config import QuantConfig
 from .context import LanguageState
-from .experts import LanguageAwareExperts
-from .linear import LanguageAwareLinear, LanguageAwareModule, check_clips
-from .quantize import Quantization, add_cache_tables
+from .linear import LanguageAwareModule, check_clips
+from .quantize import Quantization
 
 if TYPE_CHECKING:
     from ..evaluation import Report
@@ -219,14 +217,6 @@ def read_description(values: Mapping[str, Any]) -> tuple[Quantization, str]:
     return done, values["sha256"]
 
 
-def install(model: nn.Module, done: Quantization) -> None:
-    """Put empty quantized layers, on the meta device, where a model of the same architecture has them."""
-    for name in done.layers:
-        _replace(model, name, done)
-    if done.cache:
-        add_cache_tables(model, done, "meta")
-
-
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that a checkpoint of the model holds, by name: tied ones under the name the others are tied to."""
     state = model.state_dict()
@@ -306,28 +296,6 @@ def _opened(files: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, torch
                     f"{str(file)!r} is not a safetensors file: it was edited or cut short ({error})"
                 ) from error
         yield tensors
-
-
-def _replace(model: nn.Module, name: str, done: Quantization) -> None:
-    try:
-        original = model.get_submodule(name)
-    except AttributeError:
-        original = None
-    weight = None if original is None else linear_weight(original)
-    experts = original is not None and is_experts(original)
-    if original is None or (weight is None and not experts):
-        raise LaAciqError(
-            f"quantization_config names the layer {name!r}, and the model of {ARCHITECTURE} has no linear layer of "
-            "that name"
-        )
-    new: Any
-    if weight is None:
-        new = LanguageAwareExperts.empty(original, done.config, done.state)
-    else:
-        n, k = weight.shape
-        bias = original._parameters.get("bias") is not None
-        new = LanguageAwareLinear(k, n, bias, done.config, done.state, dtype=weight.dtype, device="meta")
-    model.set_submodule(name, new)
 
 
 def _check_layer(name: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -57,12 +57,24 @@ def quantize_model(
     model given is left as it was, and the copy shares nothing with it. like: this model as it was quantized before;
     INT4 weights that would come out the same are shared with it, so that trying many clips costs the weights once. The
     result's `la_aciq` is a `Quantization`; layers left alone because they are tied, of an unsupported kind, or not in
-    the profile are in its `skipped` and named in one warning.
+    the profile are in its `skipped` and named in one warning. A model on the meta device becomes a quantized one there,
+    without values: its shapes and sizes.
 
     Raises `LaAciqError` when the profile was made from another model, when its group size or rotation is not the
     configuration's, when the model is quantized already, and when a weight is not finite.
     """
     check_unquantized(model)
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent and len(absent) == len(list(model.parameters())):
+        done = Plan(model, profile, config).done
+        empty = model if inplace else copy.deepcopy(model)
+        install(empty, done)
+        adopt(empty, done)
+        return empty
+    if absent:
+        raise LaAciqError(
+            f"parameter {absent[0]!r} is on the meta device and others are not; expected all or none there"
+        )
     profile.check_fingerprint(fingerprint(model))
     if like is not None and _quantization(like).fingerprint != profile.metadata["fingerprint"]:
         raise LaAciqError("like: it was quantized from another model; expected one quantized from this model")
@@ -86,7 +98,8 @@ def quantize_model(
 class Plan:
     """Which layers of a model become what, with which clips: all that is decided before a weight is looked at.
 
-    The model may be on the meta device. names: the modules to replace, in the model's order.
+    The model may be on the meta device. names: the modules to replace, in the model's order. done: what the model says
+    of itself afterwards.
     """
 
     def __init__(self, model: nn.Module, profile: Profile, config: QuantConfig) -> None:
@@ -99,7 +112,7 @@ class Plan:
         self._clips = _clips(profile, config, inputs)
         self._cache_clips = _cache_clips(profile, config)
         self._seed = int(profile.metadata["rotation"]["seed"])
-        self._done = Quantization(
+        self.done = Quantization(
             config=config,
             state=LanguageState(profile.rows, config.by_language),
             layers=self.layers,
@@ -111,7 +124,7 @@ class Plan:
 
     def quantized(self, name: str, original: Any, like: nn.Module | None = None) -> nn.Module:
         """What takes the place of a layer."""
-        config, state = self._done.config, self._done.state
+        config, state = self.done.config, self.done.state
         if is_experts(original):
             before: Any = None if like is None else like.get_submodule(name)
             experts: nn.Module = LanguageAwareExperts.from_experts(
@@ -138,7 +151,7 @@ class Plan:
 
     def _second_moments(self, name: str) -> torch.Tensor | None:
         """Those of a layer's input, where its weights are to be rounded by them."""
-        config, second_moments = self._done.config, self._profile.second_moments
+        config, second_moments = self.done.config, self._profile.second_moments
         if config.weights == 16 or config.rounding == "nearest" or second_moments is None:
             return None
         return torch.from_numpy(second_moments[self._profile.layers[name]])
@@ -146,8 +159,8 @@ class Plan:
     def finish(self, model: nn.Module) -> None:
         """Make the model one that knows it is quantized, when all of `names` are replaced."""
         if self._cache_clips:
-            add_cache_tables(model, self._done).fill(self._cache_clips)
-        adopt(model, self._done)
+            add_cache_tables(model, self.done).fill(self._cache_clips)
+        adopt(model, self.done)
 
 
 def adopt(model: nn.Module, done: Quantization) -> None:
@@ -169,6 +182,35 @@ def add_cache_tables(model: nn.Module, done: Quantization, device: torch.device 
     tables = KeyValueClips({int(layer): count for layer, count in done.cache.items()}, done.config, done.state)
     model.add_module(KeyValueClips.NAME, tables.to(device or next(model.parameters()).device))
     return tables
+
+
+def install(model: nn.Module, done: Quantization) -> None:
+    """Put empty quantized layers, on the meta device, where a model of the same architecture has them."""
+    for name in done.layers:
+        _replace(model, name, done)
+    if done.cache:
+        add_cache_tables(model, done, "meta")
+
+
+def _replace(model: nn.Module, name: str, done: Quantization) -> None:
+    try:
+        original = model.get_submodule(name)
+    except AttributeError:
+        original = None
+    weight = None if original is None else linear_weight(original)
+    experts = original is not None and is_experts(original)
+    if original is None or (weight is None and not experts):
+        raise LaAciqError(
+            f"quantization_config names the layer {name!r}, and the model has no linear layer of that name"
+        )
+    new: Any
+    if weight is None:
+        new = LanguageAwareExperts.empty(original, done.config, done.state)
+    else:
+        n, k = weight.shape
+        bias = original._parameters.get("bias") is not None
+        new = LanguageAwareLinear(k, n, bias, done.config, done.state, dtype=weight.dtype, device="meta")
+    model.set_submodule(name, new)
 
 
 def check_unquantized(model: nn.Module) -> None:
