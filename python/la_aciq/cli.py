@@ -82,6 +82,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             tokens=arguments.seqlen * arguments.nsamples,
             group_size=arguments.group_size,
             rotate=not arguments.no_rotate,
+            center=not arguments.no_center,
             seed=arguments.seed,
             ignore=arguments.ignore,
             second_moments=not arguments.no_second_moments,
@@ -366,6 +367,9 @@ def _parser() -> argparse.ArgumentParser:
         "--no_second_moments",
         action="store_true",
         help="do not measure what weights are rounded by (it takes as much memory as the model)",
+    )
+    calibrate.add_argument(
+        "--no_center", action="store_true", help="measure inputs as they are, not less each language's mean (faster)"
     )
     calibrate.add_argument(
         "--ignore",

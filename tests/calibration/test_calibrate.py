@@ -29,7 +29,7 @@ def random_ids(tags=TAGS, n=400):
 
 
 def calibrated(model=None, texts=None, **changes):
-    arguments = {"seqlen": SEQLEN, "tokens": TOKENS, "group_size": GROUP, "progress": False} | changes
+    arguments = {"seqlen": SEQLEN, "tokens": TOKENS, "group_size": GROUP, "center": False, "progress": False} | changes
     return la_aciq.calibrate(
         byte_llama() if model is None else model, random_ids() if texts is None else texts, **arguments
     )
@@ -110,6 +110,22 @@ def test_every_row_and_group_has_the_statistics_of_its_tokens(seen, profile, lay
     check_row(site.moments[0], groups_of(np.concatenate(list(rest.values())), GROUP))
     first = np.concatenate([basis(chunk)[:1] for tag in TAGS for chunk in seen[tag][layer]])
     check_row(site.moments[-1], groups_of(first, GROUP))
+
+
+@pytest.mark.parametrize("layer", [LAYER, "model.layers.0.self_attn.o_proj"])
+def test_inputs_are_measured_less_the_mean_of_their_language(seen, layer):
+    own = calibrated(center=True)
+    site, center = own.sites[own.layers[layer]], own.centers[own.layers[layer]]
+    rest = {tag: np.concatenate([chunk[1:] for chunk in seen[tag][layer]]) for tag in TAGS}
+    means = np.stack([x.mean(axis=0) for x in rest.values()])
+    first = np.concatenate([chunk[:1] for tag in TAGS for chunk in seen[tag][layer]])
+    expected = np.stack([means.mean(axis=0), *means, first.mean(axis=0)])
+    np.testing.assert_allclose(center, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    assert center.dtype == np.float32
+    for tag, mean in zip(TAGS, means, strict=True):
+        check_row(site.moments[own.rows.index(tag)], groups_of(rotated(rest[tag] - mean), GROUP))
+    check_row(site.moments[-1], groups_of(rotated(first), GROUP))
+    assert set(own.centers) == {name for name, one in own.sites.items() if one.kind == "input"}
 
 
 def test_layers_that_read_the_same_tensor_share_a_site(profile):

@@ -1,5 +1,6 @@
 """Profiles: merging, tail sums, and what is on disk."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -22,7 +23,8 @@ def ids(seed, n=120):
 
 
 def calibrated(texts, **changes):
-    return la_aciq.calibrate(byte_llama(), texts, seqlen=30, tokens=90, group_size=16, progress=False, **changes)
+    settings = {"seqlen": 30, "tokens": 90, "group_size": 16, "center": False, "progress": False} | changes
+    return la_aciq.calibrate(byte_llama(), texts, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +72,35 @@ class TestMerging:
     def test_two_texts_of_one_language_are_one_longer_text(self):
         a, b = ids(0, 90), ids(1, 90)
         merged = Profile.merge(calibrated({"sw": a}), calibrated({"sw": b}))
-        whole = la_aciq.calibrate(
-            byte_llama(), {"sw": np.concatenate([a, b])}, seqlen=30, tokens=180, group_size=16, progress=False
-        )
+        whole = calibrated({"sw": np.concatenate([a, b])}, tokens=180)
         assert_same(merged, whole, exact=False)
         assert merged.metadata["tokens"] == {"sw": 180}
+
+    def test_centers_of_one_language_are_averaged(self):
+        a, b = ids(0, 90), ids(1, 90)
+        parts = [calibrated({"sw": a}, center=True), calibrated({"sw": b, "en": a}, center=True)]
+        whole = calibrated({"sw": np.concatenate([a, b]), "en": a}, tokens=180 // 2, center=True)
+        merged = Profile.merge(*parts)
+        assert merged.rows == whole.rows
+        for site, center in merged.centers.items():
+            mean = (parts[0].centers[site][1] + parts[1].centers[site][1]) / 2
+            np.testing.assert_allclose(center[1], mean, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(center[2], whole.centers[site][2], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(center[0], (center[1] + center[2]) / 2, rtol=1e-5, atol=1e-6)
+        with pytest.raises(LaAciqError, match="different center cannot be merged"):
+            Profile.merge(parts[0], calibrated({"en": a}))
+
+    def test_centers_come_back_from_disk_and_must_fit(self, tmp_path):
+        made = calibrated({"en": ids(0), "sw": ids(1)}, center=True)
+        made.save(tmp_path / "profile")
+        loaded = Profile.load(tmp_path / "profile")
+        assert loaded.centers.keys() == made.centers.keys()
+        assert all(np.array_equal(loaded.centers[site], made.centers[site]) for site in made.centers)
+        site = next(iter(made.centers))
+        for bad in (made.centers[site][:, 1:], np.full_like(made.centers[site], np.nan)):
+            dataclasses.replace(made, centers=made.centers | {site: bad}).save(tmp_path / "bad", force=True)
+            with pytest.raises(LaAciqError, match=r"not consistent.*center"):
+                Profile.load(tmp_path / "bad")
 
     def test_profiles_of_different_things_do_not_merge(self, profile):
         for changes, what in (({"seed": 1}, "rotation"), ({"ignore": ["lm_head", "q_proj"]}, "ignore")):

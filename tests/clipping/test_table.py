@@ -215,3 +215,18 @@ def test_damaged_tables_are_refused(profile):
 def test_bad_choices(profile, change, message):
     with pytest.raises(ValueError, match=message):
         clipping.table(profile, **change)
+
+
+def test_the_pooled_clip_makes_room_for_the_distance_between_centers(profile):
+    site = profile.sites[SITES[0]]
+    centers = np.zeros((5, site.k), np.float32)
+    centers[1, :8], centers[2, :8] = 2.0, -2.0  # en and sw in the first of two groups of 8; their mean is 0
+    made = Profile(profile.rows, profile.sites, profile.layers, {"rotation": {"enabled": False}}, {SITES[0]: centers})
+    own, without = clipping.table(made), clipping.table(profile)
+    pooled = clipping.table(made, sharing="pooled")
+    power = np.mean([s**2 for s in SIGMA.values()])
+    wider = np.sqrt(1 + np.mean([4.0, 4.0, 0.0]) / power)
+    before = without.alpha["layers.q_proj"]
+    np.testing.assert_allclose(own.alpha["layers.q_proj"][0], before[0] * [wider, 1], rtol=0.02)
+    np.testing.assert_allclose(pooled.alpha["layers.q_proj"][:4], np.tile(before[0] * [wider, 1], (4, 1)), rtol=0.02)
+    np.testing.assert_array_equal(own.alpha["layers.q_proj"][1:], before[1:])

@@ -25,7 +25,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def profile(model):
-    return la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=256, group_size=16, progress=False)
+    settings = {"seqlen": 64, "tokens": 256, "group_size": 16, "center": False}
+    return la_aciq.calibrate(model, random_texts(), progress=False, **settings)
 
 
 def with_bytes(texts):

@@ -173,9 +173,10 @@ def test_family(auto, family, settings, layers, tmp_path):
             config = QuantConfig(**({"group_size": GROUP} | changes))
             return la_aciq.quantize_model(model, profile, config, progress=False)
 
+    plain = quantized(activations=16, center=False)
+    assert relative_error(logits(plain, given), logits(with_weights_of(model, plain), given)) < 1e-5
     w4a16 = quantized(activations=16)
     found = logits(w4a16, given)
-    assert relative_error(found, logits(with_weights_of(model, w4a16), given)) < 1e-5
     w4a8 = relative_error(logits(quantized(activations=8), given), found)
     assert 0 < w4a8 < 0.2  # a mixture may route a token elsewhere
 
@@ -185,7 +186,8 @@ def test_family(auto, family, settings, layers, tmp_path):
     assert relative_error(found, exact) < 0.8
     # The same tokens in other languages, and each row on its own.
     assert all(not torch.equal(found[i], found[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
-    assert torch.equal(logits(out, given, ("th", "sw", "sw"))[1], found[1])
+    # An expert gets other tokens beside it then, and a product's order of addition depends on their number.
+    assert relative_error(logits(out, given, ("th", "sw", "sw"))[1], found[1]) < 1e-5
 
     assert len(out.la_aciq.layers) == layers, out.la_aciq
     matrices = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.ndim >= 2}

@@ -174,7 +174,7 @@ def test_the_checksums_are_as_documented(saved):
         (lambda s: s.update(schema=3, version="9.1"), r"newer LA-ACIQ \(9.1\)"),
         (lambda s: s.pop("rows"), "'rows' is missing"),
         (lambda s: s.update(rows=["en", "und"]), "'rows' is"),
-        (lambda s: s["rows"].append("ja"), r"clip.*shape"),
+        (lambda s: s["rows"].append("ja"), "shape"),
         (lambda s: s["config"].update(weights=3), "weights = 3"),
         (lambda s: s["config"].update(bits=3), "unknown quantization setting 'bits'"),
         (lambda s: s["config"].update(group_size=32), "down_proj.*shape"),

@@ -301,8 +301,16 @@ def test_bits_per_weight(model, profile):
     # Per row of K weights: K / 2 bytes of codes and a float32 per group of 16 (three groups of 32, four of 54).
     sizes = [(32, 32), (16, 32), (16, 32), (32, 32), (54, 32), (54, 32), (32, 54)]
     bits = sum(n * (8 * (k // 2) + 32 * -(-k // GROUP)) for n, k in sizes)
-    assert bits_per_weight(quantized(model, profile)) == pytest.approx(bits / sum(n * k for n, k in sizes))
-    assert bits_per_weight(quantized(model, profile, weights=16)) == 32
+    plain = {"clip": "absmax", "center": False}
+    weights = sum(n * k for n, k in sizes)
+    assert bits_per_weight(quantized(model, profile, **plain)) == pytest.approx(bits / weights)
+    assert bits_per_weight(quantized(model, profile, weights=16, **plain)) == 32
+    # With centers also a float32 bias per output and row of the table, and with quantized inputs one per input.
+    rows = len(profile.rows)
+    biases = bits + sum(32 * rows * n for n, _ in sizes)
+    assert bits_per_weight(quantized(model, profile, activations=16)) == pytest.approx(biases / weights)
+    centers = biases + sum(32 * rows * k for _, k in sizes)
+    assert bits_per_weight(quantized(model, profile)) == pytest.approx(centers / weights)
     assert bits_per_weight(model) == 32
 
 

@@ -86,16 +86,17 @@ def expected_output(linear, layer, x, ids):
             else:
                 table = table * np.stack([np.abs(g).max(axis=-1) for g in groups], axis=-1)
         x = to_levels(x, by_element(table, k, group), config.codebook, config.activations)
-    if config.weights == 4:
-        weight = weight_values(layer)
-    else:
-        weight = (
-            rotated(linear.weight.detach().double().numpy(), 11)
-            if config.rotate
-            else linear.weight.detach().double().numpy()
-        )
+    weight = layer_weight(layer, linear)
     bias = 0 if linear.bias is None else linear.bias.detach().double().numpy()
     return x @ weight.T + bias
+
+
+def layer_weight(layer, linear):
+    """The weight that a layer made of `linear` multiplies by, float64 [N, K]."""
+    if layer.config.weights == 4:
+        return weight_values(layer)
+    weight = linear.weight.detach().double().numpy()
+    return rotated(weight, 11) if layer.config.rotate else weight
 
 
 CONFIGS = [
@@ -129,6 +130,47 @@ def test_forward(shape, config):
     out = layer(x)
     assert out.dtype == torch.float32
     np.testing.assert_allclose(out.numpy(), expected_output(linear, layer, x, ids), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(activations=16, group_size=16, center=True),
+        QuantConfig(activations=8, group_size=16, center=True, rotate=False),
+        QuantConfig(group_size=16, center=True),
+        QuantConfig(group_size=16, center=True, clip="absmax"),
+        QuantConfig(weights=16, group_size=16, center=True, clip="rms", granularity="token"),
+    ],
+    ids=lambda c: f"W{c.weights}A{c.activations}-{c.clip}",
+)
+def test_the_mean_input_of_a_row_keeps_its_exact_output(config):
+    k, n = 48, 20
+    torch.manual_seed(3)
+    linear = nn.Linear(k, n)
+    mean = 4 * torch.randn(len(ROWS), k)
+    clip = 0.5 + 2.5 * torch.rand(len(ROWS), config.groups(k)) if config.activations < 16 else None
+    ids = torch.tensor([[3, 1, 1], [3, 2, 2]], dtype=torch.int32)
+    layer = LanguageAwareLinear.from_linear(linear, config, Running(ROWS, ids), clip, center=mean, seed=11)
+    x = mean[ids] + 0.3 * torch.randn(2, 3, k)
+    # The sink's inputs are quantized as they are, the others less the mean of their row.
+    center = torch.where(ids[..., None] == 3, 0, mean[ids]) if config.activations < 16 else torch.zeros(2, 3, k)
+    bare = nn.Linear(k, n, bias=False)
+    bare.weight = linear.weight
+    of_difference = expected_output(bare, layer, x - center, ids.numpy())
+    weight = layer_weight(layer, linear)
+    difference = (mean[ids] - center).double().numpy()
+    exact = mean[ids].double().numpy() @ linear.weight.detach().double().numpy().T
+    correction = exact - (rotated(difference, 11) if config.rotate else difference) @ weight.T
+    expected = of_difference + correction + linear.bias.detach().double().numpy()
+    with torch.no_grad():
+        np.testing.assert_allclose(layer(x).numpy(), expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("center", [None, torch.zeros(4, 7), torch.full((4, 8), torch.nan)])
+def test_centers_that_do_not_fit(center):
+    config = QuantConfig(activations=16, group_size=8, center=True)
+    with pytest.raises(LaAciqError, match=r"'fc1'.*mean inputs"):
+        LanguageAwareLinear.from_linear(nn.Linear(8, 4), config, LanguageState(ROWS), None, center=center, name="fc1")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

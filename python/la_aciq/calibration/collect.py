@@ -1,7 +1,8 @@
 """Calibration: a model reads texts while hooks gather statistics of every linear layer's input.
 
-What is kept is one set of moments and one histogram per layer, group and language, and one matrix of second moments per
-layer. Memory does not grow with the text.
+What is kept is the mean of every input and one set of moments and one histogram per layer, group and language, and one
+matrix of second moments per layer. Memory does not grow with the text. The model reads the text twice: the means are
+known before anything else is measured, and the rest is that of the inputs less the mean of their row.
 """
 
 import hashlib
@@ -44,6 +45,7 @@ def calibrate(
     seed: int = 0,
     ignore: Sequence[str] = ("lm_head",),
     second_moments: bool = True,
+    center: bool = True,
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
 ) -> Profile:
@@ -63,6 +65,8 @@ def calibrate(
     second_moments: also sum x x^T over the inputs, which weights are rounded by. It takes 4 K^2 bytes of memory per
         input of K elements and half of that on disk, for Llama-like models about as much as their float32 and bfloat16
         weights, and about as long as running the model.
+    center: measure the mean input of every row first, and then inputs less that mean, which `QuantConfig(center=True)`
+        needs; it reads every text twice.
     resume: a folder to keep finished languages in. When it holds some, from a run that was interrupted, they are not
         measured again, and the result is the same bit for bit. It can be deleted once the profile is saved.
 
@@ -82,6 +86,7 @@ def calibrate(
         "group_size": group_size,
         "seqlen": seqlen,
         "ignore": list(ignore),
+        "center": center,
     }
     hashes = {tag: reading.hash for tag, reading in readings.items()}
     collector = _Collector(model, group_size, seed if rotate else None, ignore, second_moments)
@@ -99,22 +104,33 @@ def calibrate(
         }
         measured = {tag: done[tag] for tag in languages}
         matrices = SecondMoments.of(collector.second_moments) if second_moments else None
-        return Profile.from_languages(measured, collector.sink, collector.sites, collector.layers, metadata, matrices)
+        centers = collector.centers(languages) if center else {}
+        return Profile.from_languages(
+            measured, collector.sink, collector.sites, collector.layers, metadata, matrices, centers
+        )
 
     device = next(model.parameters()).device
-    total = sum(reading.tokens for reading in readings.values())
+    total = sum(reading.tokens for reading in readings.values()) * (2 if center else 1)
     with (
         tqdm(total=total, initial=sum(readings[tag].tokens for tag in done), unit="tok", disable=not progress) as bar,
         collector.attached() as network,
     ):
-        for tag, reading in readings.items():
+
+        def read(tag: str) -> None:
+            for call in readings[tag].calls:
+                network(**{name: value.to(device) for name, value in call.items()}, **collector.cache(network))
+                bar.update(_positions(call))
+
+        for tag in readings if center else ():
+            bar.set_description(f"centering {tag}")
+            with collector.summing(tag):
+                read(tag)
+        for tag in readings:
             if tag in done:
                 continue
             bar.set_description(f"calibrating {tag}")
-            collector.begin_language()
-            for call in reading.calls:
-                network(**{name: value.to(device) for name, value in call.items()}, **collector.cache(network))
-                bar.update(_positions(call))
+            collector.begin_language(tag)
+            read(tag)
             done[tag] = collector.end_language()
             if resume is not None:
                 profile_of(list(done)).save(resume, force=True)
@@ -198,7 +214,8 @@ class _Collector:
 
     sites: (kind, k, group size) by site name. layers: the site of each layer. sink: the first tokens' statistics so
     far. second_moments: float32 [K, K] by site of all tokens so far. A language's other statistics join the rest when
-    its last window is through.
+    its last window is through. Means come first, if at all: they are summed within `summing`, and what is measured
+    outside of it is less the mean of its row.
     """
 
     def __init__(
@@ -234,6 +251,10 @@ class _Collector:
         self._rows = LanguageState((UND, SINK), by_language=False)
         self._language: dict[str, Moments] = {}
         self._language_sink: dict[str, Moments] = {}
+        # By row and site, the sum of the inputs, float64 [K], and their number.
+        self._sums: dict[str, dict[str, tuple[Tensor, int]]] = {}
+        self._summed: str | None = None
+        self._centers: dict[str, Tensor] = {}
 
     @contextmanager
     def attached(self) -> Iterator[nn.Module]:
@@ -263,14 +284,48 @@ class _Collector:
         hugging_face: Any = self._model
         taken = inspect.signature(getattr(network, "forward", network)).parameters
         decodes = hasattr(self._model, "can_generate") and hugging_face.can_generate() and "past_key_values" in taken
-        if decodes and not hugging_face.config.is_encoder_decoder:
+        if self._summed is None and decodes and not hugging_face.config.is_encoder_decoder:
             from ..nn.cache import recording_cache
 
             return {"use_cache": True, "past_key_values": recording_cache(self._model, self._measure_cached)}
         return {"use_cache": False} if "use_cache" in taken else {}
 
-    def begin_language(self) -> None:
+    @contextmanager
+    def summing(self, tag: str) -> Iterator[None]:
+        """While the model reads a language's text inside, its inputs are summed and nothing else is measured."""
+        self._summed = tag
+        try:
+            yield
+        finally:
+            self._summed = None
+
+    def centers(self, languages: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Means of the inputs by site, float32 [rows, K]: of the pooled row (the mean of the languages'), the languages
+        and the sink. A row that never reached a site has the pooled mean.
+        """
+        made = {}
+        nothing = {
+            site: torch.zeros(k, dtype=torch.float64) for site, (kind, k, _) in self.sites.items() if kind == "input"
+        }
+        for site in dict.fromkeys([*nothing, *(site for row in self._sums.values() for site in row)]):
+            means = {row: (own[site][0] / own[site][1]).cpu() for row, own in self._sums.items() if site in own}
+            reached = [means[row] for row in languages if row in means] or list(means.values()) or [nothing[site]]
+            pooled = torch.stack(reached).mean(0)
+            rows = [pooled, *(means.get(row, pooled) for row in (*languages, SINK))]
+            made[site] = torch.stack(rows).float().numpy()
+        return made
+
+    def begin_language(self, tag: str) -> None:
+        """What is measured from now on is a language's.
+
+        Its inputs are less its mean, but first tokens' are as they are: they are often one and the same token, of which
+        nothing would be left, and at run time another.
+        """
         self._language, self._language_sink = {}, {}
+        self._centers = {
+            site: torch.from_numpy(np.stack([center[1], np.zeros_like(center[1])]))
+            for site, center in (self.centers([tag]) if self._sums else {}).items()
+        }
 
     def end_language(self) -> dict[str, Moments]:
         """The language's own statistics by site; its first tokens join the sink's."""
@@ -324,7 +379,13 @@ class _Collector:
     def _measure_input(self, layer: str, x: Tensor) -> None:
         """Add a layer's input x [..., K], rotated if it is to be."""
         self.layers[layer] = layer
+        if self._summed is not None:
+            self._sum(self._summed, layer, x)
+            return
         values = x.float()
+        if layer in self._centers:
+            center = self._centers[layer].to(x.device)
+            values = values - center[self._row_of_each(x)].view(values.shape)
         if self._seed is not None:
             k = x.shape[-1]
             if k not in self._signs:
@@ -342,6 +403,19 @@ class _Collector:
         self.layers[site] = site
         self._measure(site, kind, head_dim, x, x)
 
+    def _sum(self, tag: str, site: str, x: Tensor) -> None:
+        """Add a layer's input x [..., K] to the sums of the language and of the sink."""
+        first = self._row_of_each(x) == 1
+        rows = x.reshape(-1, x.shape[-1]).double()
+        for row, own in ((tag, rows[~first]), (SINK, rows[first])):
+            if len(own) == 0:
+                continue
+            total = own.sum(0)
+            if not bool(torch.isfinite(total).all()):
+                raise _broken("input", site, int((~torch.isfinite(own)).sum()))
+            before, count = self._sums.setdefault(row, {}).get(site, (0.0, 0))
+            self._sums[row][site] = before + total, count + len(own)
+
     def _measure(self, site: str, kind: Kind, group_size: int, values: Tensor, x: Tensor) -> None:
         """Add values [..., K], made of a layer's input x: its first tokens to the sink's statistics, others to the
         language's.
@@ -355,9 +429,7 @@ class _Collector:
         measured = _moments_by_group(rows, row, min(group_size, k))
         bad = int(measured.nonfinite.sum())
         if bad:
-            raise LaAciqError(
-                f"the {kind} of layer {site!r} has {bad} NaN or infinite values; the model or its dtype is broken"
-            )
+            raise _broken(kind, site, bad)
         for total, own in ((self._language, measured[0]), (self._language_sink, measured[1])):
             if own.count.any():
                 total[site] = total[site] + own if site in total else own
@@ -372,6 +444,12 @@ class _Collector:
         if ids is None:
             return torch.zeros(leading.numel(), dtype=torch.int32, device=x.device)
         return ids.view(*ids.shape, *[1] * (len(leading) - ids.ndim)).expand(leading).reshape(-1)
+
+
+def _broken(what: str, layer: str, bad: int) -> LaAciqError:
+    return LaAciqError(
+        f"the {what} of layer {layer!r} has {bad} NaN or infinite values; the model or its dtype is broken"
+    )
 
 
 def _moments_by_group(x: Tensor, row: Tensor, group_size: int) -> Moments:

@@ -4,7 +4,8 @@ A profile folder holds two files, or three:
 
     profile.json         what the rows, layers and sites are, the settings they were measured with, and a checksum
     profile.safetensors  per site `<site>.state` float64 [rows, groups, 8] and `<site>.histogram` int64 [rows, groups,
-                         bins, 2], the latter cut to the window of bins that hold anything
+                         bins, 2], the latter cut to the window of bins that hold anything; with centers also
+                         `<site>.center` float32 [rows, K] of the inputs of linear layers
     second_moments.safetensors  when they were measured: by site of kind "input" float32 [K (K + 1) / 2], the upper
                          triangle of the sum of x x^T over all tokens, row by row
 
@@ -123,6 +124,9 @@ class Profile:
         text}, "texts" {language: SHA-256 of those token ids}, "versions".
     second_moments: by site of kind "input" the sum of x x^T over every token of every language, sink included, float32
         [K, K]; None when they were not measured.
+    centers: by site of kind "input" the mean input of each row, float32 [rows, K], before any rotation; the site's
+        statistics are then those of inputs less the mean of their language, but for the sink's, which are of the inputs
+        as they are. The pooled row's center is the mean of the languages'. Empty when inputs were measured as they are.
     """
 
     rows: tuple[str, ...]
@@ -130,6 +134,7 @@ class Profile:
     layers: dict[str, str]
     metadata: dict[str, Any] = field(default_factory=dict)
     second_moments: SecondMoments | None = None
+    centers: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -145,6 +150,7 @@ class Profile:
         layers: Mapping[str, str],
         metadata: Mapping[str, Any],
         second_moments: SecondMoments | None = None,
+        centers: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> "Profile":
         """A profile of each language's and the sink's moments [groups] by site; `sites` gives (kind, k, group_size).
 
@@ -160,7 +166,8 @@ class Profile:
             pooled = _stack(own).pool(0) if own else empty
             moments = _stack([pooled, *own, sink.get(name, empty)])
             stats[name] = SiteStats(kind, name.rpartition(".")[2], k, group_size, moments)
-        return cls((UND, *languages, SINK), stats, dict(layers), dict(metadata), second_moments)
+        own_centers = {name: center for name, center in (centers or {}).items() if name in stats}
+        return cls((UND, *languages, SINK), stats, dict(layers), dict(metadata), second_moments, own_centers)
 
     @classmethod
     def merge(cls, *profiles: "Profile") -> "Profile":
@@ -168,14 +175,15 @@ class Profile:
 
         For parts measured by several processes: rows of the same language are united, others stand beside each other.
         Histograms and counts are exact; moments do not depend on the order beyond float64 rounding, second moments
-        beyond float32 rounding. Raises `LaAciqError` when the profiles differ in model, settings or layers, or only
+        beyond float32 rounding. The center of a row that several profiles have is the mean of theirs, and its
+        statistics stay those about each one's own. Raises `LaAciqError` when the profiles differ in model, settings or layers, or only
         some have second moments.
         """
         if not profiles:
             raise ValueError("profiles: expected at least one to merge, got none")
         first = profiles[0]
         for other in profiles[1:]:
-            for key in ("fingerprint", "rotation", "group_size", "seqlen", "ignore"):
+            for key in ("fingerprint", "rotation", "group_size", "seqlen", "ignore", "center"):
                 if other.metadata.get(key) != first.metadata.get(key):
                     raise LaAciqError(
                         f"profiles of different {key} cannot be merged: "
@@ -191,6 +199,7 @@ class Profile:
             parts = [profile.row(row) for profile in profiles if row in profile.rows]
             return {name: _stack([part[name] for part in parts]).pool(0) for name in first.sites}
 
+        centers = {site: _merged_centers(profiles, site, languages) for site in first.centers}
         tokens: dict[str, int] = {}
         for profile in profiles:
             for tag, count in profile.metadata.get("tokens", {}).items():
@@ -207,6 +216,7 @@ class Profile:
             first.layers,
             {**first.metadata, "tokens": {tag: tokens.get(tag, 0) for tag in languages}, "texts": hashes},
             functools.reduce(operator.add, products) if products else None,
+            centers,
         )
 
     def row(self, name: str) -> dict[str, Moments]:
@@ -241,6 +251,7 @@ class Profile:
                 "group_size": site.group_size,
                 "bins": [first, last],
             }
+        tensors |= {f"{name}.center": np.ascontiguousarray(center) for name, center in self.centers.items()}
         data = save_tensors(tensors)
         description = {
             "format": "la-aciq profile",
@@ -306,6 +317,25 @@ def _stack(moments: Sequence[Moments]) -> Moments:
     )
 
 
+def _merged_centers(profiles: Sequence[Profile], site: str, languages: Sequence[str]) -> NDArray[np.float32]:
+    """float32 [rows, K]: each row's centers weighted by how many inputs they are the mean of."""
+
+    def merged(row: str) -> NDArray[np.float64] | None:
+        places = [(profile, profile.rows.index(row)) for profile in profiles if row in profile.rows]
+        counts = [float(profile.sites[site].moments.count[index, 0]) for profile, index in places]
+        if sum(counts) == 0:
+            return None
+        own = np.stack([profile.centers[site][index] for profile, index in places]).astype(np.float64)
+        return np.asarray(np.average(own, axis=0, weights=counts))
+
+    means = {row: mean for row in (*languages, SINK) if (mean := merged(row)) is not None}
+    reached = (
+        [means[tag] for tag in languages if tag in means] or list(means.values()) or [profiles[0].centers[site][0]]
+    )
+    pooled = np.stack(reached).mean(axis=0)
+    return np.stack([pooled, *(means.get(row, pooled) for row in (*languages, SINK))]).astype(np.float32)
+
+
 def _hash_together(hashes: list[str]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()
 
@@ -334,7 +364,10 @@ def _read(description: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -
     for tag in rows[1:-1]:
         if canonical(tag) != tag:
             raise ValueError(f"row {tag!r} is not a canonical BCP-47 tag")
-    unexpected = set(tensors) ^ {f"{name}.{part}" for name in sites for part in ("state", "histogram")}
+    expected_names = {f"{name}.{part}" for name in sites for part in ("state", "histogram")}
+    if metadata.get("center"):
+        expected_names |= {f"{name}.center" for name, site in sites.items() if site["kind"] == "input"}
+    unexpected = set(tensors) ^ expected_names
     if unexpected:
         raise ValueError(f"tensor {min(unexpected)!r} is missing or belongs to no site")
     unknown = sorted(set(layers.values()) - set(sites))
@@ -362,7 +395,14 @@ def _read(description: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -
         histogram[:, :, first:last] = window
         _check_site(name, state, histogram)
         stats[name] = SiteStats(kind, site["layer_kind"], k, group_size, Moments.from_state(state, histogram))
-    return Profile(tuple(rows), stats, dict(layers), dict(metadata))
+    centers = {name: tensors[f"{name}.center"] for name in sites if f"{name}.center" in tensors}
+    for name, center in centers.items():
+        if center.shape != (len(rows), stats[name].k) or center.dtype != np.float32 or not np.isfinite(center).all():
+            raise ValueError(
+                f"tensor '{name}.center' is {center.dtype} {list(center.shape)}; "
+                f"expected finite float32 {[len(rows), stats[name].k]}"
+            )
+    return Profile(tuple(rows), stats, dict(layers), dict(metadata), centers)
 
 
 def _check_site(name: str, state: NDArray[np.float64], histogram: NDArray[np.int64]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LaAciqError
+from ..rotation import block_size
 from .histogram import Bins, optimal_bins
 from .language_objectives import LANGUAGE_OBJECTIVES, language_weights_array, shared_bins
 from .laws import Array
@@ -161,18 +162,20 @@ def table(
         for kind in dict.fromkeys(site.kind for site in profile.sites.values()):
             members = [name for name in names if profile.sites[name].kind == kind]
             total = sum(_histogram(profile, name).sum(axis=1, keepdims=True) for name in members)
-            clips = chosen.solve([total], [f"all {kind} sites"])[0]
+            between = np.mean([_between(profile, name).mean(keepdims=True) for name in members], axis=0)
+            clips = chosen.solve([total], [between], [f"all {kind} sites"])[0]
             for name in members:
                 solved[name] = clips.spread(_histogram(profile, name).shape[1])
     else:
         batch: list[str] = []
         for i, name in enumerate(names):
             batch.append(name)
-            histograms = [_histogram(profile, n) for n in batch]
+            histograms, between_each = [_histogram(profile, n) for n in batch], [_between(profile, n) for n in batch]
             if granularity == "layer":
                 histograms = [h.sum(axis=1, keepdims=True) for h in histograms]
+                between_each = [b.mean(keepdims=True) for b in between_each]
             if i + 1 == len(names) or sum(math.prod(h.shape[:2]) for h in histograms) >= _BATCH:
-                for done, clips in zip(batch, chosen.solve(histograms, batch), strict=True):
+                for done, clips in zip(batch, chosen.solve(histograms, between_each, batch), strict=True):
                     solved[done] = clips.spread(_histogram(profile, done).shape[1])
                 batch = []
 
@@ -203,6 +206,24 @@ def _histogram(profile: Any, site: str) -> NDArray[np.int64]:
     return np.asarray(histogram)
 
 
+def _between(profile: Any, site: str) -> Array:
+    """Mean squared distance of the languages' centers from the pooled one, per element of each group: [groups].
+
+    A rotation spreads a distance over its block; where groups are parts of a block each is given an equal share.
+    """
+    stats = profile.sites[site]
+    center = profile.centers.get(site)
+    groups = -(-stats.k // stats.group_size)
+    if center is None or not profile.languages:
+        return np.zeros(groups)
+    languages = [profile.rows.index(tag) for tag in profile.languages]
+    squared = np.mean((center[languages].astype(np.float64) - center[0]) ** 2, axis=0)
+    if profile.metadata["rotation"]["enabled"]:
+        squared = np.repeat(squared.reshape(-1, block := block_size(stats.k)).mean(axis=1), block)
+    starts = np.arange(0, stats.k, stats.group_size)
+    return np.asarray(np.add.reduceat(squared, starts) / np.diff([*starts, stats.k]))
+
+
 @dataclass(frozen=True)
 class _Clips:
     """Clips of one site, float32 [rows, groups]."""
@@ -229,8 +250,12 @@ class _Choice:
     sharing: str
     language_objective: str
 
-    def solve(self, histograms: list[NDArray[np.int64]], names: list[str]) -> list[_Clips]:
-        """Clips for histograms [rows, groups, 258, 2], side by side along the groups."""
+    def solve(self, histograms: list[NDArray[np.int64]], between: list[Array], names: list[str]) -> list[_Clips]:
+        """Clips for histograms [rows, groups, 258, 2], side by side along the groups.
+
+        between: [groups] each, the mean squared distance of the languages' centers from the pooled one. The histograms
+        are about the languages' own centers; what is centered with the pooled one is wider by that much.
+        """
         counts = np.concatenate([h[..., 0].sum(-1) for h in histograms], axis=1).astype(np.float64)
         group_names = [name for name, h in zip(names, histograms, strict=True) for _ in range(h.shape[1])]
         rows, groups = counts.shape
@@ -273,6 +298,12 @@ class _Choice:
         rms = np.where(with_mass, rms, 1.0) ** (1 - shrinkage) * rms[0] ** shrinkage
         if self.sharing == "pooled":
             shrinkage[spoken] = 1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            within = np.where(with_mass[spoken], rms[spoken] ** 2, np.nan) if len(spoken) else rms[:1] ** 2
+            wider = np.sqrt(1 + np.nan_to_num(np.concatenate(between) / np.nanmean(within, axis=0), posinf=0.0))
+        common = ~own
+        common[[i for i in range(rows) if i and i not in spoken]] = False
+        clips = alpha * np.where(common, wider, 1)
         parts = np.cumsum([h.shape[1] for h in histograms])[:-1]
-        columns = [np.split(x.astype(np.float32), parts, axis=1) for x in (alpha, alpha / rms, shrinkage)]
+        columns = [np.split(x.astype(np.float32), parts, axis=1) for x in (clips, alpha / rms, shrinkage)]
         return [_Clips(a, s, k) for a, s, k in zip(*columns, strict=True)]

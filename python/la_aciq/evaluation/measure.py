@@ -84,9 +84,9 @@ def evaluate_configurations(
     """A report of several configurations of one model, by name; the reference is the model as it is, evaluated once.
 
     configurations: a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype. profile: one, or
-    several (with and without rotation, say); each configuration takes the first that was measured with its rotation
-    and group size. Two quantized copies at most are in memory, their equal weights once. The other arguments are those
-    of `evaluate`; skip is by default the profile's tokens.
+    several (with and without rotation, say); each configuration takes the first that was measured with its centers,
+    rotation and group size. Two quantized copies at most are in memory, their equal weights once. The other arguments
+    are those of `evaluate`; skip is by default the profile's tokens.
     """
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
     if not profiles or not configurations:
@@ -181,11 +181,13 @@ class _Texts:
 
 
 def _profile_for(config: QuantConfig, profiles: Sequence[Profile]) -> Profile:
-    for profile in profiles:
+    def differs(profile: Profile) -> tuple[bool, bool]:
         made = profile.metadata
-        if bool(made["rotation"]["enabled"]) == config.rotate and made["group_size"] == config.group_size:
-            return profile
-    return profiles[0]  # quantize_model says whether it will do
+        measured = bool(made["rotation"]["enabled"]), made["group_size"]
+        centered = bool(profile.centers)
+        return config.center not in (None, centered), measured != (config.rotate, config.group_size)
+
+    return min(profiles, key=differs)  # the first that fits best; quantize_model says whether it will do
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

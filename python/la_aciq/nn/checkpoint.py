@@ -23,7 +23,9 @@ The tensors of a layer, with N outputs, K inputs and groups of `config.group_siz
 
     <layer>.weight        uint8 [N, ceil(K / 2)], the even index in the low nibble (float [N, K] with 16-bit weights)
     <layer>.weight_scale  float32 [N, groups], the clip alpha of each group: value = codebook[code], which spans +-alpha
-    <layer>.bias          float [N]
+    <layer>.bias          float [N]; with `config.center` [rows, N], which makes up for the mean input of each row
+    <layer>.center        float [rows, K], the mean input of each row; with `config.center`, absent with 16-bit
+                          activations
     <layer>.clip          float32 [rows, groups], the activations' clips or factors; absent with 16-bit activations
     <layer>.signs         int8 [K], signs of the rotation; absent without rotation. The block is the largest power of
                           two that divides K.
@@ -307,5 +309,7 @@ def _check_layer(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
             check_clips(tensor, tuple(tensor.shape), name)
         if key.endswith("weight_scale") and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
             raise LaAciqError(f"layer {name!r}: the clips of its weight are not all finite and at least 0")
+        if key.endswith(("center", "bias")) and not bool(torch.isfinite(tensor).all()):
+            raise LaAciqError(f"layer {name!r}: its {key} is not all finite")
         if key.endswith("signs") and not bool((tensor.abs() == 1).all()):
             raise LaAciqError(f"layer {name!r}: the signs of its rotation are not all +1 or -1")

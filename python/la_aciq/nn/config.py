@@ -45,6 +45,9 @@ class QuantConfig:
         see `nn.weights`. "nearest": each weight for itself. "auto": "feedback" where the profile has second moments,
         otherwise "nearest"; a quantized model's configuration says which.
     rotate: rotate the layers' inputs by a randomized Hadamard transform (and the weights, offline).
+    center: use the mean input of each row of the table, which the profile has. What the rounding of the weights adds to
+        a layer's output for that input is taken off again (bias correction, by language), and activations are
+        quantized less it. `sharing` says whose mean it is. None: if the profile has it.
     ignore: names of linear layers to leave alone: full names, last components, or shell patterns such as
         "model.layers.0.*". "lm_head" is the output head, whatever the architecture calls it.
 
@@ -63,6 +66,7 @@ class QuantConfig:
     objective: str = "exact"
     rounding: str = "auto"
     rotate: bool = True
+    center: bool | None = None
     ignore: tuple[str, ...] = ("lm_head",)
 
     def __post_init__(self) -> None:
@@ -81,6 +85,8 @@ class QuantConfig:
             )
         if not isinstance(self.rotate, bool):
             raise LaAciqError(f"rotate = {self.rotate!r}; expected True or False")
+        if self.center is not None and not isinstance(self.center, bool):
+            raise LaAciqError(f"center = {self.center!r}; expected True, False or None")
         if not isinstance(self.ignore, list | tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise LaAciqError(f"ignore = {self.ignore!r}; expected a list of layer names or patterns")
         object.__setattr__(self, "ignore", tuple(self.ignore))
@@ -100,10 +106,16 @@ class QuantConfig:
         return 0 if whole_row else self.group_size
 
     @property
+    def quantizes_linear(self) -> bool:
+        """Whether linear layers have anything to quantize."""
+        return min(self.weights, self.activations) < 16
+
+    @property
     def by_language(self) -> bool:
-        """Whether the languages have clips of their own."""
-        tables = (self.activations < 16 and self.clip != "absmax") or (self.kv < 16 and self.kv_clip != "absmax")
-        return self.sharing == "language" and tables
+        """Whether the languages have clips or centers of their own."""
+        centers = bool(self.center) and self.quantizes_linear
+        clips = (self.activations < 16 and self.clip != "absmax") or (self.kv < 16 and self.kv_clip != "absmax")
+        return self.sharing == "language" and (centers or clips)
 
     def groups(self, k: int) -> int:
         """The columns of the clip table of a layer with k inputs."""

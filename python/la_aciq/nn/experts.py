@@ -44,6 +44,7 @@ class LanguageAwareExperts(nn.Module):
         state: LanguageState,
         clips: dict[str, torch.Tensor | None],
         *,
+        centers: dict[str, torch.Tensor | None],
         seed: int = 0,
         name: str = "experts",
         second_moments: dict[str, torch.Tensor | None] | None = None,
@@ -51,7 +52,7 @@ class LanguageAwareExperts(nn.Module):
     ) -> "LanguageAwareExperts":
         """Quantize trained experts (see `models.is_experts`), which are left as they are.
 
-        clips, second_moments: by the name of the weight, "gate_up_proj" and "down_proj", as
+        clips, centers, second_moments: by the name of the weight, "gate_up_proj" and "down_proj", as
         `LanguageAwareLinear.from_linear` takes them; like it in all else. All experts are rounded by the same second
         moments, those of the tokens routed to any of them.
         """
@@ -67,6 +68,7 @@ class LanguageAwareExperts(nn.Module):
                     config,
                     state,
                     clips.get(part),
+                    center=centers.get(part),
                     seed=seed,
                     name=f"{name}.{own}",
                     second_moments=(second_moments or {}).get(part),

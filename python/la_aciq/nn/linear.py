@@ -11,7 +11,7 @@ from .. import ops, rotation
 from ..errors import LaAciqError
 from ..models import linear_weight
 from .config import QuantConfig
-from .context import LanguageState
+from .context import SINK, LanguageState
 from .weights import quantize_weight
 
 
@@ -44,15 +44,21 @@ class LanguageAwareLinear(LanguageAwareModule):
     weight stays in its dtype (rotated) and only the input is quantized; this isolates what the activations' clips
     cost.
 
+    With `config.center` the mean input mu of the token's row of the language table is known: the input is quantized
+    less mu, and the row's bias makes up for it. With V the quantized weight, y = V quantize(x - mu) + (W mu + bias);
+    with 16-bit inputs, and those of the sink, y = V x + ((W - V) mu + bias), which takes the mean error of the weights'
+    rounding off (bias correction, Nagel et al. 2019, here by language).
+
     Buffers: `weight` uint8 [N, ceil(K / 2)] or the float [N, K]; `weight_scale` float32 [N, groups], the clips of the
-    weight; `bias` [N] or None; `clip` float32 [rows, groups], the clip (static) or the factor (dynamic) by row of the
-    language table, None with 16-bit activations; `signs` int8 [K] of the rotation, or None. The clips keep float32
-    whatever `to(dtype)` does to the model.
+    weight; `bias` [N] or None, with centers [rows, N]; `center` [rows, K] or None; `clip` float32 [rows, groups], the
+    clip (static) or the factor (dynamic) by row of the language table, None with 16-bit activations; `signs` int8 [K]
+    of the rotation, or None. The clips keep float32 whatever `to(dtype)` does to the model.
     """
 
     weight: torch.Tensor
     weight_scale: torch.Tensor | None
     bias: torch.Tensor | None
+    center: torch.Tensor | None
     clip: torch.Tensor | None
     signs: torch.Tensor | None
 
@@ -91,7 +97,10 @@ class LanguageAwareLinear(LanguageAwareModule):
         self.register_buffer(
             "weight_scale", empty(out_features, weight_groups, dtype=torch.float32) if packed else None
         )
-        self.register_buffer("bias", empty(out_features, dtype=dtype) if bias else None)
+        rows = (len(state.rows),) if config.center else ()
+        self.register_buffer("bias", empty(*rows, out_features, dtype=dtype) if bias or config.center else None)
+        centered = config.center and config.activations < 16
+        self.register_buffer("center", empty(*rows, in_features, dtype=dtype) if centered else None)
         quantized_input = config.activations < 16
         clip = empty(len(state.rows), config.groups(in_features), dtype=torch.float32) if quantized_input else None
         self.register_buffer("clip", clip)
@@ -105,6 +114,7 @@ class LanguageAwareLinear(LanguageAwareModule):
         state: LanguageState,
         clip: torch.Tensor | None,
         *,
+        center: torch.Tensor | None = None,
         seed: int = 0,
         name: str = "linear",
         second_moments: torch.Tensor | None = None,
@@ -114,11 +124,12 @@ class LanguageAwareLinear(LanguageAwareModule):
 
         clip: float32 [rows, groups] as `config` asks for, every entry finite and positive; None with 16-bit
         activations.
+        center: float32 [rows, K], the mean input of each row, with `config.center`; otherwise not used.
         seed: of the rotation's signs, the profile's. name: for messages. second_moments: [K, K], the sum of x x^T over
         the layer's inputs, rotated as the layer rotates them; needed unless `config.rounding` is "nearest" or weights
         have 16 bits. like: this layer as it was quantized before; its weights are shared instead of made again where
-        they would come out the same. Raises `LaAciqError` when the weight has NaN or Inf, or when the clip table or
-        the second moments do not fit.
+        they would come out the same. Raises `LaAciqError` when the weight has NaN or Inf, or when the clips, the
+        centers or the second moments do not fit.
         """
         weight = check_weight(linear, name)
         n, k = weight.shape
@@ -133,7 +144,11 @@ class LanguageAwareLinear(LanguageAwareModule):
         else:
             layer._set_weights(weight, second_moments)
         if layer.bias is not None:
-            layer.bias.copy_(linear.bias.detach())
+            layer.bias.zero_()
+        if layer.bias is not None and linear.bias is not None:
+            layer.bias.add_(linear.bias.detach())
+        if config.center:
+            layer._set_center(check_center(center, (len(state.rows), k), name).to(weight.device), weight)
         if layer.clip is not None:
             layer.clip.copy_(check_clips(clip, tuple(layer.clip.shape), name))
         return layer
@@ -164,6 +179,29 @@ class LanguageAwareLinear(LanguageAwareModule):
         self.weight.copy_(codes)
         self.weight_scale.copy_(clips)
 
+    def _set_center(self, mean: torch.Tensor, weight: torch.Tensor) -> None:
+        """Fill `center` and add to the rows of `bias` what makes up for it: mean inputs [rows, K], weight [N, K]."""
+        if self.bias is None:
+            raise RuntimeError("a layer with centers has a bias")
+        weight, rounded = weight.float(), self.weight.float()
+        if self.signs is not None:
+            weight = ops.rotate(weight, self.signs, self.block_size)
+        if self.weight_scale is not None:
+            row = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
+            size, codebook = self.config.group_size, self.config.codebook
+            rounded = ops.dequantize(
+                self.weight, self.weight_scale, row, k=self.in_features, group_size=size, codebook=codebook
+            )
+        center = torch.zeros_like(mean)
+        if self.center is not None:
+            self.center.copy_(mean)
+            if SINK in self.state.rows:
+                self.center[self.state.rows.index(SINK)] = 0
+            center = self.center.float()
+        if self.signs is not None:
+            mean, center = (ops.rotate(x, self.signs, self.block_size) for x in (mean, center))
+        self.bias.add_(mean @ (weight - rounded).T + center @ rounded.T)
+
     def _same_weights(self, other: "LanguageAwareLinear") -> bool:
         """Whether the two layers, made from one trained layer, have the same weight buffers."""
         settings = [(x.config.weights, x.config.group_size, x.config.codebook, x.rounded_by) for x in (self, other)]
@@ -173,18 +211,25 @@ class LanguageAwareLinear(LanguageAwareModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
+        by_row = self.bias is not None and self.bias.ndim == 2
+        language = self.state.ids_for(x) if self.clip is not None or by_row else None
+        if self.center is not None:
+            x = x - row_of_each(self.center, language, x).to(x.dtype)
+        y = self._product(x, None if by_row else self.bias, language)
+        return y if self.bias is None or not by_row else y + row_of_each(self.bias, language, y).to(y.dtype)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None, language: torch.Tensor | None) -> torch.Tensor:
         config = self.config
-        language = self.state.ids_for(x) if self.clip is not None else None
         if self.weight_scale is None:
             rounded = round_trip(
                 x, self.clip, language, config, config.activation_group_size, self.signs, self.block_size
             )
-            return nn.functional.linear(rounded, self.weight, self.bias)
+            return nn.functional.linear(rounded, self.weight, bias)
         return ops.linear(
             x,
             self.weight,
             self.weight_scale,
-            self.bias,
+            bias,
             group_size=config.group_size,
             weight_codebook=config.codebook,
             signs=self.signs,
@@ -203,6 +248,16 @@ class LanguageAwareLinear(LanguageAwareModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"weights={config.weights}, activations={config.activations}, clip={config.clip!r}, rotate={config.rotate}"
         )
+
+
+def row_of_each(table: torch.Tensor, language: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The rows of a table [rows, n] that belong to the tokens of x [..., K]: [..., n], broadcastable to x's leading
+    dimensions. language: int32 ids that match those from the left; None is the pooled row.
+    """
+    if language is None:
+        return table[0]
+    found = nn.functional.embedding(language, table)
+    return found.view(*language.shape, *[1] * (x.ndim - 1 - language.ndim), table.shape[1])
 
 
 def round_trip(
@@ -260,3 +315,13 @@ def check_clips(clip: torch.Tensor | None, shape: tuple[int, ...], name: str) ->
     if not bool((torch.isfinite(clip) & (clip > 0)).all()):
         raise LaAciqError(f"layer {name!r}: its clip table has an entry that is not finite and positive")
     return clip
+
+
+def check_center(center: torch.Tensor | None, shape: tuple[int, int], name: str) -> torch.Tensor:
+    """The mean inputs themselves, when they have this shape and are finite; otherwise a `LaAciqError`."""
+    if center is None or tuple(center.shape) != shape:
+        found = "none" if center is None else f"some of shape {list(center.shape)}"
+        raise LaAciqError(f"layer {name!r}: expected mean inputs of shape [rows, K] = {list(shape)}, got {found}")
+    if not bool(torch.isfinite(center).all()):
+        raise LaAciqError(f"layer {name!r}: its mean inputs are not all finite")
+    return center

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import clipping
+from .. import clipping, ops, rotation
 from ..calibration import Profile
 from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, is_quantized, linear_weight, output_head
@@ -103,11 +103,13 @@ class Plan:
     """
 
     def __init__(self, model: nn.Module, profile: Profile, config: QuantConfig) -> None:
+        if config.center is None:
+            config = replace(config, center=bool(profile.centers))
         _check_settings(profile, config)
         config = _with_rounding(profile, config)
         self._profile = profile
         selected, skipped = _select(model, profile, config)
-        self.layers = self.names = selected if _quantizes_linear(config) else ()
+        self.layers = self.names = selected if config.quantizes_linear else ()
         inputs = [one for name in self.layers for one in inputs_of(name, model.get_submodule(name))]
         self._clips = _clips(profile, config, inputs)
         self._cache_clips = _cache_clips(profile, config)
@@ -132,6 +134,7 @@ class Plan:
                 config,
                 state,
                 {part: self._clips.get(f"{name}.{part}") for part in EXPERT_WEIGHTS},
+                centers={part: self._center(f"{name}.{part}") for part in EXPERT_WEIGHTS},
                 seed=self._seed,
                 name=name,
                 second_moments={part: self._second_moments(f"{name}.{part}") for part in EXPERT_WEIGHTS},
@@ -143,6 +146,7 @@ class Plan:
             config,
             state,
             self._clips.get(name),
+            center=self._center(name),
             seed=self._seed,
             name=name,
             second_moments=self._second_moments(name),
@@ -154,7 +158,32 @@ class Plan:
         config, second_moments = self.done.config, self._profile.second_moments
         if config.weights == 16 or config.rounding == "nearest" or second_moments is None:
             return None
-        return torch.from_numpy(second_moments[self._profile.layers[name]])
+        site = self._profile.layers[name]
+        products = torch.from_numpy(second_moments[site])
+        if self._profile.centers and not config.center:
+            # They were measured less the mean of each language.
+            rows = [self._profile.rows.index(tag) for tag in self._profile.languages]
+            means = torch.from_numpy(self._profile.centers[site][rows])
+            if config.rotate:
+                signs = torch.from_numpy(rotation.signs(means.shape[1], self._seed))
+                means = ops.rotate(means, signs, rotation.block_size(means.shape[1]))
+            stats = self._profile.sites[site]
+            tokens = torch.from_numpy(stats.moments.count[rows, 0] / stats.group_size).float()
+            products = products + (means * tokens[:, None]).T @ means
+        return products
+
+    def _center(self, name: str) -> torch.Tensor | None:
+        """The mean inputs of a layer by row: each row's own, or with shared ones the pooled row's for all languages."""
+        config = self._done.config
+        if not config.center:
+            return None
+        center = torch.from_numpy(self._profile.centers[self._profile.layers[name]])
+        if config.sharing == "language":
+            return center
+        own = [i for i, row in enumerate(self._profile.rows) if row not in self._profile.languages]
+        shared = center[:1].repeat(len(center), 1)
+        shared[own] = center[own]
+        return shared
 
     def finish(self, model: nn.Module) -> None:
         """Make the model one that knows it is quantized, when all of `names` are replaced."""
@@ -220,13 +249,16 @@ def check_unquantized(model: nn.Module) -> None:
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Stored bits per weight of the replaced layers, clips included; the dtype's bits when there are none."""
+    """Stored bits per weight of the replaced layers, the weights' clips and the tables of centers and their biases
+    included; the dtype's bits when there are none.
+    """
     bits = weights = 0
     for module in model.modules():
         if isinstance(module, LanguageAwareLinear):
             weights += module.in_features * module.out_features
-            stored = [module.weight] if module.weight_scale is None else [module.weight, module.weight_scale]
-            bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in stored)
+            stored = [module.weight, module.weight_scale, module.center]
+            stored += [module.bias] if module.config.center else []
+            bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in stored if tensor is not None)
     return bits / weights if weights else 8.0 * next(model.parameters()).itemsize
 
 
@@ -243,11 +275,13 @@ def _quantized_layer(model: nn.Module | None, name: str) -> LanguageAwareLinear 
     return module if isinstance(module, LanguageAwareLinear) else None
 
 
-def _quantizes_linear(config: QuantConfig) -> bool:
-    return config.weights < 16 or config.activations < 16
-
-
 def _check_settings(profile: Profile, config: QuantConfig) -> None:
+    centered = bool(profile.centers)
+    if config.center and not centered and config.quantizes_linear:
+        raise LaAciqError(
+            "center = True, but the profile has no mean inputs; expected one that calibrate(center=True) made, or "
+            "center = False"
+        )
     if config.clip == "absmax" or config.activations == 16:
         return
     rotated = bool(profile.metadata["rotation"]["enabled"])
@@ -259,6 +293,10 @@ def _check_settings(profile: Profile, config: QuantConfig) -> None:
         raise LaAciqError(
             f"group_size = {config.group_size}, but the profile was made with group_size = "
             f"{profile.metadata['group_size']}; expected the same of both"
+        )
+    if centered != config.center:
+        raise LaAciqError(
+            f"center = {config.center}, but the profile was made with center = {centered}; expected the same of both"
         )
 
 
