@@ -2,8 +2,8 @@
 
     python examples/export_compressed_tensors.py MODEL TEXTS FOLDER
 
-Needs the extra: pip install 'la-aciq[compressed-tensors]'. Stock kernels do not rotate, have a level at zero, and leave
-activations in 16 bits; the weights' groups must divide every layer's inputs.
+Needs the extra: pip install 'la-aciq[compressed-tensors]'. Stock kernels do not rotate, have a level at zero, no
+bias by language, and leave activations in 16 bits; the weights' groups must divide every layer's inputs.
 """
 
 import sys
@@ -20,7 +20,7 @@ model, tokenizer = models.load_model(name)
 texts = calibration.load_texts(texts_folder)
 settings = {"group_size": 32, "rotate": False}
 profile = la_aciq.calibrate(model, texts, tokenizer, seqlen=128, tokens=256, progress=False, **settings)
-config = la_aciq.QuantConfig(weights=4, activations=16, codebook="midtread", **settings)
+config = la_aciq.QuantConfig(weights=4, activations=16, codebook="midtread", center=False, **settings)
 int4 = la_aciq.quantize_model(model, profile, config, progress=False)
 
 # The clips of the activations by language travel beside the weights.

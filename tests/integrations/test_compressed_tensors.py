@@ -46,7 +46,7 @@ def calibrated(model, **settings):
 
 
 def config_of(**changes):
-    usual = {"activations": 16, "codebook": "midtread", "rotate": False, "group_size": GROUP}
+    usual = {"activations": 16, "codebook": "midtread", "rotate": False, "center": False, "group_size": GROUP}
     return QuantConfig(**(usual | changes))
 
 

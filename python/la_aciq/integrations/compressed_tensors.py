@@ -45,8 +45,8 @@ def export_compressed_tensors(
 ) -> None:
     """Write a quantized Hugging Face model in compressed-tensors' pack-quantized format into a new folder.
 
-    model: of `quantize_model` with weights = 4, activations = 16, kv = 16, codebook "midtread" and rotate = False,
-        groups of a fixed size that divides every layer's K, and torch.nn.Linear layers only. table: written beside it.
+    model: of `quantize_model` with weights = 4, activations = 16, kv = 16, codebook "midtread", rotate = False and
+        center = False, groups of a fixed size that divides every layer's K, and torch.nn.Linear layers only. table: written beside it.
 
     The scales are rounded to the model's dtype. Raises `LaAciqError` for another configuration, and for layers that the
     format cannot hold.
@@ -119,7 +119,7 @@ def load_table(file: str | os.PathLike[str]) -> ClipTable:
 
 def _check_configuration(done: Quantization) -> None:
     config = done.config
-    expected = {"weights": 4, "activations": 16, "kv": 16, "codebook": "midtread", "rotate": False}
+    expected = {"weights": 4, "activations": 16, "kv": 16, "codebook": "midtread", "rotate": False, "center": False}
     for name, value in expected.items():
         if getattr(config, name) != value:
             raise LaAciqError(f"compressed-tensors needs {name} = {value!r}; the model has {getattr(config, name)!r}")

@@ -236,6 +236,7 @@ def check_supported(vllm_config: VllmConfig, config: LaAciqConfig) -> None:
         "bit-identical batches outside of eager mode (--enforce-eager)": batch_invariant()
         and not vllm_config.model_config.enforce_eager,
         "an INT4 key and value cache (quantize with kv_bits 16)": config.done.config.kv != 16,
+        "centers by language (quantize with center = False)": bool(config.done.config.center),
     }
     for what, found in refused.items():
         if found:
