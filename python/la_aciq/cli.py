@@ -119,6 +119,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         objective=arguments.objective,
         rounding=arguments.rounding,
         rotate=profile.metadata["rotation"]["enabled"],
+        center=False if exported else None,  # stock kernels have no bias by language
         ignore=tuple(profile.metadata["ignore"] if arguments.ignore is None else arguments.ignore),
     )
     model, tokenizer = _model(arguments, causal=False)

@@ -221,7 +221,9 @@ def test_the_pooled_clip_makes_room_for_the_distance_between_centers(profile):
     site = profile.sites[SITES[0]]
     centers = np.zeros((5, site.k), np.float32)
     centers[1, :8], centers[2, :8] = 2.0, -2.0  # en and sw in the first of two groups of 8; their mean is 0
-    made = Profile(profile.rows, profile.sites, profile.layers, {"rotation": {"enabled": False}}, {SITES[0]: centers})
+    made = Profile(
+        profile.rows, profile.sites, profile.layers, {"rotation": {"enabled": False}}, centers={SITES[0]: centers}
+    )
     own, without = clipping.table(made), clipping.table(profile)
     pooled = clipping.table(made, sharing="pooled")
     power = np.mean([s**2 for s in SIGMA.values()])

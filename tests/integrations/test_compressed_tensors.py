@@ -41,7 +41,7 @@ def even_llama(dtype, tie):
 
 
 def calibrated(model, **settings):
-    settings = {"group_size": GROUP, "rotate": False} | settings
+    settings = {"group_size": GROUP, "rotate": False, "center": False} | settings
     return la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, progress=False, **settings)
 
 

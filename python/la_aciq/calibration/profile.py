@@ -176,8 +176,8 @@ class Profile:
         For parts measured by several processes: rows of the same language are united, others stand beside each other.
         Histograms and counts are exact; moments do not depend on the order beyond float64 rounding, second moments
         beyond float32 rounding. The center of a row that several profiles have is the mean of theirs, and its
-        statistics stay those about each one's own. Raises `LaAciqError` when the profiles differ in model, settings or layers, or only
-        some have second moments.
+        statistics stay those about each one's own. Raises `LaAciqError` when the profiles differ in model, settings or
+        layers, or only some have second moments.
         """
         if not profiles:
             raise ValueError("profiles: expected at least one to merge, got none")
@@ -402,7 +402,7 @@ def _read(description: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -
                 f"tensor '{name}.center' is {center.dtype} {list(center.shape)}; "
                 f"expected finite float32 {[len(rows), stats[name].k]}"
             )
-    return Profile(tuple(rows), stats, dict(layers), dict(metadata), centers)
+    return Profile(tuple(rows), stats, dict(layers), dict(metadata), centers=centers)
 
 
 def _check_site(name: str, state: NDArray[np.float64], histogram: NDArray[np.int64]) -> None:

@@ -46,7 +46,8 @@ def export_compressed_tensors(
     """Write a quantized Hugging Face model in compressed-tensors' pack-quantized format into a new folder.
 
     model: of `quantize_model` with weights = 4, activations = 16, kv = 16, codebook "midtread", rotate = False and
-        center = False, groups of a fixed size that divides every layer's K, and torch.nn.Linear layers only. table: written beside it.
+        center = False, groups of a fixed size that divides every layer's K, and torch.nn.Linear layers only.
+    table: written beside it.
 
     The scales are rounded to the model's dtype. Raises `LaAciqError` for another configuration, and for layers that the
     format cannot hold.
