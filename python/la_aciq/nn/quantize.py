@@ -174,7 +174,7 @@ class Plan:
 
     def _center(self, name: str) -> torch.Tensor | None:
         """The mean inputs of a layer by row: each row's own, or with shared ones the pooled row's for all languages."""
-        config = self._done.config
+        config = self.done.config
         if not config.center:
             return None
         center = torch.from_numpy(self._profile.centers[self._profile.layers[name]])
