@@ -15,6 +15,7 @@ from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 import la_aciq
+from la_aciq.nn import load_quantized
 
 TAGS = [None, "en", "sw", "th", "sw-KE", "fi"]  # fi has no row
 CAPACITY = 32
@@ -72,6 +73,13 @@ def test_the_model_is_the_one_of_transformers(llm, quantized, tag):
     error = (found - expected(tag)).abs().mean()
     others = min((found - expected(other)).abs().mean() for other in ("en", "sw", "th") if other != tag)
     assert error < 0.1 * others
+
+
+def test_the_folder_loads_with_the_transformers_that_vllm_asks_for(quantized, served_folder):
+    loaded = load_quantized(served_folder)
+    ids = torch.arange(40)[None]
+    with torch.no_grad(), la_aciq.language("sw"):
+        assert torch.equal(loaded(ids).logits, quantized(ids).logits)
 
 
 def test_the_language_decides(llm):
@@ -152,6 +160,21 @@ def test_bad_tags_are_refused_before_they_reach_the_engine(llm, tag):
     with pytest.raises(VLLMValidationError, match="language tag"):
         llm.generate(PROMPT, SamplingParams(max_tokens=1, extra_args={"language": tag}), use_tqdm=False)
     assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_a_missing_tag_is_detected_where_that_is_switched_on(llm, monkeypatch):
+    """The tag of the request still wins; what the caller gave is left as it is."""
+    seen = []
+    monkeypatch.setenv("LA_ACIQ_DETECT_LANGUAGE", "1")
+    monkeypatch.setattr("la_aciq.integrations.vllm.requests.detected", lambda text: seen.append(text) or "sw")
+    given = parameters(None)
+    found = list(llm.generate(PROMPT, given, use_tqdm=False)[0].outputs[0].token_ids)
+    assert seen == [PROMPT]
+    assert given.extra_args is None
+    assert alone(llm, PROMPT, "th") != found
+    assert len(seen) == 1
+    monkeypatch.delenv("LA_ACIQ_DETECT_LANGUAGE")
+    assert found == alone(llm, PROMPT, "sw") != alone(llm, PROMPT, None)
 
 
 def test_beam_search_is_refused(llm):

@@ -105,6 +105,7 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
         """How names in the files become names in the model: a quantized model's files have the model's own names."""
         if self.pre_quantized:
             return []
+        # `model` since transformers 5.20.
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         return conversions
 

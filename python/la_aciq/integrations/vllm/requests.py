@@ -152,4 +152,4 @@ def _detector() -> Any:
         from lingua import LanguageDetectorBuilder
     except ImportError as error:
         raise LaAciqError("detecting languages needs lingua-language-detector; install la-aciq[detect]") from error
-    return LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
+    return LanguageDetectorBuilder.from_all_languages().build()
