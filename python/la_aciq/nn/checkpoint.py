@@ -12,6 +12,7 @@
     rows                the rows of every table of clips: "und", the languages, "sink"
     layers              names of the modules that became `LanguageAwareLinear`, or `LanguageAwareExperts`, whose
                         layers are `<name>.<expert>.gate_up_proj` and `<name>.<expert>.down_proj`
+    shared              those of them that read the very same tensor, by groups
     cache               by attention layer the entries per row of its INT4 cache's table, when that has one
     skipped             other layers with a weight matrix, and why they were left alone
     fingerprint         of the unquantized model
@@ -69,7 +70,7 @@ ARCHITECTURE = "config.json"
 
 # Fields of a description: per field its type, and that of its entries.
 _FIELDS: dict[str, tuple[type, Any]] = {
-    "config": (dict, object), "rows": (list, str), "layers": (list, str), "cache": (dict, int),
+    "config": (dict, object), "rows": (list, str), "layers": (list, str), "shared": (list, list), "cache": (dict, int),
     "skipped": (dict, str), "calibration_tokens": (dict, int),
 }  # fmt: skip
 
@@ -164,6 +165,7 @@ def describe(done: Quantization, sha256: str) -> dict[str, Any]:
         "config": done.config.to_dict(),
         "rows": list(done.state.rows),
         "layers": list(done.layers),
+        "shared": [list(names) for names in done.shared],
         "cache": done.cache,
         "skipped": done.skipped,
         "fingerprint": done.fingerprint,
@@ -204,6 +206,8 @@ def read_description(values: Mapping[str, Any]) -> tuple[Quantization, str]:
     languages = [row for row in rows[1:] if row != SINK]
     if rows[:1] != [UND] or len(set(rows)) != len(rows) or languages != [canonical(tag) for tag in languages]:
         raise LaAciqError(f"{where}: 'rows' is {rows!r}; expected {UND!r} and then the rows of the tables, each once")
+    if not {name for names in values["shared"] for name in names} <= set(values["layers"]):
+        raise LaAciqError(f"{where}: 'shared' has a layer that 'layers' has not")
     if unknown := [layer for layer, count in values["cache"].items() if not layer.isdecimal() or count < 1]:
         raise LaAciqError(f"{where}: 'cache' has the layer {unknown[0]!r} with {values['cache'][unknown[0]]!r} entries")
     config = QuantConfig.from_dict(values["config"])
@@ -211,6 +215,7 @@ def read_description(values: Mapping[str, Any]) -> tuple[Quantization, str]:
         config=config,
         state=LanguageState(rows, config.by_language),
         layers=tuple(values["layers"]),
+        shared=tuple(tuple(names) for names in values["shared"]),
         cache=dict(values["cache"]),
         skipped=dict(values["skipped"]),
         fingerprint=values["fingerprint"],

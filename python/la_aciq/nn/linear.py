@@ -12,6 +12,7 @@ from ..errors import LaAciqError
 from ..models import linear_weight
 from .config import QuantConfig
 from .context import SINK, LanguageState
+from .shared import SharedInput
 from .weights import quantize_weight
 
 
@@ -105,6 +106,17 @@ class LanguageAwareLinear(LanguageAwareModule):
         clip = empty(len(state.rows), config.groups(in_features), dtype=torch.float32) if quantized_input else None
         self.register_buffer("clip", clip)
         self.register_buffer("signs", empty(in_features, dtype=torch.int8) if config.rotate else None)
+        self.shared: SharedInput | None = None
+        self.place = 0
+        self._options: dict[str, Any] = {
+            "group_size": config.group_size,
+            "weight_codebook": config.codebook,
+            "block_size": self.block_size,
+            "activation_bits": config.activations,
+            "activation_clip": config.clip,
+            "activation_group_size": config.activation_group_size,
+            "activation_codebook": config.codebook,
+        }
 
     @classmethod
     def from_linear(
@@ -211,36 +223,40 @@ class LanguageAwareLinear(LanguageAwareModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
-        by_row = self.bias is not None and self.bias.ndim == 2
-        language = self.state.ids_for(x) if self.clip is not None or by_row else None
-        if self.center is not None:
-            x = x - row_of_each(self.center, language, x).to(x.dtype)
-        y = self._product(x, None if by_row else self.bias, language)
-        return y if self.bias is None or not by_row else y + row_of_each(self.bias, language, y).to(y.dtype)
+        if self.shared is not None and not torch.compiler.is_compiling():
+            return self.shared.output(self.place, x)
+        # Not by attribute: nn.Module looks for those in three dictionaries, a microsecond each.
+        buffers: dict[str, Any] = self._buffers
+        return self.multiply(x, buffers["weight"], buffers["weight_scale"], buffers["bias"])
 
-    def _product(self, x: torch.Tensor, bias: torch.Tensor | None, language: torch.Tensor | None) -> torch.Tensor:
+    def multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What `forward` does, with these weights: the layer's own, or joined ones of layers that share its input."""
+        clip, center = self._buffers["clip"], self._buffers["center"]
+        by_row = bias is not None and bias.ndim == 2
+        language = self.state.ids_for(x) if clip is not None or by_row else None
+        if center is not None:
+            x = x - row_of_each(center, language, x).to(x.dtype)
+        y = self._product(x, weight, weight_scale, None if by_row else bias, language)
+        return y if bias is None or not by_row else y + row_of_each(bias, language, y).to(y.dtype)
+
+    def _product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        language: torch.Tensor | None,
+    ) -> torch.Tensor:
         config = self.config
-        if self.weight_scale is None:
-            rounded = round_trip(
-                x, self.clip, language, config, config.activation_group_size, self.signs, self.block_size
-            )
-            return nn.functional.linear(rounded, self.weight, bias)
-        return ops.linear(
-            x,
-            self.weight,
-            self.weight_scale,
-            bias,
-            group_size=config.group_size,
-            weight_codebook=config.codebook,
-            signs=self.signs,
-            block_size=self.block_size,
-            activation_bits=config.activations,
-            activation_clip=config.clip,
-            clip=self.clip,
-            language=language,
-            activation_group_size=config.activation_group_size,
-            activation_codebook=config.codebook,
-        )
+        clip, signs = self._buffers["clip"], self._buffers["signs"]
+        if weight_scale is None:
+            rounded = round_trip(x, clip, language, config, config.activation_group_size, signs, self.block_size)
+            return nn.functional.linear(rounded, weight, bias)
+        if clip is None:
+            language = None
+        return ops.linear_unchecked(x, weight, weight_scale, bias, signs, clip, language, self._options)
 
     def extra_repr(self) -> str:
         config = self.config

@@ -21,6 +21,7 @@ from .context import LanguageState, add_language_to_generate
 from .experts import LanguageAwareExperts
 from .kv import KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
+from .shared import SharedInput
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Quantization:
     """What was done to a quantized model; its attribute `la_aciq`.
 
     layers: names of the modules that are now `LanguageAwareLinear` or, a mixture's experts, `LanguageAwareExperts`.
+    shared: those of them with INT4 weights that read the very same tensor, by groups, which are computed in one call.
     cache: by the number of an attention layer (a string, for JSON) the entries per row of its INT4 cache's table; empty
     without tables. skipped: every other layer with a weight matrix, and why it was left alone. calibration_tokens: per
     language, how many of its tokens the clips were chosen on.
@@ -37,6 +39,7 @@ class Quantization:
     state: LanguageState
     layers: tuple[str, ...]
     cache: dict[str, int]
+    shared: tuple[tuple[str, ...], ...]
     skipped: dict[str, str]
     fingerprint: str
     calibration_tokens: dict[str, int]
@@ -118,6 +121,7 @@ class Plan:
             config=config,
             state=LanguageState(profile.rows, config.by_language),
             layers=self.layers,
+            shared=_shared(profile, config, self.layers),
             cache={str(layer): clips.shape[1] for layer, clips in self._cache_clips.items()},
             skipped=skipped,
             fingerprint=profile.metadata["fingerprint"],
@@ -198,6 +202,10 @@ def adopt(model: nn.Module, done: Quantization) -> None:
     """
     quantized: Any = model
     quantized.la_aciq = done
+    for names in done.shared:
+        layers = [model.get_submodule(name) for name in names]
+        if len({layer.bias is None or layer.bias.ndim for layer in layers}) == 1:
+            SharedInput(layers)
     done.state.attach(model, cached=done.config.kv < 16)
     add_language_to_generate(model)
     if hasattr(model, "save_pretrained"):
@@ -360,6 +368,15 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
         named = "; ".join(f"{name} ({skipped[name]})" for name in unexpected)
         warnings.warn(f"{len(unexpected)} layers are left as they are: {named}", stacklevel=3)
     return tuple(layers), skipped
+
+
+def _shared(profile: Profile, config: QuantConfig, layers: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The layers with INT4 weights that read the very same tensor, by groups."""
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        if config.weights == 4 and name in profile.layers:
+            groups.setdefault(profile.layers[name], []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 def _cache_clips(profile: Profile, config: QuantConfig) -> dict[int, torch.Tensor]:
