@@ -33,10 +33,11 @@ class QuantConfig:
     codebook: "midrise" or "midtread".
     clip: how the activations' clip is found. "static": read from the table, which the
         languages' statistics made. "rms": a factor of the table times the root mean square of the token's group.
-        "absmax": the token's group's largest magnitude, no table.
+        "absmax": the token's group's largest magnitude, no table; at INT4 0.9 of it, which has the smaller error.
     kv_clip: how the cache's clips are found, one per token and head: as for `clip`; "absmax" needs no table.
     sharing: "language" gives each language its own clips, "pooled" gives all of them those of the pooled row; the
         attention sink's row is its own in both.
+    sink: give the first token of a sequence, the attention sink, its own row. Without, it has its language's.
     granularity: what shares one entry of the table: a "group", a "layer", or the whole "model" (per language). With a
         dynamic clip, "token" shares one scale over a token's whole row, and the other three have one per token and
         group.
@@ -65,6 +66,7 @@ class QuantConfig:
     granularity: str = "group"
     objective: str = "exact"
     rounding: str = "auto"
+    sink: bool = True
     rotate: bool = True
     center: bool | None = None
     ignore: tuple[str, ...] = ("lm_head",)
@@ -83,8 +85,9 @@ class QuantConfig:
             raise LaAciqError(
                 f"group_size = {self.group_size!r}; expected an even number of elements, or 0 for the whole row"
             )
-        if not isinstance(self.rotate, bool):
-            raise LaAciqError(f"rotate = {self.rotate!r}; expected True or False")
+        for name in ("sink", "rotate"):
+            if not isinstance(getattr(self, name), bool):
+                raise LaAciqError(f"{name} = {getattr(self, name)!r}; expected True or False")
         if self.center is not None and not isinstance(self.center, bool):
             raise LaAciqError(f"center = {self.center!r}; expected True, False or None")
         if not isinstance(self.ignore, list | tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):

@@ -19,7 +19,7 @@ from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, is_quantized, line
 from .config import QuantConfig
 from .context import LanguageState, add_language_to_generate
 from .experts import LanguageAwareExperts
-from .kv import KeyValueClips, site
+from .kv import ABSMAX_SHARE, KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
 from .shared import SharedInput
 
@@ -119,7 +119,7 @@ class Plan:
         self._seed = int(profile.metadata["rotation"]["seed"])
         self.done = Quantization(
             config=config,
-            state=LanguageState(profile.rows, config.by_language),
+            state=LanguageState(_rows(profile, config), config.by_language),
             layers=self.layers,
             shared=_shared(profile, config, self.layers),
             cache={str(layer): clips.shape[1] for layer, clips in self._cache_clips.items()},
@@ -183,11 +183,11 @@ class Plan:
             return None
         center = torch.from_numpy(self._profile.centers[self._profile.layers[name]])
         if config.sharing == "language":
-            return center
+            return center[: len(self.done.state.rows)]
         own = [i for i, row in enumerate(self._profile.rows) if row not in self._profile.languages]
         shared = center[:1].repeat(len(center), 1)
         shared[own] = center[own]
-        return shared
+        return shared[: len(self.done.state.rows)]
 
     def finish(self, model: nn.Module) -> None:
         """Make the model one that knows it is quantized, when all of `names` are replaced."""
@@ -392,25 +392,33 @@ def _cache_clips(profile: Profile, config: QuantConfig) -> dict[int, torch.Tenso
             "profile of a model whose attention uses a cache"
         )
     made = _table(profile, config, 4, "group" if config.granularity == "token" else config.granularity)
-    clips = made.alpha if config.kv_clip == "static" else made.shape
+    clips, rows = made.alpha if config.kv_clip == "static" else made.shape, len(_rows(profile, config))
     return {
-        layer: torch.from_numpy(np.concatenate([clips[site(layer, kind)] for kind in ("key", "value")], axis=1))
+        layer: torch.from_numpy(np.concatenate([clips[site(layer, kind)][:rows] for kind in ("key", "value")], axis=1))
         for layer in layers
     }
+
+
+def _rows(profile: Profile, config: QuantConfig) -> tuple[str, ...]:
+    """The rows of the tables: the profile's, of which the sink's is the last."""
+    return profile.rows if config.sink else profile.rows[:-1]
 
 
 def _clips(profile: Profile, config: QuantConfig, layers: Sequence[str]) -> dict[str, torch.Tensor]:
     """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs."""
     if config.activations == 16:
         return {}
+    rows = len(_rows(profile, config))
     if config.clip == "absmax":
-        rows = len(profile.rows)
-        return {name: torch.ones(rows, config.groups(profile.sites[profile.layers[name]].k)) for name in layers}
+        share = ABSMAX_SHARE if config.activations == 4 else 1.0
+        return {
+            name: torch.full((rows, config.groups(profile.sites[profile.layers[name]].k)), share) for name in layers
+        }
     # One scale per token takes the layer's factor; layer and model tables repeat one entry for all groups.
     made = _table(profile, config, config.activations, "layer" if config.granularity == "token" else config.granularity)
     clips = made.alpha if config.clip == "static" else made.shape
     columns = None if config.activation_group_size else 1
-    return {name: torch.from_numpy(clips[name][:, :columns]) for name in layers}
+    return {name: torch.from_numpy(clips[name][:rows, :columns]) for name in layers}
 
 
 def _table(profile: Profile, config: QuantConfig, bits: int, granularity: str) -> clipping.ClipTable:

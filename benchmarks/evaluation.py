@@ -1,0 +1,367 @@
+"""What each configuration costs each language on the embedded model, beside what others do at the same bits.
+
+    python -m benchmarks.evaluation [--only NAME ...] [--tokens N] [--languages TAG ...]
+
+Writes results/evaluation-embedded.json after every configuration, so that an interrupted run, or one of a few
+configurations, keeps the others' rows as long as the settings are the same. The change in bits per byte is against the
+model in float32; everything else runs in bfloat16. Profiles and the float32 model's losses are kept in
+build/evaluation.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import la_aciq
+from la_aciq import embedded
+from la_aciq.calibration import Profile, tokenize
+from la_aciq.demo import LANGUAGES
+from la_aciq.evaluation.loss import (
+    Estimate,
+    gap_difference,
+    gap_interval,
+    segment_sums,
+    tail_rate,
+    token_losses,
+)
+from la_aciq.nn import QuantConfig, bits_per_weight, quantize_model
+
+from . import baselines
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "evaluation-embedded.json"
+SEQLEN, CALIBRATION = 512, 1024  # tokens; calibration's are the first of each text
+_NATS = 1 / np.log(2)  # in bits
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table: a configuration of ours, or a baseline's weights with activations rounded as given.
+
+    profile: the name in `PROFILES` of the statistics it uses. languages: the tag of the language that every text is
+    tagged with instead of its own, or None.
+    """
+
+    config: QuantConfig | None = None
+    profile: str = "usual"
+    weights: str | None = None
+    activations: int = 16
+    tagged: str | None = None
+
+
+# What calibration measures for each name: keyword arguments, and the languages (None: all that are evaluated).
+PROFILES: dict[str, tuple[dict[str, Any], tuple[str, ...] | None]] = {
+    "usual": ({}, None),
+    "not centered": ({"center": False, "second_moments": False}, None),
+    "not rotated": ({"rotate": False}, None),
+    "English": ({}, ("en",)),
+}
+
+
+def runs() -> dict[str, Run]:
+    """Every row, by name: bits first, then whose weights, then how the clip of the activations is found."""
+    language = QuantConfig(center=True)
+    pooled = replace(language, sharing="pooled")
+    plain = QuantConfig(center=False, sharing="pooled", rounding="nearest")
+    table: dict[str, Run] = {"bfloat16": Run()}
+
+    def add(name: str, config: QuantConfig, **changes: Any) -> None:
+        table[name] = Run(config, **changes)
+
+    for name in ("rtn_asymmetric", "nf4", "hqq", "awq", "gptq"):
+        table[f"W4A16 {name}"] = Run(weights=name)
+    add("W4A16 nearest", replace(plain, activations=16))
+    add("W4A16 nearest, centers pooled", replace(pooled, activations=16, rounding="nearest"))
+    add("W4A16 nearest, centers by language", replace(language, activations=16, rounding="nearest"))
+    add("W4A16 feedback", replace(plain, activations=16, rounding="feedback"))
+    add("W4A16 feedback, centers pooled", replace(pooled, activations=16))
+    add("W4A16 feedback, centers by language", replace(language, activations=16))
+    for bits in (8, 4):
+        for name in ("nf4", "hqq", "awq", "gptq"):
+            table[f"W4A{bits} {name}, absmax per token"] = Run(weights=name, activations=bits)
+        short = f"W4A{bits}"
+        add(f"{short} static pooled", replace(pooled, activations=bits))
+        add(f"{short} static by language", replace(language, activations=bits))
+        add(
+            f"{short} absmax per token by language",
+            replace(language, activations=bits, clip="absmax", granularity="token"),
+        )
+        add(f"{short} absmax per group pooled", replace(pooled, activations=bits, clip="absmax"))
+        add(f"{short} absmax per group by language", replace(language, activations=bits, clip="absmax"))
+    add("W4A4 static by language, no sink row", replace(language, sink=False))
+    add("W4A4 rms per token by language", replace(language, clip="rms", granularity="token"))
+    add("W4A4 rms per group pooled", replace(pooled, clip="rms"))
+    add("W4A4 rms per group by language", replace(language, clip="rms"))
+    for name, config in (("pooled", plain), ("by language", replace(plain, sharing="language"))):
+        add(f"A4 static {name}, no centers", replace(config, weights=16), profile="not centered")
+    add("A4 absmax per group, no centers", replace(plain, weights=16, clip="absmax"))
+    for name, config in (("pooled", pooled), ("by language", language)):
+        add(f"A4 static {name}", replace(config, weights=16))
+        add(f"A4 absmax per group {name}", replace(config, weights=16, clip="absmax"))
+    add("A4 absmax per group, calibrated on English", replace(language, weights=16, clip="absmax"), profile="English")
+    add("A4 static, calibrated on English", replace(language, weights=16), profile="English")
+    add("A4 absmax per group, tagged und", replace(language, weights=16, clip="absmax"), tagged="und")
+    add("A8 static by language, not rotated", replace(language, activations=8, rotate=False), profile="not rotated")
+    cache = replace(language, weights=16, activations=16, kv=4)
+    add("KV4 static pooled", replace(cache, kv_clip="static", sharing="pooled"))
+    add("KV4 static by language", replace(cache, kv_clip="static"))
+    add("KV4 rms by language", replace(cache, kv_clip="rms"))
+    add("KV4 absmax", cache)
+    add("W4A4KV4 absmax by language", replace(language, clip="absmax", kv=4))
+    return table
+
+
+# Pairs (one, other): the difference one - other, paired over segments.
+COMPARISONS = (
+    ("W4A16 nearest, centers by language", "W4A16 nearest, centers pooled"),
+    ("W4A16 feedback, centers by language", "W4A16 feedback, centers pooled"),
+    ("W4A16 feedback, centers by language", "W4A16 feedback"),
+    *(("W4A16 feedback, centers by language", f"W4A16 {name}") for name in ("rtn_asymmetric", "nf4", "hqq", "awq", "gptq")),
+    ("W4A8 static by language", "W4A8 static pooled"),
+    ("W4A8 absmax per group by language", "W4A8 gptq, absmax per token"),
+    ("W4A4 static by language", "W4A4 static pooled"),
+    ("W4A4 static by language", "W4A4 static by language, no sink row"),
+    ("W4A4 rms per group by language", "W4A4 rms per group pooled"),
+    ("W4A4 absmax per group by language", "W4A4 absmax per group pooled"),
+    ("W4A4 absmax per group by language", "W4A4 static by language"),
+    *(("W4A4 absmax per group by language", f"W4A4 {name}, absmax per token") for name in ("nf4", "hqq", "awq", "gptq")),
+    ("A4 static by language, no centers", "A4 static pooled, no centers"),
+    ("A4 static by language", "A4 static pooled"),
+    ("A4 static by language", "A4 static by language, no centers"),
+    ("A4 absmax per group by language", "A4 absmax per group pooled"),
+    ("A4 absmax per group by language", "A4 absmax per group, no centers"),
+    ("A4 absmax per group, calibrated on English", "A4 absmax per group by language"),
+    ("A4 static, calibrated on English", "A4 static by language"),
+    ("A4 absmax per group, tagged und", "A4 absmax per group by language"),
+    ("KV4 static by language", "KV4 static pooled"),
+    ("KV4 absmax", "KV4 static by language"),
+)  # fmt: skip
+
+
+class Bench:
+    """The model, the texts and what is made of them on demand."""
+
+    def __init__(self, languages: tuple[str, ...], tokens: int, folder: Path) -> None:
+        self.languages, self.folder = languages, folder
+        full, tokenizer = embedded.load_model()
+        self.texts = tokenize(embedded.load_texts(languages), tokenizer)
+        self.windows = {
+            tag: text.windows(tag, tokens=tokens, seqlen=SEQLEN, skip=CALIBRATION) for tag, text in self.texts.items()
+        }
+        self.bytes = {tag: segment_sums([w.byte_counts for w in own]) for tag, own in self.windows.items()}
+        self.tokens = {tag: segment_sums([np.ones(len(w.ids) - 1) for w in own]) for tag, own in self.windows.items()}
+        self.reference = self._kept("reference", tokens, lambda: self.losses(full)[0])
+        self.model = full.to(torch.bfloat16)
+        self._previous: nn.Module | None = None
+        self._statistics: baselines.InputStatistics | None = None
+
+    def _kept(self, name: str, tokens: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` gives, by language, in nats per segment; from an earlier run with the same texts if there was."""
+        file = self.folder / f"{name}-{'-'.join(self.languages)}-{tokens}.json"
+        if not file.exists():
+            file.write_text(json.dumps({tag: [float(v) for v in own] for tag, own in make().items()}))
+        return {tag: np.asarray(own) for tag, own in json.loads(file.read_text()).items()}
+
+    def profile(self, name: str) -> Profile:
+        settings, languages = PROFILES[name]
+        chosen = languages or self.languages
+        folder = self.folder / f"profile-{name.replace(' ', '-')}-{'-'.join(chosen)}"
+        if not folder.exists():
+            texts = {tag: self.texts[tag] if tag in self.texts else None for tag in chosen}
+            if None in texts.values():
+                texts = tokenize(embedded.load_texts(chosen), embedded.load_model()[1])
+            print(f"calibrating: {name}", flush=True)
+            la_aciq.calibrate(self.model, texts, tokens=CALIBRATION, progress=False, **settings).save(folder)
+        return Profile.load(folder)
+
+    def losses(self, model: nn.Module, tagged: str | None = None) -> tuple[dict[str, Any], float]:
+        """Nats per segment by language, and tokens read per second."""
+        model.eval()
+        start, read = time.monotonic(), 0
+        found = {}
+        for tag, own in self.windows.items():
+            found[tag] = segment_sums(token_losses(model, own, tagged or tag))
+            read += sum(len(w.ids) for w in own)
+        return found, read / (time.monotonic() - start)
+
+    def candidate(self, run: Run) -> tuple[nn.Module, float]:
+        """The model of a row and its bits per weight."""
+        if run.config is not None:
+            made = quantize_model(
+                self.model, self.profile(run.profile), run.config, like=self._previous, progress=False
+            )
+            if run.config.quantizes_linear:
+                self._previous = made
+            return made, bits_per_weight(made)
+        if run.weights is None:
+            return self.model, 16.0
+        if self._statistics is None:
+            windows = [
+                torch.from_numpy(window.ids)
+                for tag, text in self.texts.items()
+                for window in text.windows(tag, tokens=CALIBRATION, seqlen=SEQLEN)
+            ]
+            self._statistics = baselines.InputStatistics.measure(self.model, windows)
+        made, bits = baselines.quantized_copy(self.model, run.weights, self._statistics)
+        if run.activations < 16:
+            round_inputs(made, run.activations)
+        return made, bits
+
+
+def round_inputs(model: nn.Module, bits: int) -> None:
+    """Round the inputs of the model's linear layers as others do: symmetric, a scale per token from its absmax."""
+    half = 2 ** (bits - 1) - 1
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = args[0].float()
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / half
+        return ((x / scale).round() * scale).to(args[0].dtype), *args[1:]
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+            module.register_forward_pre_hook(hook)
+
+
+def summary(bench: Bench, losses: dict[str, Any]) -> dict[str, Any]:
+    """A row's numbers, of its nats per segment."""
+    changes = estimates(bench, losses, bench.reference)
+    tails = {tag: tail_rate(losses[tag] - bench.reference[tag], bench.tokens[tag]) for tag in bench.languages}
+    mean = Estimate.mean(list(changes.values()))
+    worst = max(changes, key=lambda tag: changes[tag].value)
+    gap, gap_low, gap_high = gap_interval(list(changes.values()))
+    return {
+        "mean": mean.value,
+        "mean_se": mean.se,
+        "mean_low": mean.interval()[0],
+        "mean_high": mean.interval()[1],
+        "worst": changes[worst].value,
+        "worst_language": worst,
+        "gap": gap,
+        "gap_low": gap_low,
+        "gap_high": gap_high,
+        "tail_rate": float(np.mean(list(tails.values()))),
+        "by_language": {
+            tag: {
+                "change": change.value,
+                "se": change.se,
+                "low": change.interval()[0],
+                "high": change.interval()[1],
+                "tail_rate": tails[tag],
+                "nats": [round(float(value), 3) for value in losses[tag]],
+            }
+            for tag, change in changes.items()
+        },
+    }
+
+
+def estimates(bench: Bench, losses: dict[str, Any], other: dict[str, Any]) -> dict[str, Estimate]:
+    """The difference of two rows in bits per byte, by language; every difference draws the same segments."""
+    return {
+        tag: Estimate.ratio((np.asarray(losses[tag]) - other[tag]) * _NATS, bench.bytes[tag], seed=[0, place])
+        for place, tag in enumerate(bench.languages)
+    }
+
+
+def comparison(bench: Bench, rows: dict[str, dict[str, Any]], one: str, other: str) -> dict[str, Any]:
+    """The difference of two rows, paired; of the gaps too."""
+    nats = [{tag: own["nats"] for tag, own in rows[name]["by_language"].items()} for name in (one, other)]
+    difference = estimates(bench, nats[0], {tag: np.asarray(own) for tag, own in nats[1].items()})
+    mean = Estimate.mean(list(difference.values()))
+    gap = gap_difference(*(list(estimates(bench, own, bench.reference).values()) for own in nats))
+    held = {tag: own.interval(len(difference)) for tag, own in difference.items()}
+    return {
+        "name": one,
+        "baseline": other,
+        "mean": mean.value,
+        "mean_low": mean.interval()[0],
+        "mean_high": mean.interval()[1],
+        "gap": gap.value,
+        "gap_low": gap.interval()[0],
+        "gap_high": gap.interval()[1],
+        "better": [tag for tag, (_, high) in held.items() if high < 0],
+        "worse": [tag for tag, (low, _) in held.items() if low > 0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows only; a name may end with *")
+    parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of each language (default: 4096)")
+    parser.add_argument("--languages", nargs="+", default=LANGUAGES, metavar="TAG")
+    parser.add_argument("--again", action="store_true", help="also rows that are in the file already")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    folder = ROOT / "build" / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = runs()
+    wanted = [
+        name
+        for name in table
+        if arguments.only is None
+        or any(name == given or (given.endswith("*") and name.startswith(given[:-1])) for given in arguments.only)
+    ]
+    bench = Bench(tuple(arguments.languages), arguments.tokens, folder)
+    settings = {
+        "model": embedded.MODEL_NAME,
+        "languages": list(bench.languages),
+        "tokens": arguments.tokens,
+        "calibration_tokens": CALIBRATION,
+        "seqlen": SEQLEN,
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    if arguments.output.exists():
+        before = json.loads(arguments.output.read_text())
+        if before["settings"] == settings:
+            rows = {row["name"]: row for row in before["configurations"] if row["name"] in table}
+    for name in wanted:
+        config = table[name].config
+        described = config.to_dict() if config is not None else {"weights": table[name].weights or "bfloat16"}
+        if name in rows and rows[name]["config"] == described and not arguments.again:
+            continue
+        start = time.monotonic()
+        model, bits = bench.candidate(table[name])
+        losses, speed = bench.losses(model, table[name].tagged)
+        rows[name] = {"name": name, "bits": bits, "config": described, "tokens_per_second": speed} | summary(
+            bench, losses
+        )
+        print(
+            f"{name:45} {bits:5.2f} mean {rows[name]['mean']:+.4f} ±{2 * rows[name]['mean_se']:.4f} "
+            f"gap {rows[name]['gap']:.3f} tail {rows[name]['tail_rate']:.1%}  {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+        ordered = {name: rows[name] for name in table if name in rows}
+        result = {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {
+                "la_aciq": la_aciq.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "settings": settings,
+            "configurations": list(ordered.values()),
+            "comparisons": [
+                comparison(bench, rows, one, other) for one, other in COMPARISONS if one in rows and other in rows
+            ],
+        }
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        arguments.output.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
+        arguments.output.with_suffix(".tmp").replace(arguments.output)
+    for pair in result["comparisons"] if wanted and "result" in dir() else ():
+        print(
+            f"{pair['name']} - {pair['baseline']}: {pair['mean']:+.4f} [{pair['mean_low']:+.4f}, {pair['mean_high']:+.4f}]"
+            f"; gap {pair['gap']:+.4f} [{pair['gap_low']:+.4f}, {pair['gap_high']:+.4f}]"
+        )
+
+
+if __name__ == "__main__":
+    main()
