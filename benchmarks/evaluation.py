@@ -42,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation-embedded.json"
 SEQLEN, CALIBRATION = 512, 1024  # tokens; calibration's are the first of each text
 _NATS = 1 / np.log(2)  # in bits
+OTHERS = ("nf4", "hqq", "awq", "gptq")  # weights of `baselines`
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def runs() -> dict[str, Run]:
     def add(name: str, config: QuantConfig, **changes: Any) -> None:
         table[name] = Run(config, **changes)
 
-    for name in ("rtn_asymmetric", "nf4", "hqq", "awq", "gptq"):
+    for name in OTHERS:
         table[f"W4A16 {name}"] = Run(weights=name)
     add("W4A16 nearest", replace(plain, activations=16))
     add("W4A16 nearest, centers pooled", replace(pooled, activations=16, rounding="nearest"))
@@ -87,7 +88,7 @@ def runs() -> dict[str, Run]:
     add("W4A16 feedback, centers pooled", replace(pooled, activations=16))
     add("W4A16 feedback, centers by language", replace(language, activations=16))
     for bits in (8, 4):
-        for name in ("nf4", "hqq", "awq", "gptq"):
+        for name in OTHERS:
             table[f"W4A{bits} {name}, absmax per token"] = Run(weights=name, activations=bits)
         short = f"W4A{bits}"
         add(f"{short} static pooled", replace(pooled, activations=bits))
@@ -126,7 +127,7 @@ COMPARISONS = (
     ("W4A16 nearest, centers by language", "W4A16 nearest, centers pooled"),
     ("W4A16 feedback, centers by language", "W4A16 feedback, centers pooled"),
     ("W4A16 feedback, centers by language", "W4A16 feedback"),
-    *(("W4A16 feedback, centers by language", f"W4A16 {name}") for name in ("rtn_asymmetric", "nf4", "hqq", "awq", "gptq")),
+    *(("W4A16 feedback, centers by language", f"W4A16 {name}") for name in OTHERS),
     ("W4A8 static by language", "W4A8 static pooled"),
     ("W4A8 absmax per group by language", "W4A8 gptq, absmax per token"),
     ("W4A4 static by language", "W4A4 static pooled"),
@@ -134,7 +135,7 @@ COMPARISONS = (
     ("W4A4 rms per group by language", "W4A4 rms per group pooled"),
     ("W4A4 absmax per group by language", "W4A4 absmax per group pooled"),
     ("W4A4 absmax per group by language", "W4A4 static by language"),
-    *(("W4A4 absmax per group by language", f"W4A4 {name}, absmax per token") for name in ("nf4", "hqq", "awq", "gptq")),
+    *(("W4A4 absmax per group by language", f"W4A4 {name}, absmax per token") for name in OTHERS),
     ("A4 static by language, no centers", "A4 static pooled, no centers"),
     ("A4 static by language", "A4 static pooled"),
     ("A4 static by language", "A4 static by language, no centers"),
@@ -145,7 +146,7 @@ COMPARISONS = (
     ("A4 absmax per group, tagged und", "A4 absmax per group by language"),
     ("KV4 static by language", "KV4 static pooled"),
     ("KV4 absmax", "KV4 static by language"),
-)  # fmt: skip
+)
 
 
 class Bench:
@@ -177,9 +178,7 @@ class Bench:
         chosen = languages or self.languages
         folder = self.folder / f"profile-{name.replace(' ', '-')}-{'-'.join(chosen)}"
         if not folder.exists():
-            texts = {tag: self.texts[tag] if tag in self.texts else None for tag in chosen}
-            if None in texts.values():
-                texts = tokenize(embedded.load_texts(chosen), embedded.load_model()[1])
+            texts = {tag: self.texts[tag] for tag in chosen}
             print(f"calibrating: {name}", flush=True)
             la_aciq.calibrate(self.model, texts, tokens=CALIBRATION, progress=False, **settings).save(folder)
         return Profile.load(folder)
@@ -356,11 +355,12 @@ def main() -> None:
         text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
         arguments.output.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
         arguments.output.with_suffix(".tmp").replace(arguments.output)
-    for pair in result["comparisons"] if wanted and "result" in dir() else ():
-        print(
-            f"{pair['name']} - {pair['baseline']}: {pair['mean']:+.4f} [{pair['mean_low']:+.4f}, {pair['mean_high']:+.4f}]"
-            f"; gap {pair['gap']:+.4f} [{pair['gap_low']:+.4f}, {pair['gap_high']:+.4f}]"
-        )
+    for one, other in COMPARISONS:
+        if one in rows and other in rows:
+            pair = comparison(bench, rows, one, other)
+            mean, gap = ([pair[f"{what}{end}"] for end in ("", "_low", "_high")] for what in ("mean", "gap"))
+            print(f"{one} - {other}: {mean[0]:+.4f} [{mean[1]:+.4f}, {mean[2]:+.4f}]; ", end="")
+            print(f"gap {gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]")
 
 
 if __name__ == "__main__":
