@@ -147,6 +147,15 @@ def test_left_padding_and_cached_decoding_change_nothing(model, profile, changes
         torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-3, atol=1e-3)
 
 
+def test_without_a_sink_row_the_first_token_has_its_languages(model, profile):
+    name = "model.layers.1.mlp.down_proj"
+    usual, without = quantized(model, profile), quantized(model, profile, sink=False)
+    assert without.la_aciq.state.rows == profile.rows[:-1]
+    ours, theirs = without.get_submodule(name), usual.get_submodule(name)
+    for table in ("clip", "center", "bias"):
+        np.testing.assert_array_equal(getattr(ours, table).numpy(), getattr(theirs, table).numpy()[:-1])
+
+
 def test_the_sink_row_is_used_for_the_first_token_only(model, profile):
     out = quantized(model, profile)
     sink = len(profile.rows) - 1
