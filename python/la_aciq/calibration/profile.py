@@ -123,7 +123,8 @@ class Profile:
         "group_size", "seqlen", "ignore" (layers left out), "tokens" {language: tokens used, from the start of its
         text}, "texts" {language: SHA-256 of those token ids}, "versions".
     second_moments: by site of kind "input" the sum of x x^T over every token of every language, sink included, float32
-        [K, K]; None when they were not measured.
+        [K, K], of inputs as the site's other statistics have them (rotated, less centers); None when they were not
+        measured.
     centers: by site of kind "input" the mean input of each row, float32 [rows, K], before any rotation; the site's
         statistics are then those of inputs less the mean of their language, but for the sink's, which are of the inputs
         as they are. The pooled row's center is the mean of the languages'. Empty when inputs were measured as they are.
