@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from tiny_llama import random_texts, tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import la_aciq
 from la_aciq.errors import LaAciqError
@@ -163,6 +163,12 @@ def test_a_configurations_copies_share_the_profile(profile):
     copied = copy.deepcopy(config)
     assert copied.profile is profile
     assert copied.to_dict() == config.to_dict() == {"quant_method": "la_aciq", "config": config.config.to_dict()}
+
+
+def test_a_part_of_a_quantized_model_is_not_loaded_alone(model, profile, tmp_path):
+    quantize_model(model, profile, QuantConfig(group_size=16), progress=False).save_pretrained(tmp_path)
+    with pytest.raises(LaAciqError, match="that of a LlamaForCausalLM"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_settings_are_checked(profile):

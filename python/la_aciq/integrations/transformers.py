@@ -150,6 +150,12 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if self.pre_quantized:
             self._done, sha256 = read_description(config.to_dict())
+            hugging_face: Any = model
+            names = hugging_face.config.architectures or []
+            if names and type(model).__name__ not in names:
+                raise LaAciqError(
+                    f"the checkpoint is that of a {names[0]}, which was quantized as a whole; load it as one"
+                )
             install(model, self._done)
             check_files(model, checkpoint_files, sha256)
             return
