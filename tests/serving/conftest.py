@@ -46,7 +46,7 @@ def quantized():
     )
     model = LlamaForCausalLM(config).eval()
     texts = {tag: [sentences(tag)] for tag in SENTENCES}
-    profile = la_aciq.calibrate(model, texts, byte_tokenizer(), seqlen=128, tokens=512, center=False)
+    profile = la_aciq.calibrate(model, texts, byte_tokenizer(), seqlen=128, tokens=512)
     return la_aciq.quantize_model(model, profile, la_aciq.QuantConfig(), progress=False)
 
 

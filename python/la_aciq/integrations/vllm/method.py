@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
 from ... import rotation
@@ -24,6 +25,7 @@ from . import metrics
 from .rows import ServedRows
 from .serve import BATCH_INVARIANT
 
+_NAMES = {"bias": "row_bias"}  # of our tensors in vLLM's layers, where they are others
 _FEW = 16  # rows up to which `ops.linear` runs another kernel on the CPU
 
 
@@ -75,6 +77,11 @@ class LaAciqConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "LaAciqConfig":
         return cls(config)
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """The names of tensors in vLLM: a bias by row is not vLLM's bias of the layer."""
+        names = self.done.layers if self.done.config.center else ()
+        return WeightsMapper(orig_to_new_substr={f"{name}.bias": f"{name}.{_NAMES['bias']}" for name in names})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How vLLM's layer of this name is computed; None for layers that are never quantized."""
@@ -131,34 +138,41 @@ class LanguageLinearMethod(LinearMethodBase):
         wanted = LanguageAwareLinear(k, n, False, config, rows, dtype=params_dtype, device="meta")
         for name, buffer in wanted.named_buffers():
             parameter = nn.Parameter(torch.empty(buffer.shape, dtype=buffer.dtype), requires_grad=False)
-            layer.register_parameter(name, parameter)
+            if buffer.is_floating_point():
+                parameter.fill_(torch.nan)  # what is not loaded is found below
             if name in ("weight", "weight_scale"):
                 grouped = name == "weight" or config.group_size > 0
                 set_weight_attrs(parameter, {"output_dim": 0, **({"input_dim": 1} if grouped else {})})
                 set_weight_attrs(parameter, extra_weight_attrs)
+            elif name == "bias":
+                set_weight_attrs(parameter, {"output_dim": 1, **extra_weight_attrs})
             else:
-                parameter.fill_(0)  # nothing was loaded yet
                 set_weight_attrs(parameter, {"weight_loader": _InputLoader(layer, self.prefix)})
+            layer.register_parameter(_NAMES.get(name, name), parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded, and make the layer of it."""
         rows = self.config.rows
         if rows is None:
             raise LaAciqError("vLLM loads the model before its request hook: the entry point vllm.logits_processors")
-        loaded = {name: getattr(layer, name).data for name in ("weight", "weight_scale", "clip", "signs")
-                  if getattr(layer, name, None) is not None}  # fmt: skip
         config = self.config.done.config
-        weight = loaded["weight"]
-        n, k = weight.shape[0], layer.input_size_per_partition
-        made = LanguageAwareLinear(k, n, False, config, rows, dtype=weight.dtype, device="meta")
-        made.block_size = rotation.block_size(layer.input_size) if config.rotate else 0
-        for name, tensor in loaded.items():
-            setattr(made, name, tensor)
-            delattr(layer, name)
+        n, k = layer.weight.shape[0], layer.input_size_per_partition
+        made = LanguageAwareLinear(k, n, False, config, rows, dtype=layer.weight.dtype, device="meta")
+        for name in list(made._buffers):
+            if made._buffers[name] is not None:
+                parameter = getattr(layer, _NAMES.get(name, name))
+                delattr(layer, _NAMES.get(name, name))
+                if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+                    raise LaAciqError(f"layer {self.prefix!r}: its {name} is not in the checkpoint, or not finite")
+                setattr(made, name, parameter.data)
         if made.clip is not None:
             check_clips(made.clip, tuple(made.clip.shape), self.prefix)
         if made.signs is not None and not bool((made.signs.abs() == 1).all()):
             raise LaAciqError(f"layer {self.prefix!r}: the signs of its rotation are not all +1 or -1")
+        if made.bias is not None:
+            layer.bias = None  # the rows of ours have it in them
+            if k != layer.input_size and layer.tp_rank > 0:
+                made.bias.zero_()  # the ranks' results are added
         layer.quantized = made
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -196,10 +210,10 @@ def _by_token(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 class _InputLoader:
-    """Loads the table of input clips or the signs: once from each layer that vLLM fuses, the same tensor each time."""
+    """Loads the table of input clips, the centers or the signs: from each layer that vLLM fuses, each time the same."""
 
     def __init__(self, layer: nn.Module, prefix: str) -> None:
-        self.layer, self.prefix = layer, prefix
+        self.layer, self.prefix, self.loaded = layer, prefix, False
 
     def __call__(self, parameter: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
         layer: Any = self.layer
@@ -211,9 +225,11 @@ class _InputLoader:
                 f"layer {self.prefix!r}: the table of its input has shape {list(loaded.shape)}, expected "
                 f"{list(parameter.shape)}: it does not match the model"
             )
-        if bool(parameter.any()) and not torch.equal(parameter, loaded.to(parameter.device)):
+        loaded = loaded.to(parameter.device, parameter.dtype)
+        if self.loaded and not torch.equal(parameter, loaded):
             raise LaAciqError(f"layer {self.prefix!r}: the layers that vLLM fuses to it have different tables of clips")
         parameter.data.copy_(loaded)
+        self.loaded = True
 
 
 def batch_invariant() -> bool:
@@ -236,7 +252,6 @@ def check_supported(vllm_config: VllmConfig, config: LaAciqConfig) -> None:
         "bit-identical batches outside of eager mode (--enforce-eager)": batch_invariant()
         and not vllm_config.model_config.enforce_eager,
         "an INT4 key and value cache (quantize with kv_bits 16)": config.done.config.kv != 16,
-        "centers by language (quantize with center = False)": bool(config.done.config.center),
     }
     for what, found in refused.items():
         if found:
