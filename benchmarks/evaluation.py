@@ -87,6 +87,7 @@ def runs() -> dict[str, Run]:
     add("W4A16 feedback", replace(plain, activations=16, rounding="feedback"))
     add("W4A16 feedback, centers pooled", replace(pooled, activations=16))
     add("W4A16 feedback, centers by language", replace(language, activations=16))
+    add("W4A16 feedback, calibrated on English", replace(pooled, activations=16), profile="English")
     for bits in (8, 4):
         for name in OTHERS:
             table[f"W4A{bits} {name}, absmax per token"] = Run(weights=name, activations=bits)
@@ -127,6 +128,7 @@ COMPARISONS = (
     ("W4A16 nearest, centers by language", "W4A16 nearest, centers pooled"),
     ("W4A16 feedback, centers by language", "W4A16 feedback, centers pooled"),
     ("W4A16 feedback, centers by language", "W4A16 feedback"),
+    ("W4A16 feedback, calibrated on English", "W4A16 feedback, centers pooled"),
     *(("W4A16 feedback, centers by language", f"W4A16 {name}") for name in OTHERS),
     ("W4A8 static by language", "W4A8 static pooled"),
     ("W4A8 absmax per group by language", "W4A8 gptq, absmax per token"),

@@ -102,6 +102,22 @@ class TestCommands:
         assert model.la_aciq.config.kv == 4
         assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
+    def test_weights_are_rounded_as_asked_for(self, run, refused, model_folder, profile_folder, texts_folder, tmp_path):
+        assert (profile_folder / "second_moments.safetensors").exists()
+        quantize = ("quantize", "--model", model_folder, "--scheme", "W4A16", "--output_dir")
+        for asked, done in (("auto", "feedback"), ("nearest", "nearest")):
+            output = tmp_path / asked
+            assert run(*quantize, output, "--profile", profile_folder, "--rounding", asked)[0] == 0
+            assert load_quantized(output).la_aciq.config.rounding == done
+        without = tmp_path / "without"
+        run(
+            *("calibrate", "--model", model_folder, "--texts", texts_folder, "--output_dir", without),
+            *("--no_second_moments", *SMALL),
+        )
+        assert not (without / "second_moments.safetensors").exists()
+        asked_for = ("--profile", without, "--rounding", "feedback")
+        refused("rounding = 'feedback' needs a profile with second moments", *quantize, tmp_path / "none", *asked_for)
+
     def test_the_card_shows_a_report(self, run, model_folder, profile_folder, quantized_folder, texts_folder, tmp_path):
         status, _, _ = run(
             *("evaluate", "--model", model_folder, "--quantized", quantized_folder, "--texts", texts_folder),
