@@ -1,5 +1,6 @@
 """Clips for integer quantizers: laws, objectives and optima. NumPy and SciPy only."""
 
+from .adapt import AdaptationRule, Adapted
 from .histogram import HistogramLaw, histogram_mse, optimal_histogram
 from .kurtosis import KurtosisFit, fit_kurtosis_rule, kurtosis_rule
 from .languages import ParetoFront, SharedOptimum, pareto, shared
@@ -19,6 +20,8 @@ from .optimal import Certificate, Octav, Optimum, minimum_samples, octav, optima
 from .table import ClipTable, table
 
 __all__ = [
+    "AdaptationRule",
+    "Adapted",
     "Certificate",
     "ClipTable",
     "Empirical",

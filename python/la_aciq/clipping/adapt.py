@@ -1,0 +1,137 @@
+"""Clips that follow what is served: one fixed-point step from the tail sums that the quantize kernel returns.
+
+Under the convex model the best clip of a law is the root of E(|X| - a)+ = c a, with c = 1 / (3 (2^B - 1)^2). Newton's
+step for it needs nothing but sums over the clipped values,
+
+    a <- E(|X|; |X| > a) / (P(|X| > a) + c),
+
+which is OCTAV's iteration (Sakr et al. 2022) with the density inside the clip left in. Tables hold clips of the exact
+error, which lie elsewhere, and groups differ; so each entry has a c of its own, the one whose root on the calibration
+data is the entry itself. Then nothing moves while the data stay as they were calibrated, a law that is scaled moves its
+clip by the same scale, and one that changes shape moves it to where it clips the same share relative to its size.
+
+A step is damped and bounded, needs a number of values, and leaves every entry that has too few as it is. Everything
+here is a function of values: a server keeps the `Adapted` it uses, and the one before it to go back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .laws import Array
+
+
+@dataclass(frozen=True)
+class AdaptationRule:
+    """How far and how fast clips may move.
+
+    minimum: values of a row and group that a step of its clip needs. damping: the share of the step, in logarithms,
+    that is taken. step: the largest factor, up or down, of one step. span: the largest factor between a clip and the
+    calibrated one, up or down.
+    """
+
+    minimum: int = 16384
+    damping: float = 0.5
+    step: float = 1.25
+    span: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.minimum < 1:
+            raise ValueError(f"minimum must be at least 1 value, got {self.minimum}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, got {self.damping}")
+        for name in ("step", "span"):
+            if not 1 < getattr(self, name) < np.inf:
+                raise ValueError(f"{name} must be a finite factor above 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The clips of one layer as they are now.
+
+    alpha: float64 [rows, groups]. calibrated: where they started. balance: c of each entry; NaN where calibration had
+    no values, and the entry never moves. moved: int64 [rows], the steps each row has taken. version: how many updates
+    there were; an update that moves nothing does not count.
+    """
+
+    alpha: Array
+    calibrated: Array
+    balance: Array
+    moved: NDArray[np.int64]
+    version: int = 0
+
+
+def start(alpha: ArrayLike, tail_sums: ArrayLike) -> Adapted:
+    """Clips as calibrated.
+
+    alpha: [rows, groups], finite and positive. tail_sums: float64 [rows, groups, 3 or more] of the calibration data at
+    these clips: the number of values, of those above the clip in magnitude, and the latter's sum of magnitudes (as
+    `quantize(..., tail_sums=True)` returns them, or from `SiteStats.tail_sums`).
+    """
+    clips = np.array(alpha, dtype=np.float64)
+    if clips.ndim != 2 or not np.all(np.isfinite(clips) & (clips > 0)):
+        raise ValueError(f"alpha must be finite and positive, [rows, groups], got shape {list(clips.shape)}")
+    count, clipped, total = _checked(tail_sums, clips)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        balance = (total / clips - clipped) / count
+    # Calibration data that were never clipped have no balance to keep.
+    balance = np.where(balance > 0, balance, np.nan)
+    return Adapted(clips, clips.copy(), balance, np.zeros(len(clips), dtype=np.int64))
+
+
+def update(
+    now: Adapted, tail_sums: ArrayLike, rows: Sequence[int] | None = None, rule: AdaptationRule | None = None
+) -> Adapted:
+    """The clips after one step, for the values that were quantized with `now.alpha`.
+
+    tail_sums: as for `start`, of what was served since the last update. rows: the rows that may move (None: all); a row
+    that was not served has no values and does not move either. Sums that cannot be, such as more values clipped than
+    there were, or not finite, raise ValueError, and the caller keeps `now`.
+    """
+    rule = rule or AdaptationRule()
+    count, clipped, total = _checked(tail_sums, now.alpha)
+    may = np.zeros(now.alpha.shape, dtype=bool)
+    may[slice(None) if rows is None else list(rows)] = True
+    may &= (count >= rule.minimum) & np.isfinite(now.balance)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        target = (total / count) / (clipped / count + now.balance)
+        # No value was clipped: the root is below, but by how much the sums do not say.
+        factor = np.where(clipped > 0, target / now.alpha, 1 / rule.step)
+        factor = np.exp(rule.damping * np.log(np.clip(factor, rule.step**-4, rule.step**4)))
+        factor = np.clip(factor, 1 / rule.step, rule.step)
+        moved = np.clip(now.alpha * factor, now.calibrated / rule.span, now.calibrated * rule.span)
+    alpha = np.where(may, moved, now.alpha)
+    changed = alpha != now.alpha
+    if not changed.any():
+        return now
+    return replace(now, alpha=alpha, moved=now.moved + changed.any(axis=1), version=now.version + 1)
+
+
+def rolled_back(now: Adapted, rows: Sequence[int] | None = None) -> Adapted:
+    """The calibrated clips again, of these rows or of all, as a new version."""
+    again = slice(None) if rows is None else list(rows)
+    alpha, moved = now.alpha.copy(), now.moved.copy()
+    alpha[again], moved[again] = now.calibrated[again], 0
+    return replace(now, alpha=alpha, moved=moved, version=now.version + 1)
+
+
+def _checked(tail_sums: ArrayLike, alpha: Array) -> tuple[Array, Array, Array]:
+    """Count, clipped count and clipped sum, [rows, groups] each, when they can be those of values at these clips."""
+    sums = np.asarray(tail_sums, dtype=np.float64)
+    if sums.ndim != 3 or sums.shape[:2] != alpha.shape or sums.shape[2] < 3:
+        raise ValueError(f"tail_sums must have shape {[*alpha.shape, 3]} or more entries, got {list(sums.shape)}")
+    count, clipped, total = sums[..., 0], sums[..., 1], sums[..., 2]
+    # Sums of float32 magnitudes; the table may hold the clip in float32.
+    possible = (clipped >= 0) & (clipped <= count) & (total >= clipped * alpha * (1 - 1e-6)) & np.isfinite(total)
+    possible &= np.isfinite(count) & ((clipped > 0) | (total == 0))
+    if not possible.all():
+        row, group = np.argwhere(~possible)[0]
+        raise ValueError(
+            f"tail_sums must be those of values at these clips, got {sums[row, group, :3].tolist()} "
+            f"(values, clipped, sum of clipped) at the clip {alpha[row, group]} for row {row}, group {group}"
+        )
+    return count, clipped, total
