@@ -456,3 +456,21 @@ def test_rows_picked_out_of_the_pass_keep_their_languages():
     assert seen == [[EN, SINK, SW], [SINK, SW, SW, SINK, EN, EN]]
     with model.state.picked(torch.zeros(6, 5), torch.tensor([1])):
         assert model.state.ids_for(torch.zeros(1, 7)) is None
+
+
+def test_the_row_that_all_tokens_have():
+    model = Spy()
+    rows = []
+    model.inside = lambda: rows.append(model.state.common_row)
+    mask = torch.tensor([[0, 0, 0, 0, 0, 1]])
+    with language("sw"):
+        model(ids(2, 3))  # with first tokens
+        model(ids(2, 1), past_key_values=Cache(7))
+        model(ids(1, 1), mask, past_key_values=Cache(5))  # the first token after padding
+    with languages(["sw", "en"]):
+        model(ids(2, 1), past_key_values=Cache(7))
+    with languages(["en", "en"]):
+        model(ids(2, 1), past_key_values=Cache(7))
+    model(ids(1, 1), past_key_values=Cache(7))
+    assert rows == [None, SW, None, None, EN, UND]
+    assert model.state.common_row is None

@@ -53,6 +53,8 @@ def weight_values(layer):
 class Running:
     """A state in the middle of a pass over the given ids."""
 
+    common_row = None
+
     def __init__(self, rows, ids):
         self.rows, self.ids = rows, ids
 

@@ -95,6 +95,9 @@ class LanguageState:
         # together take less than twice the memory of the largest power of two seen, whatever lengths requests have.
         self._buffers: dict[tuple[str, torch.device, int], torch.Tensor] = {}
         self._ids: torch.Tensor | None = None
+        # The one row that all tokens of the running pass have, where that is known without waiting for a device: layers
+        # are spared looking each token's up. None for several, and in compiled code, which would hold on to it.
+        self.common_row: int | None = None
         self._memory: tuple[torch.Tensor, torch.Tensor] | None = None  # what cross-attention reads, and its ids
         self._features = False  # whether an encoder reads features, such as a spectrogram's, instead of tokens
         self._counted = False  # whether the running pass has counted the languages that have no row
@@ -117,6 +120,7 @@ class LanguageState:
             "_buffers": {},
             "_ids": None,
             "_memory": None,
+            "common_row": None,
             "_owner": None,
             "_running": [],
             "_mask": None,
@@ -246,14 +250,21 @@ class LanguageState:
                 "a quantized model's call needs input_ids [batch, tokens] or inputs_embeds [batch, tokens, width]"
             )
         batch, device = inputs.shape[0], inputs.device
-        self._memory = None
+        self._memory = self.common_row = None
         if _reads_features(model):  # how many positions it makes of them is its own affair, and none is a first token
             self._ids = self._write("own", (batch,), device)
             return None
         first = self._first_tokens(inputs.shape[1], device, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
         self._ids = self._write("own", (batch, inputs.shape[1]), device, first)
+        if (
+            device.type == "cpu"
+            and len(set(self._batch_rows)) == 1
+            and not (self._sink is not None and bool(first.any()))
+        ):
+            self.common_row = self._batch_rows[0]
         memory = kwargs.get("encoder_hidden_states")
         if isinstance(memory, torch.Tensor) and memory.ndim == 3:
+            self.common_row = None
             if self._features:
                 ids = self._write("memory", (batch,), device)
             else:
@@ -322,7 +333,7 @@ class LanguageState:
                 del self._running[self._running.index(model) :]
                 if not self._running:
                     self._whole = False
-                    self._owner = self._ids = self._memory = self._mask = None
+                    self._owner = self._ids = self._memory = self._mask = self.common_row = None
 
     def _write(
         self, role: str, shape: tuple[int, ...], device: torch.device, first: torch.Tensor | None = None

@@ -108,6 +108,7 @@ class LanguageAwareLinear(LanguageAwareModule):
         self.register_buffer("signs", empty(in_features, dtype=torch.int8) if config.rotate else None)
         self.shared: SharedInput | None = None
         self.place = 0
+        self._views: dict[str, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._options: dict[str, Any] = {
             "group_size": config.group_size,
             "weight_codebook": config.codebook,
@@ -235,22 +236,36 @@ class LanguageAwareLinear(LanguageAwareModule):
         """What `forward` does, with these weights: the layer's own, or joined ones of layers that share its input."""
         clip, center = self._buffers["clip"], self._buffers["center"]
         by_row = bias is not None and bias.ndim == 2
+        row = None if torch.compiler.is_compiling() else self.state.common_row
+        if row is not None:
+            if center is not None:
+                x = x - self._row("center", center, row).to(x.dtype)
+            own = self._row("bias", bias, row) if by_row and bias is not None else bias
+            return self._product(x, weight, weight_scale, clip if clip is None else clip[row : row + 1], own, None)
         language = self.state.ids_for(x) if clip is not None or by_row else None
         if center is not None:
             x = x - row_of_each(center, language, x).to(x.dtype)
-        y = self._product(x, weight, weight_scale, None if by_row else bias, language)
+        y = self._product(x, weight, weight_scale, clip, None if by_row else bias, language)
         return y if bias is None or not by_row else y + row_of_each(bias, language, y).to(y.dtype)
+
+    def _row(self, name: str, table: torch.Tensor, row: int) -> torch.Tensor:
+        """A row of a table, a view that is made once."""
+        known = self._views.get(name)
+        if known is None or known[0] is not table:
+            known = self._views[name] = table, table.unbind()
+        return known[1][row]
 
     def _product(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
         weight_scale: torch.Tensor | None,
+        clip: torch.Tensor | None,
         bias: torch.Tensor | None,
         language: torch.Tensor | None,
     ) -> torch.Tensor:
         config = self.config
-        clip, signs = self._buffers["clip"], self._buffers["signs"]
+        signs = self._buffers["signs"]
         if weight_scale is None:
             rounded = round_trip(x, clip, language, config, config.activation_group_size, signs, self.block_size)
             return nn.functional.linear(rounded, weight, bias)
