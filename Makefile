@@ -30,8 +30,9 @@ test: lint ## lint, type checks and the test suite; that of serving in vLLM's ow
 	@if $(MAKE) --no-print-directory $(VLLM)/.ready; then $(VLLM)/bin/python -m pytest tests/serving; \
 		else echo "SKIPPED tests/serving: vLLM cannot be installed here, for the reason above"; fi
 
-bench: setup ## measure the CPU operations beside the hardware limit and their peers
+bench: setup ## measure the CPU operations beside the hardware limit and their peers, and the whole model
 	$(PY) -m benchmarks
+	$(PY) -m benchmarks.bench_model
 
 lint: setup ## ruff, mypy, clang-format, cppcheck
 	$(VENV)/bin/ruff check .

@@ -31,11 +31,38 @@ def pages() -> dict[Path, str]:
     if not measured:
         raise ValueError("benchmarks/results has no cpu-*.json; run: make bench")
     cpu = "\n".join(cpu_operations(json.loads(file.read_text(encoding="utf-8"))) for file in measured)
+    speed = ROOT / "docs" / "speed.md"
+    models = sorted((ROOT / "benchmarks" / "results").glob("model-*.json"))
+    whole = "\n".join(model_speed(json.loads(file.read_text(encoding="utf-8"))) for file in models)
     return {
+        speed: with_table(speed.read_text(encoding="utf-8"), "model-speed", whole or "Not measured yet.\n"),
         readme: with_table(readme.read_text(encoding="utf-8"), "demo-results", report.markdown(details=False)),
         evaluation: with_table(evaluation.read_text(encoding="utf-8"), "evaluation", report.markdown()),
         kernels: with_table(kernels.read_text(encoding="utf-8"), "cpu-operations", cpu),
     }
+
+
+def model_speed(results: dict) -> str:
+    """Tokens per second and prefill time of the whole model, by number of rows."""
+    versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items() if found)
+    counts = list(dict.fromkeys(row["rows"] for row in results["rows"]))
+    by_name: dict[str, dict[int, dict]] = {}
+    for row in results["rows"]:
+        by_name.setdefault(row["name"], {})[row["rows"]] = row
+    lines = [
+        f"{results['device']}, {results['threads']} threads, {results['measured'][:10]}, {versions}; "
+        f"{results['model']}, prompts of {results['prompt']} tokens.",
+        "",
+        "| model | nats per token |"
+        + "".join(f" {count} row{'s' * (count > 1)}, tokens/s |" for count in counts)
+        + "".join(f" prefill, ms, {count} |" for count in counts),
+        "|---|--:|" + "--:|" * (2 * len(counts)),
+    ]
+    for name, rows in by_name.items():
+        rates = "".join(f" {count / rows[count]['step_s']:.1f} |" for count in counts)
+        prefills = "".join(f" {rows[count]['prefill_s'] * 1e3:.0f} |" for count in counts)
+        lines.append(f"| {name} | {rows[counts[0]]['nats']:.3f} |{rates}{prefills}")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> int:
