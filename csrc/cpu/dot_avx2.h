@@ -8,6 +8,7 @@ namespace la_aciq::cpu {
 namespace {
 
 constexpr int kBlockRows = 4, kPanelVectors = 1;  // 8 registers of sums, 2 of weights and one of activations
+constexpr int kMatvecOutputs = 2, kMatvecRows = 2;
 
 inline I32 broadcast(const uint8_t* p) {
   int32_t four;
@@ -36,6 +37,16 @@ inline I32 dot(I32 sum, I32 unsigned_bytes, I32 signed_bytes) {
   return {dot8(sum.a, unsigned_bytes.a, signed_bytes.a), dot8(sum.b, unsigned_bytes.b, signed_bytes.b)};
 }
 
+inline I32 load_lanes(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline float sum_lanes(F32 x) {
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 inline F32 load_vector(const float* p) { return load(p); }
 inline I32 load_vector(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),

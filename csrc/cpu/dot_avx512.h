@@ -8,6 +8,7 @@ namespace la_aciq::cpu {
 namespace {
 
 constexpr int kBlockRows = 6, kPanelVectors = 4;  // 24 sums, 4 vectors of weights and one of activations
+constexpr int kMatvecOutputs = 4, kMatvecRows = 4;
 
 inline I32 broadcast(const uint8_t* p) {
   int32_t four;
@@ -30,6 +31,13 @@ inline I32 dot(I32 sum, I32 unsigned_bytes, I32 signed_bytes) {
 #endif
 }
 
+inline I32 load_lanes(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline float sum_lanes(F32 x) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 inline F32 load_vector(const float* p) { return load(p); }
 inline I32 load_vector(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store_vector(float* p, const F32& x) { store(p, x); }

@@ -9,6 +9,7 @@ namespace la_aciq::cpu {
 namespace {
 
 constexpr int kBlockRows = 2, kPanelVectors = 1;
+constexpr int kMatvecOutputs = 1, kMatvecRows = 1;
 
 // 4 bytes, in every lane.
 inline I32 broadcast(const uint8_t* p) {
@@ -37,6 +38,16 @@ inline I32 dot(const I32& sum, const I32& unsigned_bytes, const I32& signed_byte
   });
 }
 
+inline I32 load_lanes(const int32_t* p) {
+  return lanes<I32>([&](int i) { return p[i]; });
+}
+// Lane i + lane i + 8, and so on by halves.
+inline float sum_lanes(F32 x) {
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) x.lane[i] += x.lane[i + half];
+  }
+  return x.lane[0];
+}
 inline F32 load_vector(const float* p) { return load(p); }
 inline I32 load_vector(const uint8_t* p) {
   I32 x;

@@ -69,27 +69,39 @@ struct RotateArgs {
   DType out_dtype;
 };
 
-// out [rows, n] = x [rows, k] times the transpose of INT4 weights [n, k], for a few rows.
+constexpr int64_t kMatvecChunk = 128;  // members of K in the 64 bytes of weights that fill a register
+
+// x [rows, k] -> out [rows, width], width the multiple of kMatvecChunk from k on, as matvec reads it. x holds
+// codes, one per byte, or floats; codes have another row, of ones.
+struct ArrangeArgs {
+  const void* x;
+  DType dtype;
+  int64_t rows;
+  int64_t k;
+  int64_t width;
+  void* out;
+};
+
+// out [rows, n] = x [rows, k] times the transpose of INT4 weights [n, k], for a few rows. Groups are
+// multiples of 8.
 struct MatvecArgs {
-  const float* x;  // as arrange_activations leaves it
+  const void* x;  // as arrange leaves it
   int64_t rows;
   int64_t k;
   int64_t n;
-  int64_t group_size;
-  int64_t groups;
+  int64_t width;
+  const float* scales;    // [rows, width / 8]: of integer activations, null for floats
+  int zero;               // twice the position of zero among the codes of the activations
   const uint8_t* weight;  // [n, ceil(k / 2)]
-  const float* clips;     // [n, groups]
-  const float* bias;      // [n] or null
+  const float* clips;     // [n, weight_groups]
+  int64_t weight_groups;
+  const int32_t* lane_groups;  // [width / 8]: the weight's group of each 8 members
+  float unit;                  // what a sum has to be multiplied with, beside the clips
+  const float* bias;           // [n] or null
   Codebook codebook;
-  float* out;
+  void* out;
+  DType dtype;
 };
-
-// The kernel decodes 32 weights from 16 bytes into those of even and those of odd index; activations are kept
-// in that order, each group padded with zeros to a multiple of 32.
-constexpr int64_t kMatvecChunk = 32;
-inline int64_t arranged_group(int64_t group_size) {
-  return (group_size + kMatvecChunk - 1) / kMatvecChunk * kMatvecChunk;
-}
 
 // Members [start, start + length) of K, all in one group of the activations and one of the weights. start is
 // even.
@@ -145,6 +157,10 @@ struct ProductScratch {
 };
 
 struct Product {
+  // A few rows: rows [begin, end) of x, then outputs [begin, end) of every row.
+  void (*arrange)(const ArrangeArgs&, int64_t begin, int64_t end);
+  void (*matvec)(const MatvecArgs&, int64_t begin, int64_t end);
+  // Many rows.
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);
   // Tasks [begin, end).
   void (*multiply)(const ProductArgs&, int64_t begin, int64_t end, const ProductScratch& scratch);
@@ -178,11 +194,6 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end, float* scratch, double* tail);
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);
   void (*rotate)(const RotateArgs&, int64_t begin, int64_t end, float* scratch);
-  // x [rows, k] -> out [rows, groups * arranged_group(group_size)].
-  void (*arrange_activations)(const float* x, int64_t rows, int64_t k, int64_t group_size, int64_t groups,
-                              float* out);
-  // Outputs [begin, end) of every row.
-  void (*matvec)(const MatvecArgs&, int64_t begin, int64_t end);
   Product float_product;    // of float32, bfloat16 or float16
   Product integer_product;  // of codes
 };

@@ -2,9 +2,8 @@
 // internal linkage and use no std:: templates: nothing compiled with wider instructions may be shared with
 // other files (see common/host_device.h).
 #include "cpu/dequantize_impl.h"
-#include "cpu/matvec_impl.h"
 #include "cpu/moments_impl.h"
-#include "cpu/product_impl.h"
+#include "cpu/products.h"
 #include "cpu/quantize_impl.h"
 #include "cpu/rotate_impl.h"
 
@@ -18,10 +17,8 @@ const Kernels LA_ACIQ_KERNELS = {
     quantize,
     dequantize,
     rotate,
-    arrange_activations,
-    matvec,
-    product<FloatProduct>(pack_floats),
-    product<IntegerProduct>(pack_codes),
+    product<FloatProduct, FloatMatvec>(arrange_floats, pack_floats),
+    integer_product(),
 };
 
 }  // namespace la_aciq::cpu

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "arguments.h"
@@ -14,7 +15,7 @@
 namespace la_aciq::cpu {
 namespace {
 
-constexpr int64_t kMatvecRows = 16;    // up to here decoding weights in registers beats a matrix product
+constexpr int64_t kFewRows = 8;  // up to here decoding weights in registers beats decoding them in the cache
 constexpr int64_t kProductRows = 192;  // their sums for a panel of outputs stay in a core's own cache
 
 // The intersections of the groups of activations and weights, none longer than `longest`.
@@ -32,31 +33,6 @@ std::vector<Segment> segments_of(int64_t k, const Groups& activation, const Grou
   return segments;
 }
 
-// y [rows, n] = x [rows, k] times INT4 weights: a few rows.
-void multiply_few_rows(const Tensor& x, const Tensor& weight, const Tensor& clips, const Groups& groups,
-                       Codebook codebook, const float* bias, const Tensor& y) {
-  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
-  const Tensor arranged = at::empty({rows, groups.count * arranged_group(groups.size)}, at::kFloat);
-  const Kernels& kernels = active_kernels();
-  kernels.arrange_activations(x.const_data_ptr<float>(), rows, k, groups.size, groups.count,
-                              arranged.mutable_data_ptr<float>());
-  const MatvecArgs args{
-      .x = arranged.const_data_ptr<float>(),
-      .rows = rows,
-      .k = k,
-      .n = n,
-      .group_size = groups.size,
-      .groups = groups.count,
-      .weight = weight.const_data_ptr<uint8_t>(),
-      .clips = clips.const_data_ptr<float>(),
-      .bias = bias,
-      .codebook = codebook,
-      .out = y.mutable_data_ptr<float>(),
-  };
-  // Decoding a weight costs less than an element costs elsewhere.
-  for_rows(n, k * rows / 4, [&](int64_t begin, int64_t end) { kernels.matvec(args, begin, end); });
-}
-
 // The activations of a matrix product: floats, or codes of one byte with their clips.
 struct Activations {
   Tensor x;       // [rows, k]
@@ -64,21 +40,79 @@ struct Activations {
   Groups groups;
   int bits;           // of the codes
   Codebook codebook;  // of the codes
+
+  bool codes() const { return scales.defined(); }
+  DType dtype() const { return codes() ? DType::kFloat32 : dtype_of("x", x.scalar_type()); }
+  int64_t levels() const { return int64_t{1} << bits; }
+  int zero() const { return static_cast<int>(codebook == Codebook::kMidrise ? levels() - 1 : levels()); }
+  float unit() const { return codes() ? 1.0f / static_cast<float>(15 * (levels() - 1)) : 1.0f; }
 };
 
-// out [rows, n] = x [rows, k] times INT4 weights: many rows, or codes.
-void multiply_rows(const Product& product, const Activations& activations, const Tensor& weight,
-                   const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
-                   const Tensor& out) {
+// Whether every 8 members from a multiple of 8 on are in one group.
+bool whole_eights(const Groups& groups) { return groups.count == 1 || groups.size % 8 == 0; }
+
+// out [rows, n] = x [rows, k] times INT4 weights: a few rows.
+void multiply_few_rows(const Product& product, const Activations& activations, const Tensor& weight,
+                       const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
+                       const Tensor& out) {
   const Tensor& x = activations.x;
   const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
-  const bool codes = activations.scales.defined();
+  const int64_t width = (k + kMatvecChunk - 1) / kMatvecChunk * kMatvecChunk, eights = width / 8;
+  const bool codes = activations.codes();
+  const auto arranged = std::make_unique_for_overwrite<char[]>((rows + codes) * width * product.element_size);
+  const ArrangeArgs arrange{x.const_data_ptr(), activations.dtype(), rows, k, width, arranged.get()};
+  product.arrange(arrange, 0, rows + codes);
+  const auto group_of = [&](const Groups& of, int64_t eight) {
+    return std::min(8 * eight / of.size, of.count - 1);
+  };
+  const auto lane_groups = std::make_unique_for_overwrite<int32_t[]>(eights);
+  for (int64_t i = 0; i < eights; i++) lane_groups[i] = static_cast<int32_t>(group_of(groups, i));
+  std::unique_ptr<float[]> scales;
+  if (codes) {
+    scales = std::make_unique_for_overwrite<float[]>(rows * eights);
+    const float* of_groups = activations.scales.const_data_ptr<float>();
+    for (int64_t row = 0; row < rows; row++) {
+      for (int64_t i = 0; i < eights; i++) {
+        scales[row * eights + i] =
+            of_groups[row * activations.groups.count + group_of(activations.groups, i)];
+      }
+    }
+  }
+  const MatvecArgs args{
+      .x = arranged.get(),
+      .rows = rows,
+      .k = k,
+      .n = n,
+      .width = width,
+      .scales = scales.get(),
+      .zero = activations.zero(),
+      .weight = weight.const_data_ptr<uint8_t>(),
+      .clips = clips.const_data_ptr<float>(),
+      .weight_groups = groups.count,
+      .lane_groups = lane_groups.get(),
+      .unit = activations.unit(),
+      .bias = bias,
+      .codebook = codebook,
+      .out = out.mutable_data_ptr(),
+      .dtype = dtype_of("out", out.scalar_type()),
+  };
+  // Decoding a weight costs less than an element costs elsewhere.
+  for_rows(n, k * rows / 4, [&](int64_t begin, int64_t end) { product.matvec(args, begin, end); });
+}
+
+// out [rows, n] = x [rows, k] times INT4 weights: many rows.
+void multiply_many_rows(const Product& product, const Activations& activations, const Tensor& weight,
+                        const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
+                        const Tensor& out) {
+  const Tensor& x = activations.x;
+  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
+  const bool codes = activations.codes();
   const std::vector<Segment> segments = segments_of(k, activations.groups, groups, product.longest_segment);
   const int64_t width = segments.back().offset + segments.back().padded(), packed_rows = rows + codes;
   const Tensor packed = at::empty({packed_rows * width * product.element_size}, at::kByte);
   const PackArgs pack{
       .x = x.const_data_ptr(),
-      .dtype = codes ? DType::kFloat32 : dtype_of("x", x.scalar_type()),
+      .dtype = activations.dtype(),
       .rows = rows,
       .k = k,
       .segments = segments.data(),
@@ -88,7 +122,7 @@ void multiply_rows(const Product& product, const Activations& activations, const
   };
   for_rows(packed_rows, k, [&](int64_t begin, int64_t end) { product.pack(pack, begin, end); });
 
-  const int64_t levels = 1 << activations.bits, blocks = (rows + kProductRows - 1) / kProductRows;
+  const int64_t blocks = (rows + kProductRows - 1) / kProductRows;
   const int64_t block_rows = (rows + blocks - 1) / blocks;
   const ProductArgs args{
       .x = packed.const_data_ptr(),
@@ -100,11 +134,11 @@ void multiply_rows(const Product& product, const Activations& activations, const
       .packed_rows = packed_rows,
       .scales = codes ? activations.scales.const_data_ptr<float>() : nullptr,
       .activation_groups = activations.groups.count,
-      .zero = static_cast<int>(activations.codebook == Codebook::kMidrise ? levels - 1 : levels),
+      .zero = activations.zero(),
       .weight = weight.const_data_ptr<uint8_t>(),
       .clips = clips.const_data_ptr<float>(),
       .weight_groups = groups.count,
-      .unit = codes ? 1.0f / static_cast<float>(15 * (levels - 1)) : 1.0f,
+      .unit = activations.unit(),
       .bias = bias,
       .codebook = codebook,
       .out = out.mutable_data_ptr(),
@@ -121,6 +155,14 @@ void multiply_rows(const Product& product, const Activations& activations, const
     float* scales = memory + tile_bytes / 4;
     product.multiply(args, begin, end, {memory, scales, scales + groups.count * product.panel});
   });
+}
+
+void multiply(const Product& product, const Activations& activations, const Tensor& weight,
+              const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
+              const Tensor& out) {
+  const bool few = out.size(0) <= kFewRows && whole_eights(groups) && whole_eights(activations.groups);
+  const auto kernel = few ? multiply_few_rows : multiply_many_rows;
+  kernel(product, activations, weight, clips, groups, codebook, bias, out);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
@@ -179,8 +221,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
       float* clip = scales.mutable_data_ptr<float>();
       for (int64_t i = begin * args.groups; i < end * args.groups; i++) clip[i] = value_scale(clip[i]);
     });
-    multiply_rows(kernels.integer_product, {codes, scales, activation_groups, args.bits, args.codebook},
-                  packed, clips, groups, codebook, offsets, out);
+    multiply(kernels.integer_product, {codes, scales, activation_groups, args.bits, args.codebook}, packed,
+             clips, groups, codebook, offsets, out);
     return y;
   }
   if (rows == 0 || n == 0) return y;
@@ -189,14 +231,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
     activations = at::empty({rows, k}, at::kFloat);
     rotate_rows(input, rotation, activations);
   }
-  if (rows <= kMatvecRows) {
-    const Tensor sums = dtype == DType::kFloat32 ? out : at::empty({rows, n}, at::kFloat);
-    multiply_few_rows(activations.to(at::kFloat), packed, clips, groups, codebook, offsets, sums);
-    if (dtype != DType::kFloat32) out.copy_(sums);
-  } else {
-    multiply_rows(kernels.float_product, {activations, {}, groups_of(k, 0), 0, codebook}, packed, clips,
-                  groups, codebook, offsets, out);
-  }
+  multiply(kernels.float_product, {activations, {}, groups_of(k, 0), 0, codebook}, packed, clips, groups,
+           codebook, offsets, out);
   return y;
 }
 

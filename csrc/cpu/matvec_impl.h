@@ -1,74 +1,208 @@
-// INT4 weights times a few rows of activations: each weight is read once and decoded in registers.
+// A few rows of activations times INT4 weights: memory bounds it, so each weight is read once and decoded in
+// registers.
+//
+// A chunk is 64 bytes of an output's weights, 128 members of K: lane l of a register holds members 8 l to
+// 8 l + 7, which lie in one group because groups are multiples of 8. Activations are arranged likewise, and a
+// chunk's sums are multiplied with a vector of clips, one per lane. Several outputs at a time share each load
+// of activations, which do not fit the first-level cache.
 #pragma once
 
-#include "cpu/common_impl.h"
+#include "cpu/dot_common.h"
 
 namespace la_aciq::cpu {
 namespace {
 
-void arrange_activations(const float* x, int64_t rows, int64_t k, int64_t group_size, int64_t groups,
-                         float* out) {
-  const int64_t padded = arranged_group(group_size);
-  __builtin_memset(out, 0, static_cast<size_t>(rows * groups * padded) * sizeof(float));
-  for (int64_t row = 0; row < rows; row++) {
-    for (int64_t i = 0; i < k; i++) {
-      const int64_t group = i / group_size, member = i % group_size;
-      const int64_t chunk = member / kMatvecChunk, within = member % kMatvecChunk;
-      out[(row * groups + group) * padded + chunk * kMatvecChunk + within % 2 * (kMatvecChunk / 2) +
-          within / 2] = x[row * k + i];
-    }
-  }
-}
+struct FloatMatvec {
+  using Element = float;
+  using Sum = F32;
+  struct Weights {
+    I32 codes;
+  };
 
-// One output of kRows rows. The order of additions does not depend on how many rows are done at a time.
-template <int kRows>
-inline void matvec_output(const MatvecArgs& args, int64_t row, int64_t output, const Table16& levels) {
-  const int64_t padded = arranged_group(args.group_size), width = args.groups * padded;
-  const uint8_t* weight = args.weight + output * ((args.k + 1) / 2);
-  const float* x = args.x + row * width;
-  F32 total[kRows];
-  for (F32& t : total) t = f32(0);
-  for (int64_t group = 0; group < args.groups; group++) {
-    const int64_t start = group * args.group_size, n = smaller(args.group_size, args.k - start);
-    F32 even_sum[kRows], odd_sum[kRows];
-    for (int r = 0; r < kRows; r++) even_sum[r] = odd_sum[r] = f32(0);
-    const auto add_chunk = [&](const uint8_t* codes, const float* activations) {
-      I32 even, odd;
-      load_nibble_planes(codes, even, odd);
-      const F32 even_weights = lookup(levels, even), odd_weights = lookup(levels, odd);
+  Table16 levels;
+  explicit FloatMatvec(const MatvecArgs& args) : levels(levels_of(args.codebook)) {}
+
+  Weights decode(I32 codes, const float*) const { return {codes}; }
+
+  // sums[o][r] of the products of a chunk: vector j holds member j of every lane.
+  template <int kOutputs, int kRows>
+  inline __attribute__((always_inline)) void multiply(const Weights* weights, const float* x,
+                                                      int64_t row_width, F32 (*sums)[kRows]) const {
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; o++) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) sums[o][r] = f32(0);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      F32 values[kOutputs];
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; o++) values[o] = lookup(levels, shift_right(weights[o].codes, 4 * j));
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
-        even_sum[r] = muladd(even_weights, load(activations + r * width), even_sum[r]);
-        odd_sum[r] = muladd(odd_weights, load(activations + r * width + kMatvecChunk / 2), odd_sum[r]);
+        const F32 activations = load(x + r * row_width + 16 * j);
+#pragma GCC unroll 4
+        for (int o = 0; o < kOutputs; o++) sums[o][r] = muladd(values[o], activations, sums[o][r]);
       }
-    };
-    const uint8_t* codes = weight + start / 2;
-    const float* activations = x + group * padded;
-    int64_t i = 0;
-    for (; i + kMatvecChunk <= n; i += kMatvecChunk) add_chunk(codes + i / 2, activations + i);
-    if (i < n) {
-      uint8_t last[kMatvecChunk / 2] = {};
-      __builtin_memcpy(last, codes + i / 2, static_cast<size_t>((n - i + 1) / 2));
-      add_chunk(last, activations + i);
     }
-    const F32 scale = f32(value_scale(args.clips[output * args.groups + group]));
-    for (int r = 0; r < kRows; r++) total[r] = muladd(add(even_sum[r], odd_sum[r]), scale, total[r]);
   }
-  for (int r = 0; r < kRows; r++) {
-    args.out[(row + r) * args.n + output] = sum(total[r]) + (args.bias ? args.bias[output] : 0.0f);
+};
+
+// See dot_common.h for the integers.
+struct IntegerMatvec {
+  using Element = uint8_t;
+  struct Weights {
+    I32 even, odd, start;
+  };
+
+  ByteTable table;
+  int zero;
+  explicit IntegerMatvec(const MatvecArgs& args) : table(twice_levels(args.codebook)), zero(args.zero) {}
+
+  Weights decode(I32 codes, const uint8_t* ones) const {
+    Weights weights;
+    decode_bytes(table, codes, weights.even, weights.odd);
+    const I32 twice_sum =
+        dot(dot(zeros(weights.even), load_vector(ones), weights.even), load_vector(ones + 64), weights.odd);
+    weights.start = half_times(twice_sum, -zero);
+    return weights;
+  }
+
+  template <int kOutputs, int kRows>
+  inline __attribute__((always_inline)) void multiply(const Weights* weights, const uint8_t* x,
+                                                      int64_t row_width, F32 (*sums)[kRows]) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+      const I32 even = load_vector(x + r * row_width), odd = load_vector(x + r * row_width + 64);
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; o++) {
+        sums[o][r] = to_float(dot(dot(weights[o].start, even, weights[o].even), odd, weights[o].odd));
+      }
+    }
+  }
+};
+
+// --- Activations ---
+
+inline void arrange_floats(const ArrangeArgs& args, int64_t begin, int64_t end) {
+  with_type(args.dtype, args.x, [&](auto* x) {
+    for (int64_t row = begin; row < end; row++) {
+      for (int64_t first = 0; first < args.k; first += kMatvecChunk) {
+        float chunk[kMatvecChunk] = {};
+        for_each_vector(x + row * args.k + first, smaller(args.k - first, kMatvecChunk),
+                        [&](int64_t i, F32 v, int) { store(chunk + i, v); });
+        float* out = static_cast<float*>(args.out) + row * args.width + first;
+        for (int lane = 0; lane < 16; lane++) {
+          for (int j = 0; j < 8; j++) out[16 * j + lane] = chunk[8 * lane + j];
+        }
+      }
+    }
+  });
+}
+
+// Codes of even index, then those of odd index; row args.rows becomes ones.
+inline void arrange_codes(const ArrangeArgs& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row++) {
+    const uint8_t* x = static_cast<const uint8_t*>(args.x) + row * args.k;
+    uint8_t* out = static_cast<uint8_t*>(args.out) + row * args.width;
+    for (int64_t i = 0; i < args.width; i += 8) {
+      uint64_t eight = 0;
+      const int64_t members = smaller(args.k - i, 8);
+      if (members > 0) {
+        eight = 0x0101010101010101;
+        if (row < args.rows) __builtin_memcpy(&eight, x + i, static_cast<size_t>(members));
+        if (members < 8) eight &= (uint64_t{1} << 8 * members) - 1;
+      }
+      eight = even_then_odd(eight);
+      uint8_t* at = out + i / kMatvecChunk * kMatvecChunk + i % kMatvecChunk / 2;
+      __builtin_memcpy(at, &eight, 4);
+      __builtin_memcpy(at + 64, reinterpret_cast<const char*>(&eight) + 4, 4);
+    }
   }
 }
 
-void matvec(const MatvecArgs& args, int64_t begin, int64_t end) {
-  const Table16 levels = levels_of(args.codebook);
-  for (int64_t output = begin; output < end; output++) {
-    int64_t row = 0;
-    for (; row + 4 <= args.rows; row += 4) matvec_output<4>(args, row, output, levels);
-    if (row + 2 <= args.rows) {
-      matvec_output<2>(args, row, output, levels);
-      row += 2;
-    }
-    if (row < args.rows) matvec_output<1>(args, row, output, levels);
+// --- The product ---
+
+// The clips of the lanes of a chunk. Reading past the groups of an output is reading those of the next.
+inline F32 clips_of_lanes(const MatvecArgs& args, int64_t output, const int32_t* groups) {
+  const int64_t at = output * args.weight_groups + groups[0];
+  const int64_t left = args.n * args.weight_groups - at;
+  float last[16];
+  const float* clips = args.clips + at;
+  if (left < 16) {
+    store(last, load_partial(clips, left));
+    clips = last;
   }
+  const F32 clip = lookup(table16(clips), add(load_lanes(groups), -groups[0]));
+  return keep(both(greater(clip, f32(0)), finite(clip)), clip);
+}
+
+template <class Matvec, int kOutputs, int kRows>
+inline void multiply_block(const MatvecArgs& args, const Matvec& matvec, int64_t output, int64_t row) {
+  using Element = typename Matvec::Element;
+  const int64_t bytes = (args.k + 1) / 2;
+  const uint8_t* weight = args.weight + output * bytes;
+  const Element* x = static_cast<const Element*>(args.x) + row * args.width;
+  const Element* ones = static_cast<const Element*>(args.x) + args.rows * args.width;
+  F32 totals[kOutputs][kRows];
+  for (auto& of_output : totals) {
+    for (F32& total : of_output) total = f32(0);
+  }
+  for (int64_t chunk = 0; chunk < args.width / kMatvecChunk; chunk++) {
+    typename Matvec::Weights weights[kOutputs];
+    const int64_t at = chunk * kMatvecChunk / 2, left = bytes - at;
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; o++) {
+      const uint8_t* codes = weight + o * bytes + at;
+      __builtin_prefetch(codes + kOutputs * bytes);
+      uint8_t last[64] = {};
+      if (left < 64) {
+        __builtin_memcpy(last, codes, static_cast<size_t>(left));
+        codes = last;
+      }
+      weights[o] = matvec.decode(load_vector(codes), ones + chunk * kMatvecChunk);
+    }
+    F32 sums[kOutputs][kRows];
+    matvec.template multiply<kOutputs, kRows>(weights, x + chunk * kMatvecChunk, args.width, sums);
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; o++) {
+      const F32 clips = clips_of_lanes(args, output + o, args.lane_groups + 16 * chunk);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) {
+        const F32 scale =
+            args.scales ? mul(clips, load(args.scales + ((row + r) * args.width / 8 + 16 * chunk))) : clips;
+        totals[o][r] = muladd(sums[o][r], scale, totals[o][r]);
+      }
+    }
+  }
+  with_type(args.dtype, args.out, [&](auto* out) {
+    for (int o = 0; o < kOutputs; o++) {
+      const float offset = args.bias ? args.bias[output + o] : 0.0f;
+      for (int r = 0; r < kRows; r++) {
+        store_partial(out + (row + r) * args.n + output + o,
+                      f32(sum_lanes(totals[o][r]) * args.unit + offset), 1);
+      }
+    }
+  });
+}
+
+// Outputs [output, output + kOutputs) of every row.
+template <class Matvec, int kOutputs, int kRows>
+inline void multiply_rows(const MatvecArgs& args, const Matvec& matvec, int64_t output, int64_t row) {
+  for (; row + kRows <= args.rows; row += kRows) {
+    multiply_block<Matvec, kOutputs, kRows>(args, matvec, output, row);
+  }
+  if constexpr (kRows > 1) multiply_rows<Matvec, kOutputs, kRows - 1>(args, matvec, output, row);
+}
+
+template <class Matvec>
+void matvec(const MatvecArgs& args, int64_t begin, int64_t end) {
+  const Matvec kernel(args);
+  int64_t output = begin;
+  for (; output + kMatvecOutputs <= end; output += kMatvecOutputs) {
+    multiply_rows<Matvec, kMatvecOutputs, kMatvecRows>(args, kernel, output, 0);
+  }
+  for (; output < end; output++) multiply_rows<Matvec, 1, kMatvecRows>(args, kernel, output, 0);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 // last.
 #pragma once
 
-#include "cpu/common_impl.h"
+#include "cpu/dot_common.h"
 
 namespace la_aciq::cpu {
 namespace {
@@ -31,10 +31,7 @@ struct FloatProduct {
   }
 };
 
-// Activations as the codes of 8 or 4 bits, weights as twice their levels in steps: 4 code - 30 (mid-rise) or
-// 4 code - 32. With z twice the position of zero among the activation's codes a, and w the weights,
-//     sum (2 a - z) w = sum a 2w - z sum w,
-// where a 2w has 8 unsigned by 8 signed bits, and the second sum starts the first.
+// Activations as codes, weights as twice their levels in steps: see dot_common.h.
 struct IntegerProduct {
   using Vector = I32;
   using Element = uint8_t;
@@ -43,13 +40,7 @@ struct IntegerProduct {
 
   ByteTable table;
   int zero;
-  explicit IntegerProduct(const ProductArgs& args) : zero(args.zero) {
-    int8_t entries[16];
-    for (int code = 0; code < 16; code++) {
-      entries[code] = static_cast<int8_t>(4 * code - (args.codebook == Codebook::kMidrise ? 30 : 32));
-    }
-    table = byte_table(entries);
-  }
+  explicit IntegerProduct(const ProductArgs& args) : table(twice_levels(args.codebook)), zero(args.zero) {}
 
   static I32 broadcast_at(const uint8_t* p) { return broadcast(p); }
   static I32 add_product(I32 sum, I32 activations, I32 weights) { return dot(sum, activations, weights); }
@@ -57,20 +48,7 @@ struct IntegerProduct {
   void decode(I32 codes, I32* steps) const { decode_bytes(table, codes, steps[0], steps[1]); }
 };
 
-inline F32 zeros(F32) { return f32(0); }
-inline I32 zeros(I32) { return to_int(f32(0)); }
-
 // --- Activations ---
-
-// Members of 8 codes are split into those of even and of odd index, which is how bytes of weights split.
-inline uint64_t even_then_odd(uint64_t x) {
-  const auto every_other = [](uint64_t bytes) {
-    bytes &= 0x00FF00FF00FF00FF;
-    bytes = (bytes | bytes >> 8) & 0x0000FFFF0000FFFF;
-    return (bytes | bytes >> 16) & 0x00000000FFFFFFFF;
-  };
-  return every_other(x) | every_other(x >> 8) << 32;
-}
 
 inline void pack_codes(const PackArgs& args, int64_t begin, int64_t end) {
   const auto* x = static_cast<const uint8_t*>(args.x);
@@ -283,11 +261,6 @@ void multiply(const ProductArgs& args, int64_t begin, int64_t end, const Product
     multiply_outputs<Product, kPanelVectors>((args.n - first + 15) / 16, args, product, first, row,
                                              smaller(row + args.block_rows, args.rows), scratch);
   }
-}
-
-template <class T>
-constexpr Product product(void (*pack)(const PackArgs&, int64_t, int64_t)) {
-  return {pack, multiply<T>, sizeof(typename T::Element), T::kLongestSegment, 16 * kPanelVectors, kBlockRows};
 }
 
 }  // namespace

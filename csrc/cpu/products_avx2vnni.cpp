@@ -1,11 +1,11 @@
-// The integer matrix product for x86-64 with AVX-VNNI, beside AVX2's other kernels.
+// The integer products for x86-64 with AVX-VNNI, beside AVX2's other kernels.
 #include "cpu/dot_avx2.h"
 //
-#include "cpu/product_impl.h"
+#include "cpu/products.h"
 
 namespace la_aciq::cpu {
 
 extern const Product kAvx2VnniProduct;
-const Product kAvx2VnniProduct = product<IntegerProduct>(pack_codes);
+const Product kAvx2VnniProduct = integer_product();
 
 }  // namespace la_aciq::cpu
