@@ -7,7 +7,8 @@
 namespace la_aciq::cpu {
 namespace {
 
-constexpr int kBlockRows = 6, kPanelVectors = 4;  // 24 sums, 4 vectors of weights and one of activations
+constexpr int kBlockRows = 3,
+              kPanelVectors = 4;  // 12 sums, 12 totals, 4 vectors of weights, one of activations
 constexpr int kMatvecOutputs = 4, kMatvecRows = 4;
 
 inline I32 broadcast(const uint8_t* p) {
@@ -38,6 +39,7 @@ inline float sum_lanes(F32 x) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+inline F32 as_float(I32 bits) { return _mm512_castsi512_ps(bits); }
 inline F32 load_vector(const float* p) { return load(p); }
 inline I32 load_vector(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store_vector(float* p, const F32& x) { store(p, x); }

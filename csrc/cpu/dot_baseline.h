@@ -48,6 +48,9 @@ inline float sum_lanes(F32 x) {
   }
   return x.lane[0];
 }
+inline F32 as_float(const I32& bits) {
+  return lanes<F32>([&](int i) { return float_of(static_cast<uint32_t>(bits.lane[i])); });
+}
 inline F32 load_vector(const float* p) { return load(p); }
 inline I32 load_vector(const uint8_t* p) {
   I32 x;

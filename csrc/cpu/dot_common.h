@@ -30,6 +30,9 @@ inline uint64_t even_then_odd(uint64_t x) {
   return every_other(x) | every_other(x >> 8) << 32;
 }
 
+// Of clips, as csrc/common has it for one.
+inline F32 value_scale(F32 clip) { return keep(both(greater(clip, f32(0)), finite(clip)), clip); }
+
 inline F32 zeros(F32) { return f32(0); }
 inline I32 zeros(I32) { return to_int(f32(0)); }
 

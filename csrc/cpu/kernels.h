@@ -148,10 +148,11 @@ struct ProductArgs {
   int64_t row_blocks, block_rows;  // a task is a panel of outputs of a block of rows, blocks taking turns
 };
 
-// Of one thread: a tile of weights of a segment, the clips [weight_groups, panel] and the sums [block_rows,
-// panel] of a panel.
+// Of one thread: a tile of weights [tile_members, panel], what the sums of its segments start with, and of a
+// panel the clips [weight_groups, panel] and the totals [block_rows, panel].
 struct ProductScratch {
   void* tile;
+  void* starts;  // [tile_members / 8, panel] of 4 bytes
   float* scales;
   float* totals;
 };
@@ -165,9 +166,9 @@ struct Product {
   // Tasks [begin, end).
   void (*multiply)(const ProductArgs&, int64_t begin, int64_t end, const ProductScratch& scratch);
   int64_t element_size;  // of packed activations and of a tile
-  int64_t longest_segment;
-  int64_t panel;       // outputs
-  int64_t block_rows;  // blocks of rows are multiples of it
+  int64_t tile_members;  // of K, no segment is longer
+  int64_t panel;         // outputs
+  int64_t block_rows;    // blocks of rows are multiples of it
 };
 
 // A language's counts on their way into its histogram. Elements side by side take turns with eight tables, so

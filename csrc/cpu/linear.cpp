@@ -107,7 +107,7 @@ void multiply_many_rows(const Product& product, const Activations& activations, 
   const Tensor& x = activations.x;
   const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
   const bool codes = activations.codes();
-  const std::vector<Segment> segments = segments_of(k, activations.groups, groups, product.longest_segment);
+  const std::vector<Segment> segments = segments_of(k, activations.groups, groups, product.tile_members);
   const int64_t width = segments.back().offset + segments.back().padded(), packed_rows = rows + codes;
   const Tensor packed = at::empty({packed_rows * width * product.element_size}, at::kByte);
   const PackArgs pack{
@@ -147,13 +147,13 @@ void multiply_many_rows(const Product& product, const Activations& activations, 
       .block_rows = block_rows,
   };
   const int64_t panels = (n + product.panel - 1) / product.panel;
-  const int64_t tile_bytes = product.longest_segment * product.panel * product.element_size;
+  const int64_t tile = product.tile_members * product.panel * product.element_size / 4;  // in floats
+  const int64_t starts = product.tile_members / 8 * product.panel, scales = groups.count * product.panel;
   for_rows(panels * blocks, product.panel * k / 4, [&](int64_t begin, int64_t end) {
-    const Tensor scratch =
-        at::empty({tile_bytes / 4 + (groups.count + block_rows) * product.panel}, at::kFloat);
+    const Tensor scratch = at::empty({tile + starts + scales + block_rows * product.panel}, at::kFloat);
     float* memory = scratch.mutable_data_ptr<float>();
-    float* scales = memory + tile_bytes / 4;
-    product.multiply(args, begin, end, {memory, scales, scales + groups.count * product.panel});
+    product.multiply(args, begin, end,
+                     {memory, memory + tile, memory + tile + starts, memory + tile + starts + scales});
   });
 }
 

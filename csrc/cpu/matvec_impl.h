@@ -133,8 +133,7 @@ inline F32 clips_of_lanes(const MatvecArgs& args, int64_t output, const int32_t*
     store(last, load_partial(clips, left));
     clips = last;
   }
-  const F32 clip = lookup(table16(clips), add(load_lanes(groups), -groups[0]));
-  return keep(both(greater(clip, f32(0)), finite(clip)), clip);
+  return value_scale(lookup(table16(clips), add(load_lanes(groups), -groups[0])));
 }
 
 template <class Matvec, int kOutputs, int kRows>

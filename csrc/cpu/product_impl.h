@@ -17,7 +17,7 @@ struct FloatProduct {
   using Vector = F32;
   using Element = float;
   static constexpr int kDepth = 1;  // members of K in 4 bytes
-  static constexpr int64_t kLongestSegment = 64;
+  static constexpr int64_t kTileMembers = 128;
 
   Table16 levels;
   explicit FloatProduct(const ProductArgs& args) : levels(levels_of(args.codebook)) {}
@@ -36,7 +36,7 @@ struct IntegerProduct {
   using Vector = I32;
   using Element = uint8_t;
   static constexpr int kDepth = 4;
-  static constexpr int64_t kLongestSegment = 256;
+  static constexpr int64_t kTileMembers = 256;
 
   ByteTable table;
   int zero;
@@ -94,28 +94,37 @@ inline void pack_floats(const PackArgs& args, int64_t begin, int64_t end) {
 
 // --- Weights ---
 
-// 16 bytes from byte `at` on of 16 rows of weights, where rows at and beyond n or bytes beyond a row are
-// zeros.
-inline void load_codes(const ProductArgs& args, int64_t first, int64_t at, I32* columns) {
-  const int64_t bytes = (args.k + 1) / 2, rows = smaller(args.n - first, 16), width = smaller(bytes - at, 16);
-  const uint8_t* p = args.weight + first * bytes + at;
-  if (rows == 16 && width == 16) return load_columns(p, bytes, columns);
+// 16 bytes from byte `at` on of 16 rows of a matrix of `rows` rows of `bytes`, as columns; zeros beyond its
+// ends.
+inline void load_columns_of(const void* matrix, int64_t rows, int64_t bytes, int64_t row, int64_t at,
+                            I32* columns) {
+  const uint8_t* p = static_cast<const uint8_t*>(matrix) + row * bytes + at;
+  const int64_t height = smaller(rows - row, 16), width = smaller(bytes - at, 16);
+  if (height == 16 && width == 16) return load_columns(p, bytes, columns);
   uint8_t copy[256] = {};
-  for (int64_t row = 0; row < rows; row++) {
-    __builtin_memcpy(copy + 16 * row, p + row * bytes, static_cast<size_t>(width));
+  for (int64_t i = 0; i < height; i++) {
+    __builtin_memcpy(copy + 16 * i, p + i * bytes, static_cast<size_t>(width));
   }
   load_columns(copy, 16, columns);
 }
 
 template <class Product, int kVectors>
-inline void decode_tile(const ProductArgs& args, const Product& product, const Segment& segment,
-                        int64_t first, typename Product::Element* tile) {
+inline void decode_segment(const ProductArgs& args, const Product& product, const Segment& segment,
+                           int64_t first, typename Product::Element* tile) {
   constexpr int kSteps = 8 / Product::kDepth;                // of 8 members
   constexpr int64_t kVectorElements = 16 * Product::kDepth;  // of Element
+  const int64_t bytes = (args.k + 1) / 2;
   for (int v = 0; v < kVectors; v++) {
+    const int64_t row = first + 16 * v;
     for (int64_t i = 0; i < segment.length; i += 32) {
+      const int64_t at = (segment.start + i) / 2;
+      if (at % 64 < 16) {  // a new line of the cache: ask for the one that the next tile needs
+        for (int64_t r = row; r < smaller(row + 16, args.n); r++) {
+          __builtin_prefetch(args.weight + r * bytes + at + Product::kTileMembers / 2);
+        }
+      }
       I32 columns[4];
-      load_codes(args, first + 16 * v, (segment.start + i) / 2, columns);
+      load_columns_of(args.weight, args.n, bytes, row, at, columns);
       const int64_t eights = smaller((segment.length - i + 7) / 8, 4);
       for (int64_t j = 0; j < eights; j++) {
         typename Product::Vector steps[kSteps];
@@ -131,14 +140,14 @@ inline void decode_tile(const ProductArgs& args, const Product& product, const S
 
 // The clips of a panel as factors on levels in steps: scales [groups, 16 kVectors].
 template <int kVectors>
-inline void decode_clips(const ProductArgs& args, float unit, int64_t first, float* scales) {
-  for (int v = 0; v < kVectors; v++) {
-    const int64_t outputs = smaller(args.n - first - 16 * v, 16);
-    for (int64_t group = 0; group < args.weight_groups; group++) {
-      float* out = scales + group * 16 * kVectors + 16 * v;
-      for (int64_t i = 0; i < 16; i++) {
-        const int64_t output = first + 16 * v + (i < outputs ? i : 0);
-        out[i] = value_scale(args.clips[output * args.weight_groups + group]) * unit;
+inline void decode_clips(const ProductArgs& args, int64_t first, float* scales) {
+  for (int64_t group = 0; group < args.weight_groups; group += 4) {
+    for (int v = 0; v < kVectors; v++) {
+      I32 columns[4];
+      load_columns_of(args.clips, args.n, args.weight_groups * 4, first + 16 * v, group * 4, columns);
+      for (int64_t j = 0; j < smaller(args.weight_groups - group, 4); j++) {
+        store(scales + ((group + j) * kVectors + v) * 16,
+              mul(value_scale(as_float(columns[j])), f32(args.unit)));
       }
     }
   }
@@ -146,43 +155,53 @@ inline void decode_clips(const ProductArgs& args, float unit, int64_t first, flo
 
 // --- The product ---
 
-// kRows rows, from `row` on, of a segment: totals [kRows, 16 kVectors] += their sums times their clips.
+// Segments [first, last) of a tile for kRows rows: totals [kRows, 16 kVectors] += the sums of each times its
+// clips.
 template <class Product, int kRows, int kVectors>
-inline void add_block(const ProductArgs& args, const Segment& segment, const typename Product::Element* x,
-                      const typename Product::Element* tile, const typename Product::Vector* start,
-                      const float* scales, int64_t row, float* totals) {
+inline void add_block(const ProductArgs& args, const Segment* first, const Segment* last, int64_t row,
+                      const ProductScratch& scratch, float* totals) {
   using Vector = typename Product::Vector;
+  using Element = typename Product::Element;
   constexpr int64_t kVectorElements = 16 * Product::kDepth;
-  const int64_t padded = segment.padded();
-  Vector sums[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; r++) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) sums[r][v] = start[v];
-  }
-  for (int64_t i = 0; i < padded; i += Product::kDepth) {
-    Vector weights[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) weights[v] = load_vector(tile + v * kVectorElements);
-    tile += kVectors * kVectorElements;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      const Vector activations = Product::broadcast_at(x + r * padded + i);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) {
-        sums[r][v] = Product::add_product(sums[r][v], activations, weights[v]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; r++) {
-    const F32 clip =
-        f32(args.scales ? args.scales[(row + r) * args.activation_groups + segment.activation_group] : 1.0f);
+  const auto* tile = static_cast<const Element*>(scratch.tile);
+  const auto* start = static_cast<const Element*>(scratch.starts);
+  for (const Segment* segment = first; segment < last; segment++) {
+    const int64_t padded = segment->padded();
+    const Element* x =
+        static_cast<const Element*>(args.x) + segment->offset * args.packed_rows + row * padded;
+    Vector sums[kRows][kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
-      float* total = totals + (r * kVectors + v) * 16;
-      const F32 scale = mul(load(scales + 16 * v), clip);
-      store(total, muladd(Product::sum_in_float(sums[r][v]), scale, load(total)));
+      sums[0][v] = load_vector(start + v * kVectorElements);
+#pragma GCC unroll 8
+      for (int r = 1; r < kRows; r++) sums[r][v] = sums[0][v];
+    }
+    start += kVectors * kVectorElements;
+    for (int64_t i = 0; i < padded; i += Product::kDepth) {
+      Vector weights[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) weights[v] = load_vector(tile + v * kVectorElements);
+      tile += kVectors * kVectorElements;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++) {
+        const Vector activations = Product::broadcast_at(x + r * padded + i);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) {
+          sums[r][v] = Product::add_product(sums[r][v], activations, weights[v]);
+        }
+      }
+    }
+    const float* scales = scratch.scales + segment->weight_group * kVectors * 16;
+    const float* clips = args.scales + row * args.activation_groups + segment->activation_group;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) {
+        F32 scale = load(scales + 16 * v);
+        if constexpr (Product::kDepth == 4) scale = mul(scale, f32(clips[r * args.activation_groups]));
+        float* total = totals + (r * kVectors + v) * 16;
+        store(total, muladd(Product::sum_in_float(sums[r][v]), scale, load(total)));
+      }
     }
   }
 }
@@ -201,32 +220,39 @@ inline void multiply_panel(const ProductArgs& args, const Product& product, int6
                            int64_t row_end, const ProductScratch& scratch) {
   using Element = typename Product::Element;
   constexpr int64_t kWidth = 16 * kVectors;
-  auto* tile = static_cast<Element*>(scratch.tile);
-  const auto* x = static_cast<const Element*>(args.x);
-  decode_clips<kVectors>(args, args.unit, first, scratch.scales);
+  constexpr int64_t kVectorElements = 16 * Product::kDepth;
+  decode_clips<kVectors>(args, first, scratch.scales);
   const int64_t outputs = smaller(args.n - first, kWidth);
+  float offsets[kWidth] = {};
+  if (args.bias) __builtin_memcpy(offsets, args.bias + first, static_cast<size_t>(outputs) * sizeof(float));
   for (int64_t row = row_begin; row < row_end; row++) {
-    float* totals = scratch.totals + (row - row_begin) * kWidth;
-    for (int64_t i = 0; i < kWidth; i++) totals[i] = args.bias && i < outputs ? args.bias[first + i] : 0.0f;
+    __builtin_memcpy(scratch.totals + (row - row_begin) * kWidth, offsets, sizeof(offsets));
   }
-  for (const Segment* s = args.segments; s < args.segments + args.segment_count; s++) {
-    decode_tile<Product, kVectors>(args, product, *s, first, tile);
-    const Element* rows = x + s->offset * args.packed_rows;
-    typename Product::Vector start[kVectors];
-    for (int v = 0; v < kVectors; v++) start[v] = zeros(start[v]);
-    if constexpr (Product::kDepth == 4) {
-      const Element* ones = rows + args.rows * s->padded();
-      for (int64_t i = 0; i < s->padded(); i += 4) {
-        for (int v = 0; v < kVectors; v++) {
-          start[v] = dot(start[v], broadcast(ones + i), load_vector(tile + (i / 4 * kVectors + v) * 64));
+  const Segment* const end = args.segments + args.segment_count;
+  for (const Segment *segment = args.segments, *next = segment; segment < end; segment = next) {
+    auto* tile = static_cast<Element*>(scratch.tile);
+    auto* start = static_cast<Element*>(scratch.starts);
+    for (; next < end && next->offset + next->padded() - segment->offset <= Product::kTileMembers; next++) {
+      decode_segment<Product, kVectors>(args, product, *next, first, tile);
+      typename Product::Vector sums[kVectors];
+      for (auto& sum : sums) sum = zeros(sum);
+      if constexpr (Product::kDepth == 4) {
+        const Element* ones = static_cast<const Element*>(args.x) + next->offset * args.packed_rows +
+                              args.rows * next->padded();
+        for (int64_t i = 0; i < next->padded(); i += 4) {
+          for (int v = 0; v < kVectors; v++) {
+            sums[v] = dot(sums[v], broadcast(ones + i), load_vector(tile + (i / 4 * kVectors + v) * 64));
+          }
         }
+        for (auto& sum : sums) sum = half_times(sum, -product.zero);
       }
-      for (int v = 0; v < kVectors; v++) start[v] = half_times(start[v], -product.zero);
+      for (int v = 0; v < kVectors; v++) store_vector(start + v * kVectorElements, sums[v]);
+      start += kVectors * kVectorElements;
+      tile += next->padded() / Product::kDepth * kVectors * kVectorElements;
     }
-    const float* scales = scratch.scales + s->weight_group * kWidth;
     for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
-      add_rows<Product, kBlockRows, kVectors>(row_end - row, args, *s, rows + row * s->padded(), tile, start,
-                                              scales, row, scratch.totals + (row - row_begin) * kWidth);
+      add_rows<Product, kBlockRows, kVectors>(row_end - row, args, segment, next, row, scratch,
+                                              scratch.totals + (row - row_begin) * kWidth);
     }
   }
   with_type(args.dtype, args.out, [&](auto* out) {

@@ -14,7 +14,7 @@ constexpr Product product(void (*arrange)(const ArrangeArgs&, int64_t, int64_t),
           pack,
           multiply<Many>,
           sizeof(typename Many::Element),
-          Many::kLongestSegment,
+          Many::kTileMembers,
           16 * kPanelVectors,
           kBlockRows};
 }
