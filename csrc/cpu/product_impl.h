@@ -223,11 +223,7 @@ inline void multiply_panel(const ProductArgs& args, const Product& product, int6
   constexpr int64_t kVectorElements = 16 * Product::kDepth;
   decode_clips<kVectors>(args, first, scratch.scales);
   const int64_t outputs = smaller(args.n - first, kWidth);
-  float offsets[kWidth] = {};
-  if (args.bias) __builtin_memcpy(offsets, args.bias + first, static_cast<size_t>(outputs) * sizeof(float));
-  for (int64_t row = row_begin; row < row_end; row++) {
-    __builtin_memcpy(scratch.totals + (row - row_begin) * kWidth, offsets, sizeof(offsets));
-  }
+  __builtin_memset(scratch.totals, 0, static_cast<size_t>((row_end - row_begin) * kWidth) * sizeof(float));
   const Segment* const end = args.segments + args.segment_count;
   for (const Segment *segment = args.segments, *next = segment; segment < end; segment = next) {
     auto* tile = static_cast<Element*>(scratch.tile);
@@ -255,10 +251,14 @@ inline void multiply_panel(const ProductArgs& args, const Product& product, int6
                                               scratch.totals + (row - row_begin) * kWidth);
     }
   }
+  // Last, so that sums are not rounded to the magnitude of the bias.
+  float bias[kWidth] = {};
+  if (args.bias) __builtin_memcpy(bias, args.bias + first, static_cast<size_t>(outputs) * sizeof(float));
   with_type(args.dtype, args.out, [&](auto* out) {
     for (int64_t row = row_begin; row < row_end; row++) {
       for_each_vector(scratch.totals + (row - row_begin) * kWidth, outputs, [&](int64_t i, F32 v, int n) {
         auto* at = out + row * args.n + first + i;
+        v = add(v, load(bias + i));
         if (n == 16) {
           store(at, v);
         } else {
