@@ -40,12 +40,6 @@ inline __attribute__((always_inline)) void for_each_vector(const T* p, int64_t n
   if (i < n) body(i, load_partial(p + i, n - i), static_cast<int>(n - i));
 }
 
-inline double sum(F64 x) {
-  double lane[8];
-  store(lane, x);
-  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-}
-
 inline float sum(F32 x) {
   float lane[16];
   store(lane, x);
@@ -53,14 +47,6 @@ inline float sum(F32 x) {
     for (int i = 0; i < half; i++) lane[i] += lane[i + half];
   }
   return lane[0];
-}
-
-inline float largest(F32 x) {
-  float lane[16], result;
-  store(lane, x);
-  result = lane[0];
-  for (int i = 1; i < 16; i++) result = lane[i] > result ? lane[i] : result;
-  return result;
 }
 
 inline bool is_finite(double x) { return __builtin_fabs(x) <= 1.7976931348623157e308; }

@@ -8,55 +8,96 @@
 namespace la_aciq::cpu {
 namespace {
 
-// sqrt(mean of squares) of the finite elements; 0 without any.
+constexpr int kGroupsAtOnce = 64;
+
+// Sum of the squares of the finite elements and, in count_finite, how many there are.
 template <class T>
-inline float rms(const T* x, int64_t n) {
+inline double finite_squares(const T* x, int64_t n, int64_t& count_finite) {
   F64 squares = f64(0);
-  for_each_vector(x, n, [&](int64_t, F32 v, int) {
-    const F64 first = low(v), second = high(v);
+  count_finite = 0;
+  for_each_vector(x, n, [&](int64_t, F32 v, int size) {
+    const Mask usable = finite(v);
+    count_finite += count(usable) - (16 - size);
+    const F64 first = low(keep(usable, v)), second = high(keep(usable, v));
     squares = add(squares, add(mul(first, first), mul(second, second)));
   });
-  double total = sum(squares);
-  int64_t count_finite = n;
-  if (!is_finite(total)) {
-    squares = f64(0);
-    count_finite = 0;
-    for_each_vector(x, n, [&](int64_t, F32 v, int size) {
-      const Mask usable = finite(v);
-      count_finite += count(usable) - (16 - size);
-      const F64 first = low(keep(usable, v)), second = high(keep(usable, v));
-      squares = add(squares, add(mul(first, first), mul(second, second)));
-    });
-    total = sum(squares);
-  }
-  return count_finite > 0 ? static_cast<float>(__builtin_sqrt(total / static_cast<double>(count_finite)))
-                          : 0.0f;
+  return sum(squares);
+}
+
+template <class T>
+inline double squares(const T* x, int64_t n) {
+  F64 total = f64(0);
+  for_each_vector(x, n, [&](int64_t i, F32 v, int) {
+    prefetch(x + i);
+    const F64 first = low(v), second = high(v);
+    total = add(total, add(mul(first, first), mul(second, second)));
+  });
+  return sum(total);
 }
 
 // Largest finite |x|.
 template <class T>
 inline float absmax(const T* x, int64_t n) {
   F32 result = f32(0);
-  for_each_vector(x, n, [&](int64_t, F32 v, int) { result = max(result, keep(finite(v), abs(v))); });
+  for_each_vector(x, n, [&](int64_t i, F32 v, int) {
+    prefetch(x + i);
+    result = max(result, keep(finite(v), abs(v)));
+  });
   return largest(result);
 }
 
+// Members [start, start + size) of K for group `group`.
+struct GroupRange {
+  int64_t start, size;
+};
+inline GroupRange group_range(const QuantizeArgs& args, int64_t group) {
+  const int64_t start = group * args.group_size;
+  return {start, smaller(args.group_size, args.k - start)};
+}
+
+// clips of groups [first, first + count): factors times sqrt(mean of squares) of the finite elements, 0
+// without any. Sums come first and roots after them, so that no group waits for the root of the one before.
+template <class T>
+inline void rms_clips(const QuantizeArgs& args, const T* x, int64_t first, int64_t count,
+                      const float* factors, float* clips) {
+  double totals[kGroupsAtOnce], counts[kGroupsAtOnce];
+  for (int64_t g = 0; g < count; g++) {
+    const GroupRange range = group_range(args, first + g);
+    totals[g] = squares(x + range.start, range.size);
+    counts[g] = static_cast<double>(range.size);
+    if (!is_finite(totals[g])) {
+      int64_t count_finite;
+      totals[g] = finite_squares(x + range.start, range.size, count_finite);
+      counts[g] = count_finite > 0 ? static_cast<double>(count_finite) : 1;
+    }
+  }
+  for (int64_t g = 0; g < count; g++) {
+    clips[g] = factors[g] * static_cast<float>(__builtin_sqrt(totals[g] / counts[g]));
+  }
+}
+
+// code - N/2
 template <Codebook kCodebook, int kBits>
 inline I32 encode(F32 x, F32 inverse) {
   constexpr int kHalf = 1 << (kBits - 1);
-  F32 t = nan_to_zero(mul(x, inverse));
-  t = min(max(t, f32(-kHalf)), f32(kHalf - 1));
-  if constexpr (kCodebook == Codebook::kMidrise) t = floor(t);
-  return add(to_int(t), kHalf);
+  const F32 scaled = mul(x, inverse), least = f32(-kHalf), most = f32(kHalf - 1);
+  return kCodebook == Codebook::kMidrise ? bounded_floor(scaled, least, most)
+                                         : bounded_nearest(scaled, least, most);
 }
 
 template <Codebook kCodebook, class T>
-inline void encode_group(const T* x, int64_t n, float clip, uint8_t* codes) {
-  const F32 inverse = f32(inverse_step(clip, 4));
+inline void encode_group(const T* x, int64_t n, float inverse_of_step, uint8_t* codes) {
+  const F32 inverse = f32(inverse_of_step);
+  const auto code = [&](const T* p) { return encode<kCodebook, 4>(load(p), inverse); };
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    store_nibbles(codes + i / 2, encode<kCodebook, 4>(load(x + i), inverse),
-                  encode<kCodebook, 4>(load(x + i + 16), inverse));
+  for (; i + 64 <= n; i += 64) {
+    for (int64_t line = 0; line < 64; line += 64 / static_cast<int64_t>(sizeof(T))) prefetch(x + i + line);
+    store_nibbles(codes + i / 2, {code(x + i), code(x + i + 16), code(x + i + 32), code(x + i + 48)});
+  }
+  if (i + 32 <= n) {
+    prefetch(x + i);
+    store_nibbles(codes + i / 2, code(x + i), code(x + i + 16));
+    i += 32;
   }
   if (i < n) {
     uint8_t last[16];
@@ -70,10 +111,10 @@ inline void encode_group(const T* x, int64_t n, float clip, uint8_t* codes) {
 }
 
 template <Codebook kCodebook, int kBits, class T>
-inline void encode_bytes(const T* x, int64_t n, float clip, uint8_t* codes) {
-  const F32 inverse = f32(inverse_step(clip, kBits));
+inline void encode_bytes(const T* x, int64_t n, float inverse_of_step, uint8_t* codes) {
+  const F32 inverse = f32(inverse_of_step);
   for_each_vector(x, n, [&](int64_t i, F32 v, int size) {
-    const I32 code = encode<kCodebook, kBits>(v, inverse);
+    const I32 code = add(encode<kCodebook, kBits>(v, inverse), 1 << (kBits - 1));
     if (size == 16) {
       store_bytes(codes + i, code);
     } else {
@@ -89,18 +130,19 @@ template <class T>
 inline void add_tail(const T* x, int64_t n, float clip, double* tail) {
   const F32 bound = f32(clip);
   F64 beyond_sum = f64(0);
-  int64_t count_finite = 0, beyond = 0;
+  int64_t beyond = 0;
+  Mask all_finite = finite(f32(0));
   for_each_vector(x, n, [&](int64_t, F32 v, int size) {
-    const Mask usable = finite(v), outside = both(usable, greater(abs(v), bound));
-    count_finite += count(usable) - (16 - size);
+    const F32 magnitude = abs(v);
+    const Mask usable = finite(v), outside = both(usable, greater(magnitude, bound));
+    all_finite = both(all_finite, usable);
     // The zeros that fill the last vector are outside of a negative clip.
-    const int found = count(outside) - (clip < 0 ? 16 - size : 0);
-    if (found) {
-      beyond += found;
-      const F32 kept = keep(outside, abs(v));
-      beyond_sum = add(beyond_sum, add(low(kept), high(kept)));
-    }
+    beyond += count(outside) - (clip < 0 ? 16 - size : 0);
+    const F32 kept = keep(outside, magnitude);
+    beyond_sum = add(beyond_sum, add(low(kept), high(kept)));
   });
+  int64_t count_finite = n;
+  if (count(all_finite) < 16) finite_squares(x, n, count_finite);
   tail[0] += static_cast<double>(count_finite);
   tail[1] += static_cast<double>(beyond);
   tail[2] += sum(beyond_sum);
@@ -111,21 +153,37 @@ template <Codebook kCodebook, class T>
 inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, double* tail) {
   const int32_t language = language_of(args.languages, row);
   const float* table = args.table + language * args.groups;
-  for (int64_t group = 0; group < args.groups; group++) {
-    const int64_t start = group * args.group_size, n = smaller(args.group_size, args.k - start);
-    const T* members = x + start;
-    float clip = table[group];
-    if (args.clip == Clip::kRms) clip *= rms(members, n);
-    if (args.clip == Clip::kAbsmax) clip *= absmax(members, n);
-    if (args.scales) args.scales[row * args.groups + group] = clip;
-    if (args.bytes && args.bits == 8) {
-      encode_bytes<kCodebook, 8>(members, n, clip, args.bytes + row * args.k + start);
-    } else if (args.bytes) {
-      encode_bytes<kCodebook, 4>(members, n, clip, args.bytes + row * args.k + start);
-    } else {
-      encode_group<kCodebook>(members, n, clip, args.codes + row * ((args.k + 1) / 2) + start / 2);
+  float measured[kGroupsAtOnce], inverse[kGroupsAtOnce];
+  for (int64_t first = 0; first < args.groups; first += kGroupsAtOnce) {
+    const int64_t count = smaller(kGroupsAtOnce, args.groups - first);
+    const float* clips = table + first;
+    if (args.clip == Clip::kRms) {
+      rms_clips(args, x, first, count, clips, measured);
+      clips = measured;
+    } else if (args.clip == Clip::kAbsmax) {
+      for (int64_t g = 0; g < count; g++) {
+        const GroupRange range = group_range(args, first + g);
+        measured[g] = clips[g] * absmax(x + range.start, range.size);
+      }
+      clips = measured;
     }
-    if (tail) add_tail(members, n, clip, tail + 4 * (language * args.groups + group));
+    for (int64_t g = 0; g < count; g++) inverse[g] = inverse_step(clips[g], args.bits);
+    for (int64_t g = 0; g < count; g++) {
+      const auto [start, size] = group_range(args, first + g);
+      if (args.bytes && args.bits == 8) {
+        encode_bytes<kCodebook, 8>(x + start, size, inverse[g], args.bytes + row * args.k + start);
+      } else if (args.bytes) {
+        encode_bytes<kCodebook, 4>(x + start, size, inverse[g], args.bytes + row * args.k + start);
+      } else {
+        encode_group<kCodebook>(x + start, size, inverse[g],
+                                args.codes + row * ((args.k + 1) / 2) + start / 2);
+      }
+      if (tail) add_tail(x + start, size, clips[g], tail + 4 * (language * args.groups + first + g));
+    }
+    if (args.scales) {
+      __builtin_memcpy(args.scales + row * args.groups + first, clips,
+                       static_cast<size_t>(count) * sizeof(float));
+    }
   }
 }
 

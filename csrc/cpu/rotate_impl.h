@@ -7,51 +7,70 @@
 namespace la_aciq::cpu {
 namespace {
 
-// In place, block a power of two and at least 16. Stages go two at a time, which halves the traffic with the
-// cache.
-inline void hadamard_vectors(float* x, int64_t block) {
-  for (int64_t i = 0; i < block; i += 16) {
-    store(x + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(x + i))))));
-  }
-  int64_t half = 16;
-  for (; 4 * half <= block; half *= 4) {
-    for (int64_t start = 0; start < block; start += 4 * half) {
-      for (int64_t i = start; i < start + half; i += 16) {
-        const F32 a = load(x + i), b = load(x + i + half), c = load(x + i + 2 * half),
-                  d = load(x + i + 3 * half);
-        const F32 sum_ab = add(a, b), difference_ab = sub(a, b), sum_cd = add(c, d),
-                  difference_cd = sub(c, d);
-        store(x + i, add(sum_ab, sum_cd));
-        store(x + i + half, add(difference_ab, difference_cd));
-        store(x + i + 2 * half, sub(sum_ab, sum_cd));
-        store(x + i + 3 * half, sub(difference_ab, difference_cd));
+// log2(kRadix) stages, from the distance `half` on, of a block in one pass over it. first(i) gives the vector
+// at i.
+template <int kRadix, class First>
+inline __attribute__((always_inline)) void hadamard_pass(float* x, int64_t block, int64_t half, First first) {
+  for (int64_t start = 0; start < block; start += kRadix * half) {
+    for (int64_t i = start; i < start + half; i += 16) {
+      F32 v[kRadix];
+#pragma GCC unroll 16
+      for (int j = 0; j < kRadix; j++) v[j] = first(i + j * half);
+#pragma GCC unroll 4
+      for (int distance = 1; distance < kRadix; distance *= 2) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kRadix; j++) {
+          if (j & distance) continue;
+          const F32 even = v[j], odd = v[j + distance];
+          v[j] = add(even, odd);
+          v[j + distance] = sub(even, odd);
+        }
       }
+#pragma GCC unroll 16
+      for (int j = 0; j < kRadix; j++) store(x + i + j * half, v[j]);
     }
   }
-  if (half < block) {
-    for (int64_t i = 0; i < half; i += 16) {
-      const F32 a = load(x + i), b = load(x + i + half);
-      store(x + i, add(a, b));
-      store(x + i + half, sub(a, b));
-    }
+}
+
+// Stages from the distance `half` on, as many per pass as fit in registers, which is what keeps the traffic
+// with the cache low.
+inline void hadamard_from(float* x, int64_t block, int64_t half) {
+  const auto stored = [&](int64_t i) { return load(x + i); };
+  for (; kHadamardRadix * half <= block; half *= kHadamardRadix) {
+    hadamard_pass<kHadamardRadix>(x, block, half, stored);
   }
+  if (8 * half == block) return hadamard_pass<8>(x, block, half, stored);
+  if (4 * half == block) return hadamard_pass<4>(x, block, half, stored);
+  if (2 * half == block) hadamard_pass<2>(x, block, half, stored);
 }
 
 // out [k] = H_b (signs * x) per block, where signs hold +-1 / sqrt(block).
 template <class T>
 inline void rotate_row(const T* x, int64_t k, const float* signs, int64_t block, float* out) {
-  for_each_vector(x, k, [&](int64_t i, F32 v, int n) {
-    if (n == 16) {
-      store(out + i, mul(v, load(signs + i)));
-    } else {
-      store_partial(out + i, mul(v, load_partial(signs + i, n)), n);
-    }
-  });
+  if (block < 16) {
+    for_each_vector(x, k, [&](int64_t i, F32 v, int n) {
+      if (n == 16) {
+        store(out + i, mul(v, load(signs + i)));
+      } else {
+        store_partial(out + i, mul(v, load_partial(signs + i, n)), n);
+      }
+    });
+    for (int64_t start = 0; start < k; start += block) hadamard(out + start, block);
+    return;
+  }
   for (int64_t start = 0; start < k; start += block) {
-    if (block >= 16) {
-      hadamard_vectors(out + start, block);
+    // The stages within a vector, as it is read.
+    const auto signed_and_mixed = [&](int64_t i) {
+      prefetch(x + start + i);
+      return butterfly<8>(
+          butterfly<4>(butterfly<2>(butterfly<1>(mul(load(x + start + i), load(signs + start + i))))));
+    };
+    if (kHadamardRadix * 16 <= block) {
+      hadamard_pass<kHadamardRadix>(out + start, block, 16, signed_and_mixed);
+      hadamard_from(out + start, block, kHadamardRadix * 16);
     } else {
-      hadamard(out + start, block);
+      for (int64_t i = 0; i < block; i += 16) store(out + start + i, signed_and_mixed(i));
+      hadamard_from(out + start, block, 16);
     }
   }
 }
@@ -60,6 +79,10 @@ void rotate(const RotateArgs& args, int64_t begin, int64_t end, float* scratch) 
   with_type(args.dtype, args.x, [&](auto* x) {
     with_type(args.out_dtype, args.out, [&](auto* out) {
       for (int64_t row = begin; row < end; row++) {
+        if constexpr (sizeof(*out) == sizeof(float)) {
+          rotate_row(x + row * args.k, args.k, args.signs, args.block, out + row * args.k);
+          continue;
+        }
         rotate_row(x + row * args.k, args.k, args.signs, args.block, scratch);
         for_each_vector(scratch, args.k, [&](int64_t i, F32 v, int n) {
           if (n == 16) {

@@ -65,11 +65,16 @@ inline F32 abs(F32 x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
-inline F32 nan_to_zero(F32 x) {
-  return keep({_mm256_cmp_ps(x.a, x.a, _CMP_ORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_ORD_Q)}, x);
+inline F32 bounded(F32 x, F32 least, F32 most) {
+  const Mask number = {_mm256_cmp_ps(x.a, x.a, _CMP_ORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_ORD_Q)};
+  return keep(number, min(max(x, least), most));
 }
-inline F32 floor(F32 x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
 inline I32 to_int(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline I32 bounded_nearest(F32 x, F32 least, F32 most) { return to_int(bounded(x, least, most)); }
+inline I32 bounded_floor(F32 x, F32 least, F32 most) {
+  const F32 near = bounded(x, least, most);
+  return {_mm256_cvtps_epi32(_mm256_floor_ps(near.a)), _mm256_cvtps_epi32(_mm256_floor_ps(near.b))};
+}
 inline F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I32 bits_of(F32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline I32 i32(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
@@ -116,6 +121,18 @@ inline F64 muladd(F64 x, F64 y, F64 z) {
 inline F64 min(F64 x, F64 y) { return {_mm256_min_pd(x.a, y.a), _mm256_min_pd(x.b, y.b)}; }
 inline F64 max(F64 x, F64 y) { return {_mm256_max_pd(x.a, y.a), _mm256_max_pd(x.b, y.b)}; }
 
+inline double sum(F64 x) {
+  const __m256d quarters = _mm256_add_pd(x.a, x.b);
+  const __m128d halves = _mm_add_pd(_mm256_castpd256_pd128(quarters), _mm256_extractf128_pd(quarters, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(halves, _mm_unpackhi_pd(halves, halves)));
+}
+inline float largest(F32 x) {
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
 struct Table16 {
   __m256 lower, upper;
 };
@@ -142,11 +159,16 @@ inline void store_nibbles(uint8_t* p, I32 first16, I32 next16) {
   const __m256i words = _mm256_packs_epi32(first16.a, first16.b),
                 more = _mm256_packs_epi32(next16.a, next16.b);
   // Within each word the order is that of the two halves of the registers; the permutation below restores it.
-  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, more),
-                                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));
+  const __m256i bytes =
+      _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words, more), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i pairs =
+      _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_set1_epi16(0x1001), bytes), _mm256_set1_epi16(0x88));
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0xD8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store_nibbles(uint8_t* p, const I32 (&codes)[4]) {
+  store_nibbles(p, codes[0], codes[1]);
+  store_nibbles(p + 16, codes[2], codes[3]);
 }
 inline I32 widen_bytes(__m128i bytes) {
   return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
@@ -162,6 +184,8 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
   even16 = widen_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   odd16 = {_mm256_srli_epi32(even16.a, 4), _mm256_srli_epi32(even16.b, 4)};
 }
+
+constexpr int kHadamardRadix = 4;
 
 template <int kHalf>
 inline __m256 butterfly8(__m256 x) {

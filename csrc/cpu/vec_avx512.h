@@ -42,9 +42,14 @@ inline F32 muladd(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
-inline F32 nan_to_zero(F32 a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
-inline F32 floor(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 inline I32 to_int(F32 a) { return _mm512_cvtps_epi32(a); }
+inline I32 bounded_floor(F32 a, F32 least, F32 most) {
+  return _mm512_maskz_cvt_roundps_epi32(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), min(max(a, least), most),
+                                        _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+inline I32 bounded_nearest(F32 a, F32 least, F32 most) {
+  return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), min(max(a, least), most));
+}
 inline F32 to_float(I32 a) { return _mm512_cvtepi32_ps(a); }
 inline I32 bits_of(F32 a) { return _mm512_castps_si512(a); }
 inline I32 i32(int x) { return _mm512_set1_epi32(x); }
@@ -71,6 +76,13 @@ inline F64 muladd(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
 inline F64 min(F64 a, F64 b) { return _mm512_min_pd(a, b); }
 inline F64 max(F64 a, F64 b) { return _mm512_max_pd(a, b); }
 
+inline double sum(F64 a) {
+  const __m256d quarters = _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));
+  const __m128d halves = _mm_add_pd(_mm256_castpd256_pd128(quarters), _mm256_extractf128_pd(quarters, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(halves, _mm_unpackhi_pd(halves, halves)));
+}
+inline float largest(F32 a) { return _mm512_reduce_max_ps(a); }
+
 struct Table16 {
   __m512 entries;
 };
@@ -80,10 +92,22 @@ inline F32 lookup(const Table16& table, I32 index) { return _mm512_permutexvar_p
 inline void store_bytes(uint8_t* p, I32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
-inline void store_nibbles(uint8_t* p, I32 even16, I32 next16) {
-  const __m256i bytes = _mm256_set_m128i(_mm512_cvtepi32_epi8(next16), _mm512_cvtepi32_epi8(even16));
-  const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtepi16_epi8(pairs));
+inline void store_nibbles(uint8_t* p, I32 first16, I32 next16) {
+  // Pairs of codes in 32 bits; the halves of each 128 bits come from the two vectors and are put in order.
+  const I32 pairs = _mm512_madd_epi16(_mm512_packs_epi32(first16, next16), _mm512_set1_epi32(0x00100001));
+  const I32 ordered = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), pairs);
+  const __m128i bytes = _mm_add_epi8(_mm512_cvtepi32_epi8(ordered), _mm_set1_epi8(static_cast<char>(0x88)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+inline void store_nibbles(uint8_t* p, const I32 (&codes)[4]) {
+  const I32 bytes =
+      _mm512_packs_epi16(_mm512_packs_epi32(codes[0], codes[1]), _mm512_packs_epi32(codes[2], codes[3]));
+  const I32 pairs = _mm512_maddubs_epi16(_mm512_set1_epi16(0x1001), bytes);
+  const I32 ordered = _mm512_permutexvar_epi32(
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), pairs);
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm256_add_epi8(_mm512_cvtepi16_epi8(ordered), _mm256_set1_epi8(static_cast<char>(0x88))));
 }
 inline void load_nibbles(const uint8_t* p, I32& first16, I32& next16) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -97,20 +121,26 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
   odd16 = _mm512_srli_epi32(even16, 4);
 }
 
+constexpr int kHadamardRadix = 16;
+
 template <int kHalf>
 inline F32 butterfly(F32 a) {
   F32 swapped;
-  Mask odd;
   if constexpr (kHalf == 1) {
-    swapped = _mm512_permute_ps(a, 0xB1), odd = 0xAAAA;
+    swapped = _mm512_permute_ps(a, 0xB1);
   } else if constexpr (kHalf == 2) {
-    swapped = _mm512_permute_ps(a, 0x4E), odd = 0xCCCC;
+    swapped = _mm512_permute_ps(a, 0x4E);
   } else if constexpr (kHalf == 4) {
-    swapped = _mm512_shuffle_f32x4(a, a, 0xB1), odd = 0xF0F0;
+    swapped = _mm512_shuffle_f32x4(a, a, 0xB1);
   } else {
-    swapped = _mm512_shuffle_f32x4(a, a, 0x4E), odd = 0xFF00;
+    swapped = _mm512_shuffle_f32x4(a, a, 0x4E);
   }
-  return _mm512_mask_sub_ps(_mm512_add_ps(swapped, a), odd, swapped, a);
+  // swapped + a, or swapped - a where the index has the bit kHalf: a product with +-1 is exact.
+  constexpr auto sign = [](int lane) { return lane & kHalf ? -1.0f : 1.0f; };
+  const F32 signs =
+      _mm512_setr_ps(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5), sign(6), sign(7), sign(8), sign(9),
+                     sign(10), sign(11), sign(12), sign(13), sign(14), sign(15));
+  return muladd(a, signs, swapped);
 }
 
 }  // namespace

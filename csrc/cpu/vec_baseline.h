@@ -112,18 +112,25 @@ inline V max(const V& x, const V& y) {
 inline F32 abs(const F32& x) {
   return lanes<F32>([&](int i) { return __builtin_fabsf(x.lane[i]); });
 }
-inline F32 nan_to_zero(const F32& x) {
-  return lanes<F32>([&](int i) { return x.lane[i] == x.lane[i] ? x.lane[i] : 0.0f; });
-}
-// floor and to_int (half to even) are for |x| < 2^22.
-inline F32 floor(const F32& x) {
-  return lanes<F32>([&](int i) {
-    const float truncated = static_cast<float>(static_cast<int32_t>(x.lane[i]));
-    return truncated - (x.lane[i] < truncated ? 1.0f : 0.0f);
-  });
-}
+// Half to even, for |x| < 2^22.
 inline I32 to_int(const F32& x) {
   return lanes<I32>([&](int i) { return bits_of(x.lane[i] + 0x1.8p23f) - bits_of(0x1.8p23f); });
+}
+// The integer below x, or nearest (half to even), once x is bounded to [least, most] within +-2^22; 0 for
+// NaN.
+inline F32 bounded(const F32& x, const F32& least, const F32& most) {
+  const F32 near = min(max(x, least), most);
+  return lanes<F32>([&](int i) { return x.lane[i] == x.lane[i] ? near.lane[i] : 0.0f; });
+}
+inline I32 bounded_nearest(const F32& x, const F32& least, const F32& most) {
+  return to_int(bounded(x, least, most));
+}
+inline I32 bounded_floor(const F32& x, const F32& least, const F32& most) {
+  const F32 near = bounded(x, least, most);
+  return lanes<I32>([&](int i) {
+    const int32_t truncated = static_cast<int32_t>(near.lane[i]);
+    return truncated - (near.lane[i] < static_cast<float>(truncated));
+  });
 }
 inline F32 to_float(const I32& x) {
   return lanes<F32>([&](int i) { return static_cast<float>(x.lane[i]); });
@@ -173,6 +180,16 @@ inline F64 high(const F32& x) {  // lanes 8 to 15
   return lanes<F64>([&](int i) { return static_cast<double>(x.lane[i + 8]); });
 }
 
+inline double sum(const F64& x) {
+  const double* lane = x.lane;
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+inline float largest(const F32& x) {
+  float result = x.lane[0];
+  for (int i = 1; i < 16; i++) result = x.lane[i] > result ? x.lane[i] : result;
+  return result;
+}
+
 struct Table16 {
   float entries[16];
 };
@@ -189,13 +206,18 @@ inline F32 lookup(const Table16& table, const I32& index) {
 inline void store_bytes(uint8_t* p, const I32& x) {
   for (int i = 0; i < 16; i++) p[i] = static_cast<uint8_t>(x.lane[i]);
 }
-// 32 codes as 16 bytes, the even index in the low nibble, and back.
+// 32 codes minus 8 as 16 bytes, the even index in the low nibble; 64 as 32 bytes.
 inline void store_nibbles(uint8_t* p, const I32& first16, const I32& next16) {
   for (int i = 0; i < 8; i++) {
-    p[i] = static_cast<uint8_t>(first16.lane[2 * i] | first16.lane[2 * i + 1] << 4);
-    p[i + 8] = static_cast<uint8_t>(next16.lane[2 * i] | next16.lane[2 * i + 1] << 4);
+    p[i] = static_cast<uint8_t>(first16.lane[2 * i] + first16.lane[2 * i + 1] * 16 + 0x88);
+    p[i + 8] = static_cast<uint8_t>(next16.lane[2 * i] + next16.lane[2 * i + 1] * 16 + 0x88);
   }
 }
+inline void store_nibbles(uint8_t* p, const I32 (&codes)[4]) {
+  store_nibbles(p, codes[0], codes[1]);
+  store_nibbles(p + 16, codes[2], codes[3]);
+}
+// 16 bytes as 32 codes.
 inline void load_nibbles(const uint8_t* p, I32& first16, I32& next16) {
   for (int i = 0; i < 16; i++) {
     first16.lane[i] = p[i / 2] >> 4 * (i % 2) & 15;
@@ -209,6 +231,8 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
     odd16.lane[i] = p[i] >> 4;
   }
 }
+
+constexpr int kHadamardRadix = 4;  // vectors of a pass over a block, as many as registers hold
 
 // One stage of the Hadamard transform within the vector: lanes i and i + kHalf become their sum and
 // difference.
