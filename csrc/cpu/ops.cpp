@@ -31,7 +31,7 @@ constexpr int64_t kMinElementsInLanes = 16384;
 // zeroing and merging partial results of `partial_bytes` each is cheap beside reading the elements.
 int64_t chunk_count(int64_t elements, int64_t partial_bytes) {
   const int64_t at_most = std::min(kMaxChunks, kMaxPartialBytes / std::max<int64_t>(partial_bytes, 1));
-  const int64_t elements_per_chunk = std::max<int64_t>(2 * kElementsPerTask, partial_bytes / 4);
+  const int64_t elements_per_chunk = std::max<int64_t>(kElementsPerTask, partial_bytes / 4);
   return std::clamp<int64_t>(elements / elements_per_chunk, 1, std::max<int64_t>(at_most, 1));
 }
 

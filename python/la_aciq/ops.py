@@ -12,6 +12,9 @@ must be finite and positive. The entries of a tensor are not looked at, which ev
 1.6 microseconds of a small `linear`'s 30, on a GPU by waiting for it): check a table where it is made. What is
 quantized under a clip that is not finite and positive comes back as 0.
 
+A process forked after operations have run on several threads has to call torch.set_num_threads(1) first, as for any
+operation of PyTorch: OpenMP's threads do not survive the fork, and work handed to them is waited for without end.
+
 The operations are for inference: no gradient goes through them (PyTorch warns of a backward pass that would need one).
 """
 
@@ -31,7 +34,11 @@ Codebook = Literal["midrise", "midtread"]
 Statistic = Literal["rms", "absmax"]
 ActivationClip = Literal["static", "rms", "absmax"]
 
+_CODEBOOKS: tuple[str, ...] = get_args(Codebook)
+_STATISTICS: tuple[str, ...] = get_args(Statistic)
+_ACTIVATION_CLIPS: tuple[str, ...] = get_args(ActivationClip)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FEW_IDS = 64  # up to here Python finds the extremes before torch.aminmax has started
 _CLIP_RANGE = (2.0**-149, torch.finfo(torch.float32).max)  # of a clip that stays finite and positive in float32
 
 
@@ -112,7 +119,7 @@ def quantize(
     Raises TypeError or ValueError naming the argument that does not fit.
     """
     size, block = _checked_x(x, group_size, signs, block_size)
-    _check_choice("codebook", codebook, Codebook)
+    _check_choice("codebook", codebook, _CODEBOOKS)
     alpha = _checked_table("alpha", alpha, x, size)
     language = _checked_language(language, alpha.shape[0], x.shape[:-1], x.device)
     function = implementation("quantize", x)
@@ -138,8 +145,8 @@ def quantize_dynamic(
     group of zeros has clip 0 and dequantizes to zeros.
     """
     size, block = _checked_x(x, group_size, signs, block_size)
-    _check_choice("statistic", statistic, Statistic)
-    _check_choice("codebook", codebook, Codebook)
+    _check_choice("statistic", statistic, _STATISTICS)
+    _check_choice("codebook", codebook, _CODEBOOKS)
     shape = _checked_table("shape", shape, x, size)
     language = _checked_language(language, shape.shape[0], x.shape[:-1], x.device)
     function = implementation("quantize_dynamic", x)
@@ -168,7 +175,7 @@ def dequantize(
         raise ValueError(f"codes: expected shape [..., {(k + 1) // 2}] for k={k}, got {list(codes.shape)}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {_name(dtype)}")
-    _check_choice("codebook", codebook, Codebook)
+    _check_choice("codebook", codebook, _CODEBOOKS)
     size = _checked_group_size("group_size", group_size)
     lead = codes.shape[:-1]
     if (alpha is None) == (scales is None):
@@ -239,9 +246,9 @@ def linear(
     """
     activation_size, block = _checked_x(x, activation_group_size, signs, block_size)
     size = _checked_group_size("group_size", group_size)
-    _check_choice("weight_codebook", weight_codebook, Codebook)
-    _check_choice("activation_clip", activation_clip, ActivationClip)
-    _check_choice("activation_codebook", activation_codebook, Codebook)
+    _check_choice("weight_codebook", weight_codebook, _CODEBOOKS)
+    _check_choice("activation_clip", activation_clip, _ACTIVATION_CLIPS)
+    _check_choice("activation_codebook", activation_codebook, _CODEBOOKS)
     if activation_bits not in (4, 8, 16):
         raise ValueError(f"activation_bits: expected 16, 8 or 4, got {activation_bits}")
     if weight.dtype != torch.uint8:
@@ -322,9 +329,9 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected on {device} like x, got on {tensor.device}")
 
 
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name}: expected {' or '.join(map(repr, get_args(choices)))}, got {value!r}")
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def _checked_group_size(name: str, group_size: int | None) -> int:
@@ -372,7 +379,7 @@ def _table(name: str, table: Tensor | float, groups: int, device: torch.device) 
         table = table.unsqueeze(1).expand(-1, groups)
     if table.dim() != 2 or table.shape[1] != groups or table.shape[0] == 0:
         raise ValueError(f"{name}: expected shape [languages, {groups}] or [languages], got {list(table.shape)}")
-    return table.to(torch.float32)
+    return table if table.dtype == torch.float32 else table.to(torch.float32)
 
 
 def _checked_table(name: str, table: Tensor | float, x: Tensor, group_size: int) -> Tensor:
@@ -390,8 +397,10 @@ def _checked_language(language: Tensor | None, languages: int, lead: torch.Size,
     if language.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"language: expected int32, got {_name(language.dtype)}")
     _check_device("language", language, device)
-    matches = language.dim() <= len(lead) and all(n in (1, size) for n, size in zip(language.shape, lead, strict=False))
-    if not matches:
+    shape = language.shape
+    if shape != lead[: len(shape)] and (
+        len(shape) > len(lead) or any(n not in (1, size) for n, size in zip(shape, lead, strict=False))
+    ):
         raise ValueError(
             f"language: expected a shape that matches the leading dimensions {list(lead)} of x from the left, "
             f"got {list(language.shape)}"
@@ -400,12 +409,16 @@ def _checked_language(language: Tensor | None, languages: int, lead: torch.Size,
         language.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(language) is Tensor
-        and language.numel()
+        and (count := language.numel())
     ):
-        low, high = (int(bound) for bound in torch.aminmax(language))
+        if count <= _FEW_IDS:
+            ids = language.tolist() if language.dim() == 1 else language.flatten().tolist()
+            low, high = min(ids), max(ids)
+        else:
+            low, high = (int(bound) for bound in torch.aminmax(language))
         if low < 0 or high >= languages:
             raise ValueError(f"language: expected ids from 0 to {languages - 1}, got {low if low < 0 else high}")
-    return language.to(torch.int32)
+    return language if language.dtype == torch.int32 else language.to(torch.int32)
 
 
 class _Shared:

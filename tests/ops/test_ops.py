@@ -1,5 +1,8 @@
 """Every operation and instruction set against the float64 reference."""
 
+import time
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,6 +11,7 @@ from op_helpers import _C, CODEBOOKS, DTYPES, assert_codes_match, on_reference
 
 import la_aciq
 from la_aciq import ops, reference
+from la_aciq._moments import histogram_edges, histogram_sums
 
 KS = [1, 2, 31, 64, 97, 576]
 GROUP_SIZES = [None, 2, 32, 64, 128]
@@ -405,6 +409,109 @@ def test_strides_and_offsets(isa, layout, dtype, generator):
     assert torch.equal(
         la_aciq.dequantize(padded[..., 1:-2], 1.5, k=k, dtype=dtype), la_aciq.dequantize(codes, 1.5, k=k, dtype=dtype)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_element(isa, dtype):
+    x = torch.tensor([[-0.75]], dtype=dtype)
+    codes, tail = la_aciq.quantize(x, 0.5, tail_sums=True)
+    assert codes.tolist() == [[0]]
+    assert tail.tolist() == [[[1.0, 1.0, 0.75, 0.0]]]
+    codes, scales = la_aciq.quantize_dynamic(x, 2.0)
+    assert scales.tolist() == [[1.5]]
+    assert codes.tolist() == [[4]]  # floor(-0.75 / 0.2) + 8
+    torch.testing.assert_close(
+        la_aciq.dequantize(codes, scales=scales, k=1, dtype=dtype), torch.tensor([[-0.7]], dtype=dtype)
+    )
+    assert torch.equal(la_aciq.rotate(x, -torch.ones(1)), -x)
+    m = la_aciq.moments(x, histogram=True)
+    assert (m.count, m.mean, m.variance, m.min, m.max) == (1, -0.75, 0.0, -0.75, -0.75)
+    assert m.histogram[:, 0].sum() == 1
+
+
+def test_negative_and_zero_strides(isa):
+    """Strides that NumPy arrays have and tensors take over or have to copy."""
+    base = np.random.default_rng(0).normal(size=(90, 70)).astype(np.float32)
+    for view in (
+        base[::-1, ::-1],
+        base[:, ::-3],
+        np.broadcast_to(base[:1], (50, 70)),
+        np.broadcast_to(base[:, :1], (90, 33)),
+    ):
+        m, expected = la_aciq.moments(view), view.astype(np.longdouble)
+        assert m.count == view.size
+        np.testing.assert_allclose([m.mean, m.variance], [expected.mean(), expected.var()], rtol=1e-12)
+        assert (m.min, m.max) == (view.min(), view.max())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_moments_whatever_element_comes_first(isa, offset, dtype):
+    """Powers are summed about the first element of a block; one far from all others must not cost digits."""
+    x = (torch.randn(3 * 4096 + 77, generator=torch.Generator().manual_seed(1)) + offset).to(dtype)
+    x[0], x[4096], x[8191] = -30000.0, 60000.0, 60000.0
+    m, exact = la_aciq.moments(x), x.double().numpy().astype(np.longdouble)
+    d = exact - exact.mean()
+    assert m.mean == pytest.approx(float(exact.mean()), rel=1e-12)
+    assert m.variance == pytest.approx(float((d**2).mean()), rel=1e-12)
+    assert m.kurtosis == pytest.approx(float((d**4).mean() / (d**2).mean() ** 2 - 3), rel=1e-9)
+    x[0], x[4096], x[8191] = x[1], x[2], float("nan")
+    assert la_aciq.moments(x).nonfinite == 1
+
+
+@pytest.mark.parametrize("languages", [1, 3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_histograms_of_many_elements(isa, dtype, languages, generator):
+    """Enough elements to fill the counters before a histogram, and too many languages to have such counters."""
+    x = torch.randn(150, 4099, generator=generator)
+    x[:, ::7] = 1.5  # one bin
+    x[3, :50], x[4, 7], x[5, 8] = float("nan"), float("inf"), 1e-30
+    x, language = x.to(dtype), (torch.arange(150) % languages).int()
+    state, histogram = ops.moments_state(x, language, languages, histogram=True)
+    for row in range(min(languages, 3)):
+        values = x[language == row].double()
+        magnitude = values[values.isfinite()].abs().numpy()
+        counts, _ = np.histogram(magnitude, bins=histogram_edges())
+        assert np.array_equal(histogram[row, :, 0].numpy(), counts)
+        assert state[row, 0] == magnitude.size
+        index = np.searchsorted(histogram_edges(), magnitude, side="right") - 1
+        sums = np.bincount(index, weights=magnitude.astype(np.float32), minlength=258)
+        np.testing.assert_allclose(histogram_sums(histogram[row].numpy())[1:-1], sums[1:-1], rtol=1e-6)
+
+
+def test_denormals_are_not_slow(generator):
+    """Within twenty times; where denormals are handled by microcode, all-denormal input costs a hundred times."""
+    normal = torch.randn(64, 4096, generator=generator)
+    denormal = normal * 1e-40
+    signs, codes = torch.ones(4096), la_aciq.quantize(normal, 2.0)
+
+    def seconds(operation, x):
+        times = []
+        for _ in range(15):
+            start = time.perf_counter()
+            operation(x)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    for operation in (
+        lambda x: ops.moments_state(x, histogram=True),
+        lambda x: la_aciq.quantize(x, float(x.abs().max()), tail_sums=True),
+        lambda x: la_aciq.quantize_dynamic(x, 2.0, group_size=64),
+        lambda x: la_aciq.rotate(x, signs),
+        lambda x: la_aciq.dequantize(codes, float(x.abs().max()), k=4096),
+    ):
+        assert seconds(operation, denormal) < 20 * seconds(operation, normal)
+
+
+def test_large_outputs_are_whole():
+    """Beyond the size from which memory is asked for in huge pages, and not a multiple of one."""
+    x = torch.randn(2100, 4097, generator=torch.Generator().manual_seed(2))
+    codes, scales = la_aciq.quantize_dynamic(x, 2.5, group_size=64)
+    values = la_aciq.dequantize(codes, scales=scales, k=4097, group_size=64)
+    for rows in (slice(0, 3), slice(1040, 1060), slice(2097, 2100)):
+        part_codes, part_scales = la_aciq.quantize_dynamic(x[rows].clone(), 2.5, group_size=64)
+        assert torch.equal(codes[rows], part_codes)
+        assert torch.equal(values[rows], la_aciq.dequantize(part_codes, scales=part_scales, k=4097, group_size=64))
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)])
