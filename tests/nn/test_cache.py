@@ -8,7 +8,7 @@ import torch
 from nearest_value import nearest
 from scipy.linalg import hadamard
 from tiny_llama import random_texts, tiny_llama
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import BertConfig, BertForMaskedLM, DynamicCache, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import la_aciq
@@ -133,9 +133,12 @@ def test_one_prompt_and_many_pieces_store_the_same():
     whole.update(keys, values)
     for begin in range(0, 300, 7):
         pieces.update(keys[:, :, begin : begin + 7], values[:, :, begin : begin + 7])
+    held = whole.keys, whole.values
     more = states(1, seed=1)
-    for one, other in zip(whole.update(*more), pieces.update(*more), strict=True):
+    for one, other, before in zip(whole.update(*more), pieces.update(*more), held, strict=True):
         assert torch.equal(one, other)
+        assert torch.equal(one[:, :, :-1], before)
+    assert layer_of().keys is None
 
 
 @pytest.mark.parametrize("starts", [(0, 3), (5, 0), (62, 66), (0, 150)])
@@ -417,6 +420,12 @@ def test_sliding_window_models():
 
 
 def test_models_without_an_int4_cache(model, profile):
+    encoder = BertForMaskedLM(
+        BertConfig(vocab_size=61, hidden_size=32, intermediate_size=54, num_hidden_layers=1, num_attention_heads=4)
+    )
+    measured = la_aciq.calibrate(encoder, random_texts(), seqlen=32, tokens=64, group_size=16, progress=False)
+    with pytest.raises(LaAciqError, match="BertForMaskedLM does not generate"):
+        quantized(encoder, measured)
     with pytest.raises(LaAciqError, match="kv=4"):
         LanguageAwareCache(model)
     part = {name: site for name, site in profile.sites.items() if not name.startswith("cache.")}

@@ -99,7 +99,7 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         config: QuantConfig,
         sliding_window: int | None = None,
     ) -> None:
-        super().__init__()
+        self.is_initialized = False
         self.is_sliding = sliding_window is not None
         self.sliding_window = sliding_window
         self.record_past = False
@@ -162,6 +162,22 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.sliding_window is not None and not self.record_past:
             self._drop(self._length - self.sliding_window + 1)
         return seen
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys that the next token will see, decoded for the occasion; None while there are none."""
+        return self._held()[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values, likewise."""
+        return self._held()[1]
+
+    def _held(self) -> tuple[Tensor | None, Tensor | None]:
+        if not self.is_initialized:
+            return None, None
+        held = self._length if self.sliding_window is None else min(self._length, self.sliding_window - 1)
+        return self._split(self._read(self._length - held))
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, heads, tokens, head_dim] of rows [tokens, batch, elements], without a copy."""

@@ -115,6 +115,9 @@ class Plan:
         self.layers = self.names = selected if config.quantizes_linear else ()
         inputs = [one for name in self.layers for one in inputs_of(name, model.get_submodule(name))]
         self._clips = _clips(profile, config, inputs)
+        generates: Any = getattr(model, "can_generate", None)
+        if config.kv < 16 and not (generates is not None and generates()):
+            raise LaAciqError(f"kv = {config.kv}, but {type(model).__name__} does not generate; expected kv = 16")
         self._cache_clips = _cache_clips(profile, config)
         self._seed = int(profile.metadata["rotation"]["seed"])
         self.done = Quantization(
