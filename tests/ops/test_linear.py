@@ -1,0 +1,127 @@
+"""INT4 linear layers: codes are multiplied as integers, exactly, and what is left to floats is as good as PyTorch's."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from op_helpers import CODEBOOKS, DTYPES
+
+import la_aciq
+from la_aciq import reference
+
+
+def groups_of(k, size):
+    return 1 if size is None else -(-k // size)
+
+
+def powers_per_member(powers, k, size):
+    """int64 [..., k] of powers of two [..., groups]."""
+    return np.repeat(powers, size or k, axis=-1)[..., :k]
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13, 200]),
+    k=st.one_of(st.integers(1, 40), st.sampled_from([97, 100, 128, 130, 256, 300, 576])),
+    n=st.one_of(st.integers(1, 9), st.sampled_from([16, 63, 64, 65, 130])),
+    weight_group=st.sampled_from([None, 2, 8, 24, 32, 64, 96]),
+    activation_group=st.sampled_from([None, 2, 16, 40, 64]),
+    bits=st.sampled_from([4, 8]),
+    weight_codebook=st.sampled_from(CODEBOOKS),
+    activation_codebook=st.sampled_from(CODEBOOKS),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_integers_are_exact(
+    isa, rows, k, n, weight_group, activation_group, bits, weight_codebook, activation_codebook, with_bias, seed
+):
+    """x and the weights lie on their levels, which are integers times powers of two, so the result is an integer that
+    int64 arithmetic knows; rounding the result undoes the few float32 roundings of the clips."""
+    rng = np.random.default_rng(seed)
+    levels = 2**bits
+    zero = levels - (activation_codebook == "midrise")
+    languages = 3
+    clip_powers = 2 ** rng.integers(0, 2, (languages, groups_of(k, activation_group)))
+    weight_powers = 2 ** rng.integers(0, 2, (n, groups_of(k, weight_group)))
+    language = rng.integers(0, languages, rows).astype(np.int32)
+    x = (2 * rng.integers(0, levels, (rows, k)) - zero) * powers_per_member(clip_powers, k, activation_group)[language]
+    codes = rng.integers(0, 16, (n, k))
+    weight = (2 * codes - (15 if weight_codebook == "midrise" else 16)) * powers_per_member(
+        weight_powers, k, weight_group
+    )
+    bias = rng.integers(-100, 100, n) if with_bias else np.zeros(n, dtype=np.int64)
+    expected = x @ weight.T + bias
+
+    y = la_aciq.linear(
+        torch.from_numpy(x).float(),
+        reference.pack(torch.from_numpy(codes)),
+        torch.from_numpy(15.0 * weight_powers).float(),
+        torch.from_numpy(bias).float() if with_bias else None,
+        group_size=weight_group,
+        weight_codebook=weight_codebook,
+        activation_bits=bits,
+        clip=torch.from_numpy((levels - 1.0) * clip_powers).float(),
+        language=torch.from_numpy(language),
+        activation_group_size=activation_group,
+        activation_codebook=activation_codebook,
+    )
+    assert np.array_equal(np.rint(y.double().numpy()), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 33])
+@pytest.mark.parametrize(("k", "n", "group_size"), [(100, 7, 32), (576, 70, 64), (1030, 17, None), (96, 33, 2)])
+def test_floats_are_as_good_as_those_of_torch(isa, rows, k, n, group_size, generator):
+    """Against float64, at most twice the error of PyTorch's float32 product of the same values."""
+    x = torch.randn(rows, k, generator=generator)
+    weight = torch.randint(0, 256, (n, (k + 1) // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(n, groups_of(k, group_size), generator=generator)
+    dense = reference.dequantize(weight, scale, k=k, group_size=group_size or 0, per_row=True, dtype=torch.float64)
+    expected = x.double() @ dense.T
+    ours = (la_aciq.linear(x, weight, scale, group_size=group_size).double() - expected).square().mean()
+    torchs = (torch.nn.functional.linear(x, dense.float()).double() - expected).square().mean()
+    assert ours.sqrt() <= 2 * torchs.sqrt()
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_narrow_types_are_rounded_once(isa, dtype, bits, rows, generator):
+    x = torch.randn(rows, 200, generator=generator).to(dtype)
+    weight = torch.randint(0, 256, (21, 100), generator=generator, dtype=torch.uint8)
+    options = {"group_size": 64, "activation_bits": bits, "clip": 2.5 if bits < 16 else None}
+    scale = torch.rand(21, 4, generator=generator)
+    y = la_aciq.linear(x, weight, scale, **options)
+    assert torch.equal(y, la_aciq.linear(x.float(), weight, scale, **options).to(dtype))
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_groups_without_a_clip_are_zero(isa, bits, rows, generator):
+    x = torch.randn(rows, 128, generator=generator)
+    weight = torch.randint(0, 256, (5, 64), generator=generator, dtype=torch.uint8)
+    scale = torch.tensor([0.0, -1.0, float("nan"), float("inf"), 1.0]).unsqueeze(1).repeat(1, 2)
+    y = la_aciq.linear(x, weight, scale, group_size=64, activation_bits=bits, clip=2.0 if bits < 16 else None)
+    assert (y[:, :4] == 0).all()
+    assert (y[:, 4] != 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 30, 400])
+def test_threads_and_neighbours_change_nothing(isa, rows, generator):
+    x = torch.randn(rows, 1024, generator=generator)
+    weight = torch.randint(0, 256, (333, 512), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(333, 16, generator=generator)
+    before = torch.get_num_threads()
+    for options in ({}, {"activation_bits": 8, "clip": 3.0}):
+        results = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(la_aciq.linear(x, weight, scale, group_size=64, **options))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+        part = slice(0, 30) if rows > 30 else slice(0, max(rows - 1, 1))
+        if part.stop > 8 or rows <= 8:  # few rows and many go through different kernels
+            assert torch.equal(la_aciq.linear(x[part], weight, scale, group_size=64, **options), results[0][part])
