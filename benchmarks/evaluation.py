@@ -1,6 +1,6 @@
 """What each configuration costs each language on the embedded model, beside what others do at the same bits.
 
-    python -m benchmarks.evaluation [--only NAME ...] [--tokens N] [--languages TAG ...]
+    python -m benchmarks.evaluation [--only NAME ...] [--tokens N] [--languages TAG ...] [--speed]
 
 Writes results/evaluation-embedded.json after every configuration, so that an interrupted run, or one of a few
 configurations, keeps the others' rows as long as the settings are the same. The change in bits per byte is against the
@@ -113,12 +113,13 @@ def runs() -> dict[str, Run]:
     add("A4 absmax per group, calibrated on English", replace(language, weights=16, clip="absmax"), profile="English")
     add("A4 static, calibrated on English", replace(language, weights=16), profile="English")
     add("A4 absmax per group, tagged und", replace(language, weights=16, clip="absmax"), tagged="und")
-    add("A8 static by language, not rotated", replace(language, activations=8, rotate=False), profile="not rotated")
+    add("W4A8 static by language, not rotated", replace(language, activations=8, rotate=False), profile="not rotated")
     cache = replace(language, weights=16, activations=16, kv=4)
     add("KV4 static pooled", replace(cache, kv_clip="static", sharing="pooled"))
     add("KV4 static by language", replace(cache, kv_clip="static"))
     add("KV4 rms by language", replace(cache, kv_clip="rms"))
     add("KV4 absmax", cache)
+    add("W4A4 absmax per group of 32 by language", replace(language, clip="absmax", group_size=32))
     add("W4A4KV4 absmax by language", replace(language, clip="absmax", kv=4))
     return table
 
@@ -137,6 +138,7 @@ COMPARISONS = (
     ("W4A4 rms per group by language", "W4A4 rms per group pooled"),
     ("W4A4 absmax per group by language", "W4A4 absmax per group pooled"),
     ("W4A4 absmax per group by language", "W4A4 static by language"),
+    ("W4A4 absmax per group of 32 by language", "W4A4 absmax per group by language"),
     *(("W4A4 absmax per group by language", f"W4A4 {name}, absmax per token") for name in OTHERS),
     ("A4 static by language, no centers", "A4 static pooled, no centers"),
     ("A4 static by language", "A4 static pooled"),
@@ -299,6 +301,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows only; a name may end with *")
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of each language (default: 4096)")
     parser.add_argument("--languages", nargs="+", default=LANGUAGES, metavar="TAG")
+    parser.add_argument("--speed", action="store_true", help="keep the tokens per second: for a machine that is quiet")
     parser.add_argument("--again", action="store_true", help="also rows that are in the file already")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -332,9 +335,12 @@ def main() -> None:
         start = time.monotonic()
         model, bits = bench.candidate(table[name])
         losses, speed = bench.losses(model, table[name].tagged)
-        rows[name] = {"name": name, "bits": bits, "config": described, "tokens_per_second": speed} | summary(
-            bench, losses
-        )
+        rows[name] = {
+            "name": name,
+            "bits": bits,
+            "config": described,
+            "tokens_per_second": speed if arguments.speed else None,
+        } | summary(bench, losses)
         print(
             f"{name:45} {bits:5.2f} mean {rows[name]['mean']:+.4f} ±{2 * rows[name]['mean_se']:.4f} "
             f"gap {rows[name]['gap']:.3f} tail {rows[name]['tail_rate']:.1%}  {time.monotonic() - start:.0f} s",

@@ -23,6 +23,13 @@ def with_table(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda found: found[1] + table + found[2], text)
 
 
+def with_tables(text: str, tables: dict[str, str]) -> str:
+    """`with_table` for each name."""
+    for name, table in tables.items():
+        text = with_table(text, name, table)
+    return text
+
+
 def pages() -> dict[Path, str]:
     """Every page with generated tables, as it should read."""
     report = Report.load(REPORT)
@@ -34,10 +41,19 @@ def pages() -> dict[Path, str]:
     speed = ROOT / "docs" / "speed.md"
     models = sorted((ROOT / "benchmarks" / "results").glob("model-*.json"))
     whole = "\n".join(model_speed(json.loads(file.read_text(encoding="utf-8"))) for file in models)
+    embedded = json.loads((ROOT / "benchmarks" / "results" / "evaluation-embedded.json").read_text(encoding="utf-8"))
     return {
         speed: with_table(speed.read_text(encoding="utf-8"), "model-speed", whole or "Not measured yet.\n"),
         readme: with_table(readme.read_text(encoding="utf-8"), "demo-results", report.markdown(details=False)),
-        evaluation: with_table(evaluation.read_text(encoding="utf-8"), "evaluation", report.markdown()),
+        evaluation: with_tables(
+            evaluation.read_text(encoding="utf-8"),
+            {
+                "evaluation": report.markdown(),
+                "embedded-rows": embedded_rows(embedded),
+                "embedded-comparisons": embedded_comparisons(embedded),
+                "embedded-languages": embedded_languages(embedded),
+            },
+        ),
         kernels: with_table(kernels.read_text(encoding="utf-8"), "cpu-operations", cpu),
     }
 
@@ -94,6 +110,61 @@ def cpu_operations(results: dict) -> str:
             f"| {row['bytes_per_s'] / 1e9:.1f} | {share} "
             f"| {row['median_s'] / ours[row['operation']]:.2f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def embedded_rows(results: dict) -> str:
+    """The rows of benchmarks/evaluation.py: mean, worst, gap, tail rate, bits per weight."""
+    settings = results["settings"]
+    tags = settings["languages"]
+    lines = [
+        f"Change in bits per byte against the model in float32, {settings['tokens']} held-out tokens in each of "
+        f"{len(tags)} languages ({', '.join(tags)}), {settings['model']}; calibrated on "
+        f"{settings['calibration_tokens']} tokens of each. torch {results['versions']['torch']}, "
+        f"{results['created'][:10]}.",
+        "",
+        "| configuration | bits/weight | mean | worst | gap | tail | tokens/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in results["configurations"]:
+        speed = row["tokens_per_second"]
+        cells = [
+            row["name"],
+            f"{row['bits']:.2f}",
+            f"{row['mean']:+.3f} ±{row['mean_high'] - row['mean']:.3f}",
+            f"{row['worst']:+.3f} {row['worst_language']}",
+            f"{row['gap']:.3f} [{row['gap_low']:.3f}, {row['gap_high']:.3f}]",
+            f"{row['tail_rate']:.1%}",
+            "–" if speed is None else f"{speed:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def embedded_comparisons(results: dict) -> str:
+    """Differences of pairs of rows, with the verdict that their intervals give."""
+    lines = [
+        "| configuration | against | mean | | gap | |",
+        "| --- | --- | ---: | --- | ---: | --- |",
+    ]
+    for pair in results["comparisons"]:
+        cells = []
+        for what, (better, worse) in (("mean", ("better", "worse")), ("gap", ("smaller", "larger"))):
+            value, low, high = (pair[f"{what}{end}"] for end in ("", "_low", "_high"))
+            verdict = better if high < 0 else worse if low > 0 else "no difference measured"
+            cells += [f"{value:+.4f} [{low:+.4f}, {high:+.4f}]", verdict]
+        lines.append(f"| {pair['name']} | {pair['baseline']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def embedded_languages(results: dict) -> str:
+    """The change of each row by language."""
+    tags = results["settings"]["languages"]
+    lines = ["| configuration | " + " | ".join(tags) + " |", "| --- |" + " ---: |" * len(tags)]
+    for row in results["configurations"]:
+        own = [row["by_language"][tag] for tag in tags]
+        cells = " | ".join(f"{x['change']:+.3f} ±{x['high'] - x['change']:.3f}" for x in own)
+        lines.append(f"| {row['name']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
