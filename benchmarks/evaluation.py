@@ -130,7 +130,7 @@ COMPARISONS = (
     ("W4A16 feedback, centers by language", "W4A16 feedback, centers pooled"),
     ("W4A16 feedback, centers by language", "W4A16 feedback"),
     ("W4A16 feedback, calibrated on English", "W4A16 feedback, centers pooled"),
-    *(("W4A16 feedback, centers by language", f"W4A16 {name}") for name in OTHERS),
+    *((f"W4A16 feedback{centers}", f"W4A16 {name}") for centers in ("", ", centers by language") for name in OTHERS),
     ("W4A8 static by language", "W4A8 static pooled"),
     ("W4A8 absmax per group by language", "W4A8 gptq, absmax per token"),
     ("W4A4 static by language", "W4A4 static pooled"),
