@@ -284,6 +284,8 @@ class _Collector:
         hugging_face: Any = self._model
         taken = inspect.signature(getattr(network, "forward", network)).parameters
         decodes = hasattr(self._model, "can_generate") and hugging_face.can_generate() and "past_key_values" in taken
+        # Some models keep their past in a way of their own and refuse transformers' cache.
+        decodes = decodes and getattr(self._model, "_supports_default_dynamic_cache", lambda: True)()
         if self._summed is None and decodes and not hugging_face.config.is_encoder_decoder:
             from ..nn.cache import recording_cache
 
