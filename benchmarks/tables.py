@@ -1,4 +1,4 @@
-"""The tables of the README and the docs, made from committed result files.
+"""The tables and plots of the README and the docs, made from committed result files.
 
 A table stands between `<!-- name -->` and `<!-- /name -->`. `python -m benchmarks.tables` rewrites all of them; with
 `--check` it changes nothing and fails when one is not what its file gives, which is how the test suite calls it.
@@ -9,9 +9,12 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import cpu_tables, plots
 from la_aciq.evaluation import Report
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = ROOT / "docs" / "kernels"
 REPORT = ROOT / "docs" / "demo" / "report.json"
 
 
@@ -34,10 +37,6 @@ def pages() -> dict[Path, str]:
     """Every page with generated tables, as it should read."""
     report = Report.load(REPORT)
     readme, evaluation, kernels = ROOT / "README.md", ROOT / "docs" / "evaluation.md", ROOT / "docs" / "kernels.md"
-    measured = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
-    if not measured:
-        raise ValueError("benchmarks/results has no cpu-*.json; run: make bench")
-    cpu = "\n".join(cpu_operations(json.loads(file.read_text(encoding="utf-8"))) for file in measured)
     speed = ROOT / "docs" / "speed.md"
     models = sorted((ROOT / "benchmarks" / "results").glob("model-*.json"))
     whole = "\n".join(model_speed(json.loads(file.read_text(encoding="utf-8"))) for file in models)
@@ -54,7 +53,7 @@ def pages() -> dict[Path, str]:
                 "embedded-languages": embedded_languages(embedded),
             },
         ),
-        kernels: with_table(kernels.read_text(encoding="utf-8"), "cpu-operations", cpu),
+        kernels: with_tables(kernels.read_text(encoding="utf-8"), cpu_tables.cpu_tables(cpu_tables.latest(RESULTS))),
     }
 
 
@@ -87,30 +86,13 @@ def main(argv: list[str]) -> int:
         print(f"{path.relative_to(ROOT)}: {'differs from its result file' if argv else 'rewritten'}")
         if not argv:
             path.write_text(text, encoding="utf-8")
-    return 1 if argv and stale else 0
-
-
-def cpu_operations(results: dict) -> str:
-    """The CPU operations: time, bandwidth, share of the limit measured in the same run, and ratio to each peer."""
-    ours = {row["operation"]: row["median_s"] for row in results["rows"] if row["implementation"] == "la_aciq"}
-    limits = ", ".join(f"{kind} {rate / 1e9:.1f}" for kind, rate in results["limits_bytes_per_s"].items())
-    lines = [
-        f"{results['device']}, {results['threads']} threads, torch {results['versions']['torch']}, "
-        f"{results['measured'][:10]}. Limits of the same run in GB/s: {limits}.",
-        "",
-        "| operation | implementation | median ms | GB/s | share of limit | time relative to la_aciq |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for row in sorted(results["rows"], key=lambda row: (row["operation"], row["implementation"] != "la_aciq")):
-        if row["operation"].startswith("limit: "):
-            continue
-        share = f"{row['share_of_limit']:.2f} of {row['limit']}" if row["limit"] else "–"
-        lines.append(
-            f"| {row['operation']} | {row['implementation']} | {row['median_s'] * 1e3:.2f} "
-            f"| {row['bytes_per_s'] / 1e9:.1f} | {share} "
-            f"| {row['median_s'] / ours[row['operation']]:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    measured = cpu_tables.latest(RESULTS)
+    drawn = plots.stale(measured, PLOTS)
+    for path in drawn:
+        print(f"{path.relative_to(ROOT)}: {'is of another result file' if argv else 'drawn'}")
+    if drawn and not argv:
+        plots.draw(measured, PLOTS)
+    return 1 if argv and (stale or drawn) else 0
 
 
 def embedded_rows(results: dict) -> str:

@@ -1,0 +1,133 @@
+"""The tables of docs/kernels.md, from the result file of the CPU operations."""
+
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.results import Case, Results
+
+
+def latest(folder: Path) -> Results:
+    """The CPU's result file; where there are several, the one measured last."""
+    files = [results.load(path) for path in folder.glob("cpu-*.json")]
+    if not files:
+        raise ValueError("benchmarks/results has no cpu-*.json; run: make bench")
+    return max(files, key=lambda measured: measured.head["measured"])
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Markdown; the first `left` columns are text, the others numbers."""
+    lines = [header, ["---"] * left + ["--:"] * (len(header) - left), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def milliseconds(case: Case, name: str) -> str:
+    seconds = case.seconds(name)
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def machine(measured: Results) -> str:
+    head = measured.head
+    versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
+    quick = " A quick run on small inputs, to see that all of it works: no measurement." if head["quick"] else ""
+    return f"{head['device']} ({head['isa']}), {head['threads']} threads, {head['measured'][:10]}: {versions}.{quick}\n"
+
+
+def streaming(measured: Results) -> str:
+    rows = []
+    for case in measured.suite("streaming"):
+        limits = "; ".join(
+            f"{times(case.ratio('la_aciq', results.LIMIT + limit))} x {limit}" for limit in case.limits()
+        )
+        share = f"{case.share('la_aciq', case.limit):.2f}"
+        peers = ", ".join(f"{name} {times(case.ratio(name, 'la_aciq'))}" for name in case.peers())
+        bandwidth = f"{case.bytes / case.seconds('la_aciq') / 1e9:.1f}"
+        rows.append([case.operation, milliseconds(case, "la_aciq"), bandwidth, limits, share, peers or "–"])
+    header = ["operation", "ms", "GB/s", "time", "share of limit", "time of peers, la_aciq = 1"]
+    return table(header, rows)
+
+
+def threads(measured: Results) -> str:
+    """All threads against one, at one size."""
+    cases = measured.by_threads()
+    header = [
+        f"{cases[0].size}",
+        *(f"GB/s, {case.threads} thread{'s' * (case.threads > 1)}" for case in cases),
+        "ratio",
+    ]
+    rows = []
+    for name in cases[0].times:
+        rates = [case.bytes / case.seconds(name) / 1e9 for case in cases]
+        rows.append(
+            [name.replace(results.LIMIT, "limit, "), *(f"{rate:.1f}" for rate in rates), f"{rates[-1] / rates[0]:.2f}"]
+        )
+    return table(header, rows)
+
+
+def small_calls(measured: Results) -> str:
+    (case,) = measured.suite("small call")
+    rows = [[f"`{name}`", f"{case.seconds(name) * 1e6:.1f}"] for name in case.times]
+    return table(["call on 16 elements", "µs"], rows)
+
+
+def linear(measured: Results, dtype: str) -> str:
+    cases = [case for case in measured.suite("linear") if case.dtype == dtype]
+    peers = list(dict.fromkeys(name for case in cases for name in case.peers()))
+    # A peer that rounds activations to 8 bits is held against ours that does.
+    against = {name: "la_aciq A8" if "int8" in name or "llama" in name else "la_aciq A16" for name in peers}
+    header = ["N x K", "rows", "A16 ms", "A8 ms", "A4 ms", "share of limit: A16", "A8", "A4", "mixed languages"]
+    header += [f"{name} / {against[name].removeprefix('la_aciq ')}" for name in peers]
+    rows = []
+    for case in cases:
+        names = ["la_aciq A16", "la_aciq A8", "la_aciq A4"]
+        rows.append(
+            [
+                f"{case.shape[0]} x {case.shape[1]}",
+                str(case.rows),
+                *(milliseconds(case, name) for name in names),
+                *(f"{case.product_share(name):.2f}" for name in names),
+                f"{case.ratio('la_aciq A4, mixed languages', 'la_aciq A4'):.2f}",
+                *(times(case.ratio(name, against[name])) if name in case.times else "–" for name in peers),
+            ]
+        )
+    return table(header, rows)
+
+
+def limits(measured: Results) -> str:
+    """What the loops of roofline.cpp reached, over all cases."""
+    rates: dict[str, list[float]] = {}
+    for case in measured.suite("streaming"):
+        for limit in case.limits():
+            moved = case.buffer * (2 if "copy" in limit else 1)
+            rates.setdefault(f"{limit}, GB/s", []).append(moved / case.seconds(results.LIMIT + limit) / 1e9)
+    for case in measured.suite("linear"):
+        for limit, factor in case.limit_calls.items():
+            rate = case.multiply_adds / factor / case.seconds(limit) / 1e9
+            rates.setdefault(f"{limit.removeprefix(results.LIMIT)}, billion multiply-adds/s", []).append(rate)
+    rows = [[name, f"{min(found):.1f}", f"{max(found):.1f}"] for name, found in rates.items()]
+    return table(["limit", "least", "most"], rows)
+
+
+def cpu_tables(measured: Results) -> dict[str, str]:
+    return {
+        "cpu-machine": machine(measured),
+        "cpu-limits": limits(measured),
+        "cpu-streaming": streaming(measured),
+        "cpu-threads": threads(measured),
+        "cpu-small-calls": small_calls(measured),
+        "cpu-linear-float32": linear(measured, "float32"),
+        "cpu-linear-bfloat16": linear(measured, "bfloat16"),
+    }
+
+
+def measured_so_far(measured: Results) -> str:
+    """Every case with its times, for reading on a terminal."""
+    lines = []
+    for case in measured.cases:
+        skipped = ("times_s", "suite", "relative_errors", "limit_calls", "buffer", "bytes", "multiply_adds", "limit")
+        lines.append(" ".join(str(value) for key, value in case.values.items() if key not in skipped))
+        lines += [f"  {case.seconds(name) * 1e3:10.4g} ms  {name}" for name in case.times]
+    return "\n".join(lines)

@@ -1,0 +1,87 @@
+"""What the benchmarks make of times: rounds, ratios within a round, shares of a limit; and when a plot is stale."""
+
+import pytest
+
+from benchmarks import measure, plots, results, roofline
+from benchmarks.results import Case
+
+CASE = Case(
+    {
+        "suite": "linear",
+        "dtype": "bfloat16",
+        "bytes": 1000,
+        "multiply_adds": 4000,
+        "limit_calls": {"limit: int8": 2.0, "limit: bfloat16": 4.0},
+        "times_s": {
+            "la_aciq A16": [8.0, 10.0, 12.0],
+            "la_aciq A8": [4.0, 4.0, 4.0],
+            "peer": [16.0, 40.0],  # slow: left out of the last round
+            "limit: read": [2.0, 2.0, 2.0],
+            "limit: int8": [0.5, 0.5, 0.5],
+            "limit: bfloat16": [1.0, 1.0, 1.5],
+        },
+    }
+)
+
+
+class Rounds:
+    """Stands for pytest-benchmark."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, function, rounds):
+        for _ in range(rounds):
+            function()
+
+
+def test_ratios_are_taken_within_a_round():
+    assert CASE.ratios("peer", "la_aciq A16") == [2, 4]
+    assert CASE.ratio("peer", "la_aciq A16") == 3
+    assert CASE.peers() == ["peer"]
+    assert CASE.limits() == ["read", "int8", "bfloat16"]
+
+
+def test_a_product_is_held_against_the_longer_of_reading_and_multiplying():
+    # Reading takes 2; multiplying in int8 2 calls of 0.5, in bfloat16 4 calls of 1, 1 and 1.5.
+    assert CASE.product_share("la_aciq A8") == 2 / 4
+    assert CASE.product_share("la_aciq A16") == 0.5  # the median of 4 / 8, 4 / 10 and 6 / 12
+
+
+def test_every_contender_runs_in_every_round(monkeypatch):
+    monkeypatch.setattr(measure, "MIN_SAMPLE_S", 0)
+    order = []
+    contenders = {name: lambda name=name: order.append(name) for name in "abc"}
+    benchmark = Rounds()
+    measure.compare(benchmark, contenders, operation="none")
+    case = benchmark.extra_info["case"]
+    assert order[6:15] == list("abcbcacab")  # after two calls of each: the first moves on by one each round
+    assert {len(times) for times in case["times_s"].values()} == {measure.MAX_ROUNDS}
+    assert (case["suite"], case["operation"]) == ("streaming", "none")
+
+
+def test_a_result_file_of_another_schema_is_refused():
+    with pytest.raises(ValueError, match="old: expected schema 2, got 1"):
+        results.from_json("old", {"schema": 1, "rows": []})
+
+
+def test_a_plot_of_other_results_is_stale(tmp_path):
+    some = results.from_json("some", {"schema": 2, "device": "x", "cases": []})
+    other = results.from_json("other", {"schema": 2, "device": "y", "cases": []})
+    for name in plots.PLOTS:
+        (tmp_path / f"{name}.png").write_bytes(b"..." + plots.digest(some).encode() + b"...")
+    assert plots.stale(some, tmp_path) == []
+    assert len(plots.stale(other, tmp_path)) == len(plots.PLOTS)
+
+
+def test_the_roofline_reads_writes_and_copies():
+    if measure.optional("la_aciq._C") is None:
+        pytest.skip("needs a compiler, as the core does")
+    source, target = roofline.aligned(1 << 16), roofline.aligned(1 << 16)
+    source.random_()
+    roofline.read(source)()
+    roofline.copy(source, target)()
+    assert target.equal(source)
+    roofline.write(target)()
+    assert target[:8].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert target.view(8192, 8).eq(target[:8]).all()
