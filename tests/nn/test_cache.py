@@ -8,7 +8,15 @@ import torch
 from nearest_value import nearest
 from scipy.linalg import hadamard
 from tiny_llama import random_texts, tiny_llama
-from transformers import BertConfig, BertForMaskedLM, DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import la_aciq
@@ -417,6 +425,27 @@ def test_sliding_window_models():
     # Rounding moves the logits a little; a wrong mask or a wrong token would move them as far as they go.
     assert (torch.cat(pieces, dim=1) - plain).std() < 0.3 * plain.std()
     assert generate(out).sequences.shape == (3, 156)
+
+
+def test_the_decoder_of_an_encoder_decoder():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=54, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    t5 = T5ForConditionalGeneration(config).eval()
+    profile = la_aciq.calibrate(t5, random_texts(), seqlen=64, tokens=64, group_size=16, progress=False)
+    out = quantized(t5, profile)
+    made = out.generate(
+        IDS[:, :20], max_new_tokens=110, min_new_tokens=110, num_beams=2, language=["en", "sw", "th"],
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    cache = made.past_key_values
+    assert isinstance(cache.self_attention_cache, LanguageAwareCache)
+    assert cache.self_attention_cache.layers[1]._coded == 64
+    assert type(cache.cross_attention_cache) is DynamicCache  # what it holds never grows; it keeps 16 bits
+    with torch.no_grad():
+        direct = out(IDS[:, :20], decoder_input_ids=IDS[:, :3], use_cache=True).past_key_values
+    assert isinstance(direct.self_attention_cache, LanguageAwareCache)
 
 
 def test_models_without_an_int4_cache(model, profile):

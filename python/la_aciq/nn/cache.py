@@ -32,7 +32,8 @@ class LanguageAwareCache(DynamicCache):  # type: ignore[misc]  # transformers ha
     """The cache of a model quantized with `QuantConfig(kv=4)`, for `past_key_values=` of its calls or of `generate`.
 
     `generate`, and a call with use_cache that is given no cache or an empty DynamicCache, makes one by itself. Layers
-    with full or sliding-window attention are quantized; others (linear attention, indexers) are transformers' own.
+    with full or sliding-window attention are quantized; others (linear attention, indexers) are transformers' own, and
+    so is what an encoder-decoder's cross-attention keeps.
     Where the clips are a language's, each row of the batch keeps the language it began with. Raises `LaAciqError` when
     the model has no INT4 cache.
     """
