@@ -15,7 +15,7 @@
 namespace la_aciq::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;  // up to here decoding weights in registers beats decoding them in the cache
+constexpr int64_t kFewRows = 4;  // up to here decoding weights in registers beats decoding them in the cache
 constexpr int64_t kProductRows = 192;  // their sums for a panel of outputs stay in a core's own cache
 
 // The intersections of the groups of activations and weights, none longer than `longest`.

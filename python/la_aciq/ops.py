@@ -232,7 +232,7 @@ def linear(
 ) -> Tensor:
     """x times INT4 weights: [..., N] in the dtype of x.
 
-    Few rows (up to 8 on the CPU) go through another kernel than many, so that a row's result may differ in its last
+    Few rows (up to 4 on the CPU) go through another kernel than many, so that a row's result may differ in its last
     bits with the number of rows beside it.
 
     x: float32, bfloat16 or float16 [..., K].
