@@ -1,5 +1,6 @@
 """The command line: every command end to end on a tiny model, and every bad input as one sentence and a status."""
 
+import importlib.util
 import json
 import os
 import re
@@ -608,3 +609,8 @@ class TestInterruption:
         assert status == 130
         assert "interrupted; no language was finished, nothing is kept" in err
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_serving_without_vllm(refused):
+    refused("serving needs vLLM", "serve", "folder", "--", "--max-model-len", "128")

