@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these in .venv-vllm")
 
 PROMPT = "The committee met on Tuesday, and nobody could say why the river had risen."
-START_SECONDS = 240
+START_SECONDS = 400
 
 
 class Server:
@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_served(served_folder, tmp_path, broken):
         [sys.executable, "-m", "la_aciq.cli", "serve", str(folder), "--port", "1"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2
