@@ -163,6 +163,7 @@ struct LaneCounter {
   int64_t filled = 0, counted = 0;
   int32_t found[kMomentsBlock];
 
+  // cppcheck-suppress uninitMemberVar ; each place in `found` is stored before it is counted
   explicit LaneCounter(HistogramLanes& own) : lanes(own) {}
 
   inline __attribute__((always_inline)) void count(int64_t i, int lane) {
