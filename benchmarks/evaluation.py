@@ -71,9 +71,9 @@ PROFILES: dict[str, tuple[dict[str, Any], tuple[str, ...] | None]] = {
 
 def runs() -> dict[str, Run]:
     """Every row, by name: bits first, then whose weights, then how the clip of the activations is found."""
-    language = QuantConfig(center=True)
+    language = QuantConfig(center=True, clip="static")
     pooled = replace(language, sharing="pooled")
-    plain = QuantConfig(center=False, sharing="pooled", rounding="nearest")
+    plain = QuantConfig(clip="static", center=False, sharing="pooled", rounding="nearest")
     table: dict[str, Run] = {"bfloat16": Run()}
 
     def add(name: str, config: QuantConfig, **changes: Any) -> None:

@@ -385,7 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--profile", required=True, help="profile folder of this model")
     quantize.add_argument("--scheme", choices=_SCHEMES, default="W4A4", help="bits of weights and activations")
     quantize.add_argument("--kv_bits", type=int, choices=(4, 16), default=16, help="bits of keys and values")
-    quantize.add_argument("--clip", choices=("static", "rms", "absmax"), default="static", help="how clips are found")
+    quantize.add_argument("--clip", choices=("static", "rms", "absmax"), default="absmax", help="how clips are found")
     quantize.add_argument("--sharing", choices=("language", "pooled"), default="language", help="whose clips they are")
     quantize.add_argument(
         "--granularity", choices=("group", "layer", "model", "token"), default="group", help="what shares a clip"

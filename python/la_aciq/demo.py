@@ -38,9 +38,9 @@ def configurations(group_size: int = 64, codebook: str = "midrise", kv: bool = T
     four: dict[str, Any] = {"weights": 4, "activations": 4, **common}
     chosen = {
         "W4A16": QuantConfig(weights=4, activations=16, **common),
-        "W4A8 static, per language": QuantConfig(weights=4, activations=8, **common),
-        "W4A4 static, pooled": QuantConfig(sharing="pooled", **four),
-        "W4A4 static, per language": QuantConfig(sharing="language", **four),
+        "W4A8 static, per language": QuantConfig(weights=4, activations=8, clip="static", **common),
+        "W4A4 static, pooled": QuantConfig(clip="static", sharing="pooled", **four),
+        "W4A4 static, per language": QuantConfig(clip="static", sharing="language", **four),
         "W4A4 dynamic absmax, per token": QuantConfig(clip="absmax", granularity="token", **four),
         "W4A4 dynamic rms, per token": QuantConfig(clip="rms", granularity="token", sharing="pooled", **four),
         "W4A4 dynamic absmax, per group": QuantConfig(clip="absmax", **four),
@@ -77,7 +77,7 @@ def run(
     start = time.monotonic()
     kv = any(name.endswith("k_proj") for name, _ in model.named_modules())
     chosen = configurations(kv=kv)
-    chosen["W4A4 static, per language, no rotation"] = QuantConfig(weights=4, activations=4, rotate=False)
+    chosen["W4A4 static, per language, no rotation"] = QuantConfig(clip="static", rotate=False)
     with (
         kept_when_interrupted(folder, ".partial", ".unrotated.partial") as (partial, unrotated_partial),
         new_folder(folder, "report.json", force) as temporary,

@@ -109,8 +109,8 @@ def several(model, profile):
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
     configurations = {
         "bfloat16": torch.bfloat16,
-        "W4A4 language": QuantConfig(group_size=16),
-        "W4A4 pooled": QuantConfig(group_size=16, sharing="pooled"),
+        "W4A4 language": QuantConfig(group_size=16, clip="static"),
+        "W4A4 pooled": QuantConfig(group_size=16, clip="static", sharing="pooled"),
         "W4A4 absmax": QuantConfig(group_size=16, clip="absmax"),
     }
     try:

@@ -36,7 +36,7 @@ def test_values_outside_the_choices_are_refused_by_name(field, value):
 
 def test_combinations_without_meaning_or_kernel():
     with pytest.raises(LaAciqError, match="granularity = 'token' needs clip"):
-        QuantConfig(granularity="token")
+        QuantConfig(clip="static", granularity="token")
     with pytest.raises(LaAciqError, match="activations = 8 needs weights = 4"):
         QuantConfig(weights=16, activations=8)
 
@@ -65,7 +65,7 @@ def test_ignore_takes_names_last_components_and_patterns():
     ("config", "groups"),
     [
         (QuantConfig(group_size=64), 3),
-        (QuantConfig(group_size=64, granularity="layer"), 1),
+        (QuantConfig(group_size=64, granularity="layer", clip="static"), 1),
         (QuantConfig(group_size=64, granularity="model", clip="rms"), 3),
         (QuantConfig(group_size=64, granularity="token", clip="absmax"), 1),
         (QuantConfig(group_size=0), 1),

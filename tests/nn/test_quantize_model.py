@@ -24,7 +24,7 @@ LAYERS = 7 * 2
 
 
 def config_of(**changes):
-    return QuantConfig(**({"group_size": GROUP} | changes))
+    return QuantConfig(**({"group_size": GROUP, "clip": "static"} | changes))
 
 
 def calibrated(model, **settings):

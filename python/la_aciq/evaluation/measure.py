@@ -328,7 +328,9 @@ def _comparisons(
     found = []
     for own, pooled in itertools.permutations(results, 2):
         a, b = results[own][1].config, results[pooled][1].config
-        if a.get("sharing") != "language" or b != a | {"sharing": "pooled"} or a.get("clip") == "absmax":
+        if a.get("sharing") != "language" or b != a | {"sharing": "pooled"}:
+            continue
+        if a.get("clip") == "absmax" and not a.get("center"):
             continue
         paired = {
             tag: _estimate(data, tag, differences[own][tag] - differences[pooled][tag], seed)

@@ -60,7 +60,7 @@ class QuantConfig:
     kv: int = 16
     group_size: int = 64
     codebook: Codebook = "midrise"
-    clip: ActivationClip = "static"
+    clip: ActivationClip = "absmax"
     kv_clip: ActivationClip = "absmax"
     sharing: str = "language"
     granularity: str = "group"
