@@ -172,7 +172,10 @@ def test_what_the_profile_says_is_in_the_report(several, profile):
 
 def test_each_configuration_takes_the_profile_with_its_rotation(model, profile):
     plain = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=256, group_size=16, rotate=False, progress=False)
-    configurations = {"rotated": QuantConfig(group_size=16), "plain": QuantConfig(group_size=16, rotate=False)}
+    configurations = {
+        "rotated": QuantConfig(group_size=16, clip="static"),
+        "plain": QuantConfig(group_size=16, clip="static", rotate=False),
+    }
     texts = random_texts()
     report = evaluate_configurations(model, [profile, plain], configurations, texts=texts, **SETTINGS)
     expected = quantize_model(model, plain, configurations["plain"], progress=False)
