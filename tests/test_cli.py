@@ -195,7 +195,8 @@ class TestCommands:
         )
         assert status == 0
         report = Report.load(tmp_path / "report" / "report.json")
-        assert ([c.name for c in report.configurations], list(report.texts)) == (["W4A16"], ["th"])
+        names = ["W4A16 to nearest, no centers", "W4A16 pooled", "W4A16 per language"]
+        assert ([c.name for c in report.configurations], list(report.texts)) == (names, ["th"])
 
     def test_demo_and_report(self, run, model_folder, texts_folder, tmp_path):
         output = tmp_path / "out"
@@ -212,7 +213,7 @@ class TestCommands:
         assert {(c["weights"], c["activations"], c["kv"]) for c in configs} == {
             *((4, 16, 16), (4, 8, 16), (4, 4, 16), (16, 16, 4))
         }
-        assert {c["clip"] for c in configs} == {"static", "rms", "absmax"}
+        assert {c["clip"] for c in configs} == {"static", "absmax"}
         assert {c["sharing"] for c in configs} == {"language", "pooled"}
         assert {c["rotate"] for c in configs} == {True, False}
         assert report.regret

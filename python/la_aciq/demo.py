@@ -30,26 +30,25 @@ QUICK = Size(("en", "sw", "th"), seqlen=128, calibration_tokens=256, evaluation_
 
 
 def configurations(group_size: int = 64, codebook: str = "midrise", kv: bool = True) -> dict[str, QuantConfig]:
-    """What a user chooses between, by name: bits first, then who the clips of the activations belong to.
+    """What a user chooses between, by name: bits first, then whose mean inputs and clips are used.
 
     kv: also an INT4 key and value cache, for a profile that has keys and values.
     """
     common: dict[str, Any] = {"group_size": group_size, "codebook": codebook}
     four: dict[str, Any] = {"weights": 4, "activations": 4, **common}
     chosen = {
-        "W4A16": QuantConfig(weights=4, activations=16, **common),
-        "W4A8 static, per language": QuantConfig(weights=4, activations=8, clip="static", **common),
+        "W4A16 to nearest, no centers": QuantConfig(activations=16, rounding="nearest", center=False, **common),
+        "W4A16 pooled": QuantConfig(activations=16, sharing="pooled", **common),
+        "W4A16 per language": QuantConfig(activations=16, **common),
+        "W4A8 per language": QuantConfig(activations=8, **common),
+        "W4A4 pooled": QuantConfig(sharing="pooled", **four),
+        "W4A4 per language": QuantConfig(**four),
         "W4A4 static, pooled": QuantConfig(clip="static", sharing="pooled", **four),
-        "W4A4 static, per language": QuantConfig(clip="static", sharing="language", **four),
-        "W4A4 dynamic absmax, per token": QuantConfig(clip="absmax", granularity="token", **four),
-        "W4A4 dynamic rms, per token": QuantConfig(clip="rms", granularity="token", sharing="pooled", **four),
-        "W4A4 dynamic absmax, per group": QuantConfig(clip="absmax", **four),
+        "W4A4 static, per language": QuantConfig(clip="static", **four),
+        "W4A4 absmax per token, per language": QuantConfig(granularity="token", **four),
     }
     if kv:
-        four = {"weights": 16, "activations": 16, "kv": 4, **common}
-        chosen["KV4 dynamic absmax"] = QuantConfig(sharing="pooled", **four)
-        chosen["KV4 static, pooled"] = QuantConfig(kv_clip="static", sharing="pooled", **four)
-        chosen["KV4 static, per language"] = QuantConfig(kv_clip="static", sharing="language", **four)
+        chosen["KV4"] = QuantConfig(weights=16, activations=16, kv=4, **common)
     return chosen
 
 
@@ -77,7 +76,7 @@ def run(
     start = time.monotonic()
     kv = any(name.endswith("k_proj") for name, _ in model.named_modules())
     chosen = configurations(kv=kv)
-    chosen["W4A4 static, per language, no rotation"] = QuantConfig(clip="static", rotate=False)
+    chosen["W4A4 per language, no rotation"] = QuantConfig(rotate=False)
     with (
         kept_when_interrupted(folder, ".partial", ".unrotated.partial") as (partial, unrotated_partial),
         new_folder(folder, "report.json", force) as temporary,
