@@ -5,13 +5,13 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.results import Case, Results
 
+NAMES = ("machine", "limits", "streaming", "threads", "small-calls", "linear-float32", "linear-bfloat16")
 
-def latest(folder: Path) -> Results:
-    """The CPU's result file; where there are several, the one measured last."""
+
+def latest(folder: Path) -> Results | None:
+    """The CPU's result file; where there are several, the one measured last; None where there is none."""
     files = [results.load(path) for path in folder.glob("cpu-*.json")]
-    if not files:
-        raise ValueError("benchmarks/results has no cpu-*.json; run: make bench")
-    return max(files, key=lambda measured: measured.head["measured"])
+    return max(files, key=lambda measured: measured.head["measured"], default=None)
 
 
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -111,16 +111,27 @@ def limits(measured: Results) -> str:
     return table(["limit", "least", "most"], rows)
 
 
-def cpu_tables(measured: Results) -> dict[str, str]:
-    return {
-        "cpu-machine": machine(measured),
-        "cpu-limits": limits(measured),
-        "cpu-streaming": streaming(measured),
-        "cpu-threads": threads(measured),
-        "cpu-small-calls": small_calls(measured),
-        "cpu-linear-float32": linear(measured, "float32"),
-        "cpu-linear-bfloat16": linear(measured, "bfloat16"),
-    }
+def cpu_tables(measured: Results | None) -> dict[str, str]:
+    """What stands between the markers of docs/kernels.md, by their name."""
+    if measured is None:
+        return {f"cpu-{name}": "Not measured yet on a quiet machine: `make bench`.\n" for name in NAMES}
+
+    def plot(title: str, name: str) -> str:
+        return f"![{title}](kernels/{name}.png)\n"
+
+    made = (
+        machine(measured),
+        limits(measured),
+        f"{streaming(measured)}\n{plot('Share of the limit by operation', 'limits')}\n"
+        + plot("Time of the peers relative to la_aciq", "peers"),
+        f"{plot('Bandwidth by size of the input', 'sizes')}\n{threads(measured)}\n"
+        + plot("Bandwidth by threads", "scaling"),
+        small_calls(measured),
+        f"{plot('Share of the limit by shape, rows and bits of the activations', 'linear')}\n"
+        + linear(measured, "float32"),
+        linear(measured, "bfloat16"),
+    )
+    return {f"cpu-{name}": text for name, text in zip(NAMES, made, strict=True)}
 
 
 def measured_so_far(measured: Results) -> str:

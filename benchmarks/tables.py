@@ -87,10 +87,10 @@ def main(argv: list[str]) -> int:
         if not argv:
             path.write_text(text, encoding="utf-8")
     measured = cpu_tables.latest(RESULTS)
-    drawn = plots.stale(measured, PLOTS)
+    drawn = plots.stale(measured, PLOTS) if measured else []
     for path in drawn:
         print(f"{path.relative_to(ROOT)}: {'is of another result file' if argv else 'drawn'}")
-    if drawn and not argv:
+    if drawn and measured and not argv:
         plots.draw(measured, PLOTS)
     return 1 if argv and (stale or drawn) else 0
 
