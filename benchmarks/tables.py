@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 from benchmarks import cpu_tables, plots
-from la_aciq.evaluation import Report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "kernels"
-REPORT = ROOT / "docs" / "demo" / "report.json"
+EMBEDDED = RESULTS / "evaluation-embedded.json"
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -35,21 +34,22 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
 
 def pages() -> dict[Path, str]:
     """Every page with generated tables, as it should read."""
-    report = Report.load(REPORT)
     readme, evaluation, kernels = ROOT / "README.md", ROOT / "docs" / "evaluation.md", ROOT / "docs" / "kernels.md"
     speed = ROOT / "docs" / "speed.md"
-    models = sorted((ROOT / "benchmarks" / "results").glob("model-*.json"))
+    models = sorted(RESULTS.glob("model-*.json"))
     whole = "\n".join(model_speed(json.loads(file.read_text(encoding="utf-8"))) for file in models)
-    embedded = json.loads((ROOT / "benchmarks" / "results" / "evaluation-embedded.json").read_text(encoding="utf-8"))
+    embedded = json.loads(EMBEDDED.read_text(encoding="utf-8"))
+    rows, comparisons = embedded_rows(embedded), embedded_comparisons(embedded)
     return {
         speed: with_table(speed.read_text(encoding="utf-8"), "model-speed", whole or "Not measured yet.\n"),
-        readme: with_table(readme.read_text(encoding="utf-8"), "demo-results", report.markdown(details=False)),
+        readme: with_tables(
+            readme.read_text(encoding="utf-8"), {"embedded-rows": rows, "embedded-comparisons": comparisons}
+        ),
         evaluation: with_tables(
             evaluation.read_text(encoding="utf-8"),
             {
-                "evaluation": report.markdown(),
-                "embedded-rows": embedded_rows(embedded),
-                "embedded-comparisons": embedded_comparisons(embedded),
+                "embedded-rows": rows,
+                "embedded-comparisons": comparisons,
                 "embedded-languages": embedded_languages(embedded),
             },
         ),
