@@ -414,8 +414,10 @@ def _clips(profile: Profile, config: QuantConfig, layers: Sequence[str]) -> dict
     rows = len(_rows(profile, config))
     if config.clip == "absmax":
         share = ABSMAX_SHARE if config.activations == 4 else 1.0
+        cpu = torch.device("cpu")  # like the tables of the others; transformers loads models with another default
         return {
-            name: torch.full((rows, config.groups(profile.sites[profile.layers[name]].k)), share) for name in layers
+            name: torch.full((rows, config.groups(profile.sites[profile.layers[name]].k)), share, device=cpu)
+            for name in layers
         }
     # One scale per token takes the layer's factor; layer and model tables repeat one entry for all groups.
     made = _table(profile, config, config.activations, "layer" if config.granularity == "token" else config.granularity)
