@@ -15,7 +15,7 @@ from la_aciq.nn.card import model_card
 def setting():
     model = tiny_llama()
     profile = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, group_size=16, progress=False)
-    return model, quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    return model, quantize_model(model, profile, QuantConfig(group_size=16, clip="static"), progress=False)
 
 
 def evaluated(model, quantized):

@@ -414,11 +414,10 @@ def _clips(profile: Profile, config: QuantConfig, layers: Sequence[str]) -> dict
     rows = len(_rows(profile, config))
     if config.clip == "absmax":
         share = ABSMAX_SHARE if config.activations == 4 else 1.0
-        cpu = torch.device("cpu")  # like the tables of the others; transformers loads models with another default
-        return {
-            name: torch.full((rows, config.groups(profile.sites[profile.layers[name]].k)), share, device=cpu)
-            for name in layers
-        }
+        groups = {name: config.groups(profile.sites[profile.layers[name]].k) for name in layers}
+        # Not torch's defaults: while transformers loads a model they are the meta device and the model's dtype.
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        return {name: torch.full((rows, count), share, **kind) for name, count in groups.items()}
     # One scale per token takes the layer's factor; layer and model tables repeat one entry for all groups.
     made = _table(profile, config, config.activations, "layer" if config.granularity == "token" else config.granularity)
     clips = made.alpha if config.clip == "static" else made.shape
