@@ -436,7 +436,7 @@ class TestBadInput:
         refused(
             "granularity = 'token' needs clip = 'rms' or 'absmax'",
             *("quantize", "--model", model_folder, "--profile", profile_folder, "--output_dir", tmp_path / "out"),
-            *("--granularity", "token"),
+            *("--granularity", "token", "--clip", "static"),
         )
 
     @pytest.mark.parametrize("option", [["--scheme", "W4A8"], ["--codebook", "midrise"]])
