@@ -17,11 +17,21 @@ def test_tables_are_what_the_result_files_give(capsys):
 
 
 def test_what_the_readme_says_of_the_embedded_model_holds():
-    rows = {row["name"]: row for row in json.loads(tables.EMBEDDED.read_text(encoding="utf-8"))["configurations"]}
+    results = json.loads(tables.EMBEDDED.read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in results["configurations"]}
     nearest, feedback = rows["W4A16 nearest"], rows["W4A16 feedback"]
     assert 5 * feedback["mean"] < nearest["mean"]
     assert 5 * feedback["gap"] < nearest["gap"]
     assert all(feedback["mean_high"] < rows[f"W4A16 {other}"]["mean_low"] for other in ("awq", "gptq"))
+    own = {
+        pair["name"]: pair
+        for pair in results["comparisons"]
+        if pair["name"].replace("by language", "pooled") == pair["baseline"]
+    }
+    assert len(own) == 3
+    assert all(pair["mean_high"] < 0 and pair["gap_high"] > 0 for pair in own.values())
+    assert min(own, key=lambda name: own[name]["mean"]) == "W4A4 static by language"
+    assert own["W4A4 absmax per group by language"]["gap_low"] > 0
 
 
 def test_a_table_without_its_place_is_refused():
