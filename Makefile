@@ -15,7 +15,7 @@ SERVE_OUTPUT ?= serve-demo-output
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: setup ## calibrate and quantize the embedded model, report the cost of INT4 per language (about ten minutes)
+demo: setup ## calibrate and quantize the embedded model, report the cost of INT4 per language
 	$(VENV)/bin/la-aciq demo --output_dir $(DEMO_OUTPUT) --force
 
 serve-demo: setup $(VLLM)/.ready ## quantize the embedded model and serve it with vLLM at port 8000 until Ctrl-C
