@@ -1,10 +1,11 @@
 """A random Llama over the bytes of UTF-8, its tokenizer, and texts: whole commands run on them in seconds."""
 
 import itertools
+from typing import Any
 
-import torch
+from tiny_llama import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SENTENCES = {
     "en": "The committee met on Tuesday, and nobody could say why the river had risen. ",
@@ -22,23 +23,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def byte_llama(seed: int = 0) -> LlamaForCausalLM:
+def byte_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A random two-layer Llama over bytes. 40 and 100 are not multiples of the groups the tests use."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=40,
-        intermediate_size=100,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    usual = {"vocab_size": 256, "hidden_size": 40, "intermediate_size": 100, "head_dim": 10, "pad_token_id": None}
+    return tiny_llama(seed, tie=False, max_position_embeddings=512, **usual | changes)
 
 
 def sentences(tag: str, characters: int = 4000) -> str:

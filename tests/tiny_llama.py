@@ -7,24 +7,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 61
 
 
-def tiny_llama(seed=0, tie=True, dtype=torch.float32):
+def tiny_llama(seed=0, tie=True, dtype=torch.float32, **changes):
     """Grouped-query attention, odd inner width (so rotation blocks are short), weights large enough to matter."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=54,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=tie,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    usual = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 54,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": tie,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaForCausalLM._from_config(LlamaConfig(**usual | changes), dtype=dtype).eval()
 
 
 def random_texts(tags=("en", "sw", "th"), tokens=2048, seed=0):

@@ -11,27 +11,13 @@
 #include "arguments.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/segments.h"
 
 namespace la_aciq::cpu {
 namespace {
 
 constexpr int64_t kFewRows = 4;  // up to here decoding weights in registers beats decoding them in the cache
 constexpr int64_t kProductRows = 192;  // their sums for a panel of outputs stay in a core's own cache
-
-// The intersections of the groups of activations and weights, none longer than `longest`.
-std::vector<Segment> segments_of(int64_t k, const Groups& activation, const Groups& weight, int64_t longest) {
-  std::vector<Segment> segments;
-  int64_t offset = 0;
-  for (int64_t start = 0; start < k;) {
-    const int64_t group = start / activation.size, weight_group = start / weight.size;
-    const int64_t end =
-        std::min({k, (group + 1) * activation.size, (weight_group + 1) * weight.size, start + longest});
-    segments.push_back({start, end - start, group, weight_group, offset});
-    offset += segments.back().padded();
-    start = end;
-  }
-  return segments;
-}
 
 // The activations of a matrix product: floats, or codes of one byte with their clips.
 struct Activations {
@@ -107,7 +93,8 @@ void multiply_many_rows(const Product& product, const Activations& activations, 
   const Tensor& x = activations.x;
   const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
   const bool codes = activations.codes();
-  const std::vector<Segment> segments = segments_of(k, activations.groups, groups, product.tile_members);
+  const std::vector<Segment> segments =
+      segments_of(k, activations.groups.size, groups.size, product.tile_members);
   const int64_t width = segments.back().offset + segments.back().padded(), packed_rows = rows + codes;
   const Tensor packed = at::empty({packed_rows * width * product.element_size}, at::kByte);
   const PackArgs pack{

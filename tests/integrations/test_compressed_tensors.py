@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from tiny_llama import random_texts, tiny_llama
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import la_aciq
 from la_aciq import clipping
@@ -23,21 +23,8 @@ IDS = torch.arange(1, 25).reshape(2, 12)
 
 def even_llama(dtype, tie):
     """Sizes that are multiples of the group, as the format needs."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tie,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "initializer_range": 0.2}
+    return tiny_llama(tie=tie, dtype=dtype, **sizes)
 
 
 def calibrated(model, **settings):

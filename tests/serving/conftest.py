@@ -7,9 +7,7 @@ import importlib.util
 import os
 
 import pytest
-import torch
-from byte_llama import SENTENCES, byte_tokenizer, sentences
-from transformers import LlamaConfig, LlamaForCausalLM
+from byte_llama import SENTENCES, byte_llama, byte_tokenizer, sentences
 
 import la_aciq
 from la_aciq.nn import save_quantized
@@ -30,21 +28,7 @@ if importlib.util.find_spec("vllm"):
 @pytest.fixture(scope="session")
 def quantized():
     """A random Llama over bytes, with heads of a size that vLLM has kernels for, in INT4 with clips by language."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = byte_llama(hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.1)
     texts = {tag: [sentences(tag)] for tag in SENTENCES}
     profile = la_aciq.calibrate(model, texts, byte_tokenizer(), seqlen=128, tokens=512)
     return la_aciq.quantize_model(model, profile, la_aciq.QuantConfig(), progress=False)

@@ -23,9 +23,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from .. import ops, rotation
 from ..calibration.profile import Kind
 from ..errors import LaAciqError
-from .config import QuantConfig
+from .config import ABSMAX_SHARE, QuantConfig
 from .context import LanguageState
-from .kv import ABSMAX_SHARE, BLOCK, SINKS, WINDOW, KeyValueClips, centre, site
+from .kv import BLOCK, SINKS, WINDOW, KeyValueClips, centre, site
 
 
 class LanguageAwareCache(DynamicCache):  # type: ignore[misc]  # transformers has no type information

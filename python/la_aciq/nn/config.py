@@ -8,6 +8,8 @@ from ..errors import LaAciqError
 from ..models import is_ignored
 from ..ops import ActivationClip, Codebook
 
+ABSMAX_SHARE = 0.9  # of the largest magnitude, for INT4 "absmax" clips: a little of it clipped has the smaller error
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": (4, 16),
     "activations": (4, 8, 16),

@@ -16,7 +16,6 @@ from .linear import LanguageAwareModule, check_clips
 SINKS = 4  # first tokens of a sequence that stay in 16 bits
 WINDOW = 32  # latest tokens that do, at least; at most WINDOW + BLOCK - 1
 BLOCK = 64  # tokens quantized at once, which share a mean key
-ABSMAX_SHARE = 0.9  # of the largest magnitude, for kv_clip "absmax": a little of it clipped has the smaller error
 
 
 def site(layer: int, kind: str) -> str:

@@ -16,10 +16,10 @@ from .. import clipping, ops, rotation
 from ..calibration import Profile
 from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, is_quantized, linear_weight, output_head
-from .config import QuantConfig
+from .config import ABSMAX_SHARE, QuantConfig
 from .context import LanguageState, add_language_to_generate
 from .experts import LanguageAwareExperts
-from .kv import ABSMAX_SHARE, KeyValueClips, site
+from .kv import KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
 from .shared import SharedInput
 

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/segments.h"
 
 using namespace la_aciq;
 using namespace la_aciq::cpu;
@@ -588,19 +589,6 @@ void check_moments(Random& random) {
       }
     }
   }
-}
-
-// Members of K by groups of the activations and of the weights, none longer than `longest`.
-std::vector<Segment> segments_of(int64_t k, int64_t activation_size, int64_t weight_size, int64_t longest) {
-  std::vector<Segment> segments;
-  for (int64_t start = 0, offset = 0; start < k; start += segments.back().length) {
-    const int64_t group = start / activation_size, weight_group = start / weight_size;
-    const int64_t end =
-        std::min({k, (group + 1) * activation_size, (weight_group + 1) * weight_size, start + longest});
-    segments.push_back({start, end - start, group, weight_group, offset});
-    offset += segments.back().padded();
-  }
-  return segments;
 }
 
 void check_product(Random& random) {
