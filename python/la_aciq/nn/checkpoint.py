@@ -112,18 +112,7 @@ def load_quantized(folder: str | os.PathLike[str], **settings: Any) -> nn.Module
     `LaAciqError`.
     """
     path = Path(folder)
-    try:
-        config = json.loads((path / ARCHITECTURE).read_text("utf-8"))
-    except OSError as error:
-        raise LaAciqError(
-            f"{str(path)!r} is not a model quantized by LA-ACIQ: {ARCHITECTURE} cannot be read ({error.strerror})"
-        ) from error
-    except ValueError as error:
-        raise LaAciqError(f"{str(path / ARCHITECTURE)!r} is not valid JSON: {error}") from error
-    description = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(description, dict) or description.get("quant_method") != METHOD:
-        raise LaAciqError(f"{str(path)!r} is not a model quantized by LA-ACIQ: its {ARCHITECTURE} does not say so")
-    read_description(description)
+    config, _ = read_folder(path)
     try:
         import transformers
 
@@ -154,6 +143,27 @@ def load_quantized(folder: str | os.PathLike[str], **settings: Any) -> nn.Module
         reason = str(error).strip().partition("\n")[0]
         raise LaAciqError(f"{str(path)!r} cannot be loaded as a {architecture.__name__}: {reason}") from error
     return model
+
+
+def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    """The config.json of a quantized model's folder, as far as it can be checked, and its tensors' digest.
+
+    Raises `LaAciqError` where there is no such model, and as `read_description` does.
+    """
+    path = Path(folder)
+    try:
+        config: Any = json.loads((path / ARCHITECTURE).read_text("utf-8"))
+    except OSError as error:
+        raise LaAciqError(
+            f"{str(path)!r} is not a model quantized by LA-ACIQ: {ARCHITECTURE} cannot be read ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise LaAciqError(f"{str(path / ARCHITECTURE)!r} is not valid JSON: {error}") from error
+    description = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(description, dict) or description.get("quant_method") != METHOD:
+        raise LaAciqError(f"{str(path)!r} is not a model quantized by LA-ACIQ: its {ARCHITECTURE} does not say so")
+    _, sha256 = read_description(description)
+    return config, sha256
 
 
 def describe(done: Quantization, sha256: str) -> dict[str, Any]:
@@ -274,10 +284,18 @@ def check_files(model: nn.Module, files: Iterable[str | os.PathLike[str]], sha25
                 _check_layer(
                     name, {key: tensors[f"{name}.{key}"] for key in module._buffers if f"{name}.{key}" in tensors}
                 )
-        if digest(tensors) != sha256:
-            raise LaAciqError(
-                "the tensors of the checkpoint do not match their SHA-256: a file was edited or cut short"
-            )
+        _check_digest(tensors, sha256)
+
+
+def check_tensors(folder: str | os.PathLike[str], sha256: str) -> None:
+    """Raises `LaAciqError` unless the safetensors files of a folder hold, together, the tensors of this digest."""
+    with _opened(sorted(Path(folder).glob("*.safetensors"))) as tensors:
+        _check_digest(tensors, sha256)
+
+
+def _check_digest(tensors: Mapping[str, torch.Tensor], sha256: str) -> None:
+    if digest(tensors) != sha256:
+        raise LaAciqError("the tensors of the checkpoint do not match their SHA-256: a file was edited or cut short")
 
 
 def _checksum(description: Mapping[str, Any]) -> str:

@@ -21,12 +21,12 @@ from ... import rotation
 from ...errors import LaAciqError
 from ...nn.checkpoint import METHOD, read_description
 from ...nn.linear import LanguageAwareLinear, check_clips
+from ...ops import FEW_ROWS
 from . import metrics
 from .rows import ServedRows
 from .serve import BATCH_INVARIANT
 
 _NAMES = {"bias": "row_bias"}  # of our tensors in vLLM's layers, where they are others
-_FEW = 16  # rows up to which `ops.linear` runs another kernel on the CPU
 
 
 class LaAciqConfig(QuantizationConfig):
@@ -179,11 +179,10 @@ class LanguageLinearMethod(LinearMethodBase):
         """x [tokens, K] -> [tokens, N], each token under the clips of its request's language."""
         y: torch.Tensor
         if batch_invariant():
-            # Up to 16 tokens go through the kernel in which a token's result does not depend on those beside it.
             rows = layer.quantized.state
             parts = []
-            for rows.first in range(0, x.shape[0], _FEW):
-                parts.append(layer.quantized(x[rows.first : rows.first + _FEW]))
+            for rows.first in range(0, x.shape[0], FEW_ROWS):
+                parts.append(layer.quantized(x[rows.first : rows.first + FEW_ROWS]))
             rows.first = 0
             y = torch.cat(parts)
         else:

@@ -12,36 +12,14 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from ...errors import LaAciqError
-from ...nn.checkpoint import METHOD, _opened, digest, read_description
+from ...nn.checkpoint import check_tensors, read_folder
 from ...nn.context import SINK
 from ...tags import UND
 
 BATCH_INVARIANT = "LA_ACIQ_BATCH_INVARIANT"  # environment: "1" for the same bits whatever the batch, on a CPU, slower
 DETECT = "LA_ACIQ_DETECT_LANGUAGE"  # environment: "1" detects the language of requests that name none
-
-
-def check_model(folder: str) -> dict[str, Any]:
-    """The config.json of a model folder; `LaAciqError` where there is no model of ours to serve."""
-    file = Path(folder) / "config.json"
-    try:
-        config: Any = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise LaAciqError(f"model folder {folder!r}: config.json cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise LaAciqError(f"{str(file)!r} is not valid JSON: {error}") from error
-    description = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(description, dict) or description.get("quant_method") != METHOD:
-        raise LaAciqError(f"{folder!r} is not a model quantized by LA-ACIQ; make one with la-aciq quantize")
-    _, sha256 = read_description(description)
-    with _opened(sorted(Path(folder).glob("*.safetensors"))) as tensors:
-        if digest(tensors) != sha256:
-            raise LaAciqError(f"{folder!r}: its tensors do not match its config.json: a file was replaced or damaged")
-    found: dict[str, Any] = config
-    return found
 
 
 def run(
@@ -52,7 +30,8 @@ def run(
         raise LaAciqError(
             "serving needs vLLM, which is not installed here; make serve-demo makes a .venv-vllm that has"
         )
-    config = check_model(folder)
+    config, sha256 = read_folder(folder)
+    check_tensors(folder, sha256)
     rows = config["quantization_config"]["rows"]
     # The dtype the model was saved in: vLLM would take bfloat16 for float32.
     dtype = config.get("dtype") or "auto"
