@@ -181,15 +181,18 @@ def test_markdown_without_details_keeps_configurations_and_verdicts(report):
 
 def test_the_verdict_follows_the_interval():
     null = comparison((-0.01, 0.02)).sentence()
-    assert "no measurable difference between per-language clips and the pooled clip (+0.0050 bits per byte" in null
+    assert (
+        "no measurable difference between the languages' own statistics and the pooled ones (+0.0050 bits per byte"
+        in null
+    )
     assert "interval -0.0100 to +0.0200, mean of 3 languages, paired over 24 segments" in null
     assert "gap not measurably different (-0.0050, -0.0300 to +0.0200)" in null
     assert "language by language, corrected for 3 languages, no difference in any" in null
     assert "gap smaller" in comparison((-0.01, 0.02), gap=(-0.03, -0.01)).sentence()
     assert "gap larger" in comparison((-0.01, 0.02), gap=(0.01, 0.03)).sentence()
-    assert "per-language clips beat the pooled clip" in comparison((-0.02, -0.01)).sentence()
+    assert "the languages' own statistics beat the pooled ones" in comparison((-0.02, -0.01)).sentence()
     mixed = comparison((0.01, 0.02), ((-0.02, -0.01), (0.01, 0.02), (-0.01, 0.01))).sentence("token")
-    assert "per-language clips are worse than the pooled clip (+0.0150 bits per token" in mixed
+    assert "the languages' own statistics are worse than the pooled ones (+0.0150 bits per token" in mixed
     assert "better in en and worse in sw" in mixed
 
 

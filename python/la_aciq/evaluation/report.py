@@ -85,7 +85,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per-language clips (`name`) against the pooled clip (`baseline`), otherwise configured alike, paired over
+    """Each language's own statistics (`name`) against the pooled ones (`baseline`): clips, means or both; otherwise configured alike, paired over
     segments.
 
     mean: of the languages' differences. gap: the difference of the two gaps. by_language: with intervals that hold
@@ -100,13 +100,13 @@ class Comparison:
     segments: int
 
     def sentence(self, unit: str = "byte") -> str:
-        """Whether per-language clips beat the pooled clip, in words, by the interval alone."""
+        """Whether the languages' own statistics beat the pooled ones, in words, by the interval alone."""
         if self.mean.high < 0:
-            verdict = "per-language clips beat the pooled clip"
+            verdict = "the languages' own statistics beat the pooled ones"
         elif self.mean.low > 0:
-            verdict = "per-language clips are worse than the pooled clip"
+            verdict = "the languages' own statistics are worse than the pooled ones"
         else:
-            verdict = "no measurable difference between per-language clips and the pooled clip"
+            verdict = "no measurable difference between the languages' own statistics and the pooled ones"
         gap = "smaller" if self.gap.high < 0 else "larger" if self.gap.low > 0 else "not measurably different"
         better = [tag for tag, d in self.by_language.items() if d.high < 0]
         worse = [tag for tag, d in self.by_language.items() if d.low > 0]
