@@ -85,11 +85,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Each language's own statistics, clips or means (`name`), against the pooled ones (`baseline`), otherwise configured
-    alike, paired over segments.
+    """Each language's own statistics, clips or means (`name`), against the pooled ones (`baseline`).
 
-    mean: of the languages' differences. gap: the difference of the two gaps. by_language: with intervals that hold
-    together with 95 % (Bonferroni); those of mean and gap are 95 % intervals each.
+    Both are otherwise configured alike, and compared paired over segments. mean: of the languages' differences.
+    gap: the difference of the two gaps. by_language: with intervals that hold together with 95 % (Bonferroni); those of
+    mean and gap are 95 % intervals each.
     """
 
     name: str
