@@ -15,6 +15,23 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "kernels"
 EMBEDDED = RESULTS / "evaluation-embedded.json"
+# The README shows these rows, and the differences of any two of them; docs/evaluation.md shows all.
+README_ROWS = (
+    "bfloat16",
+    "W4A16 awq",
+    "W4A16 gptq",
+    "W4A16 nearest",
+    "W4A16 feedback, centers pooled",
+    "W4A16 feedback, centers by language",
+    "W4A8 gptq, absmax per token",
+    "W4A8 absmax per group by language",
+    "W4A4 gptq, absmax per token",
+    "W4A4 static pooled",
+    "W4A4 static by language",
+    "W4A4 absmax per group pooled",
+    "W4A4 absmax per group by language",
+    "KV4 absmax",
+)
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -39,17 +56,20 @@ def pages() -> dict[Path, str]:
     models = sorted(RESULTS.glob("model-*.json"))
     whole = "\n".join(model_speed(json.loads(file.read_text(encoding="utf-8"))) for file in models)
     embedded = json.loads(EMBEDDED.read_text(encoding="utf-8"))
-    rows, comparisons = embedded_rows(embedded), embedded_comparisons(embedded)
     return {
         speed: with_table(speed.read_text(encoding="utf-8"), "model-speed", whole or "Not measured yet.\n"),
         readme: with_tables(
-            readme.read_text(encoding="utf-8"), {"embedded-rows": rows, "embedded-comparisons": comparisons}
+            readme.read_text(encoding="utf-8"),
+            {
+                "embedded-rows": embedded_rows(excerpt(embedded)),
+                "embedded-comparisons": embedded_comparisons(excerpt(embedded)),
+            },
         ),
         evaluation: with_tables(
             evaluation.read_text(encoding="utf-8"),
             {
-                "embedded-rows": rows,
-                "embedded-comparisons": comparisons,
+                "embedded-rows": embedded_rows(embedded),
+                "embedded-comparisons": embedded_comparisons(embedded),
                 "embedded-languages": embedded_languages(embedded),
             },
         ),
@@ -93,6 +113,13 @@ def main(argv: list[str]) -> int:
     if drawn and measured and not argv:
         plots.draw(measured, PLOTS)
     return 1 if argv and (stale or drawn) else 0
+
+
+def excerpt(results: dict) -> dict:
+    """The results with the README's rows only."""
+    pairs = [pair for pair in results["comparisons"] if {pair["name"], pair["baseline"]} <= set(README_ROWS)]
+    rows = [row for row in results["configurations"] if row["name"] in README_ROWS]
+    return results | {"configurations": rows, "comparisons": pairs}
 
 
 def embedded_rows(results: dict) -> str:
