@@ -66,29 +66,37 @@ def _quiet_libraries() -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from .calibration import calibrate
+    from .calibration import calibrate, calibrate_distributed
+    from .calibration.distributed import torchrun_group
     from .calibration.profile import JSON_FILE
 
     output = Path(arguments.output_dir)
     check_output(output, JSON_FILE, arguments.force)
-    texts = _texts(arguments)
-    model, tokenizer = _model(arguments, causal=False)
-    with kept_when_interrupted(output, ".partial") as (partial,):
-        profile = calibrate(
-            model,
-            texts,
-            tokenizer,
-            seqlen=arguments.seqlen,
-            tokens=arguments.seqlen * arguments.nsamples,
-            group_size=arguments.group_size,
-            rotate=not arguments.no_rotate,
-            center=not arguments.no_center,
-            seed=arguments.seed,
-            ignore=arguments.ignore,
-            second_moments=not arguments.no_second_moments,
-            resume=partial,
-        )
-        profile.save(output, arguments.force)
+    settings: dict[str, Any] = {
+        "seqlen": arguments.seqlen,
+        "tokens": arguments.seqlen * arguments.nsamples,
+        "group_size": arguments.group_size,
+        "rotate": not arguments.no_rotate,
+        "center": not arguments.no_center,
+        "seed": arguments.seed,
+        "ignore": arguments.ignore,
+        "second_moments": not arguments.no_second_moments,
+    }
+    with torchrun_group() as rank:
+        if rank is not None and arguments.device == "cuda":
+            arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        texts = _texts(arguments)
+        model, tokenizer = _model(arguments, causal=False)
+        if rank is not None:
+            measured = calibrate_distributed(model, texts, tokenizer, **settings)
+            if measured is None:
+                return
+            profile = measured
+            profile.save(output, arguments.force)
+        else:
+            with kept_when_interrupted(output, ".partial") as (partial,):
+                profile = calibrate(model, texts, tokenizer, resume=partial, **settings)
+                profile.save(output, arguments.force)
     print(f"Profile of {len(profile.languages)} languages and {len(profile.sites)} sites: {output}")
 
 

@@ -12,12 +12,14 @@ from .profile import SINK, Profile, SiteStats
 if TYPE_CHECKING:
     from ..models import fingerprint
     from .collect import calibrate
+    from .distributed import calibrate_distributed
     from .texts import TokenizedText, Window, load_texts, tokenize
 
 _HOME = {
     "TokenizedText": ".texts",
     "Window": ".texts",
     "calibrate": ".collect",
+    "calibrate_distributed": ".distributed",
     "fingerprint": "..models",
     "load_texts": ".texts",
     "tokenize": ".texts",
@@ -30,6 +32,7 @@ __all__ = [
     "TokenizedText",
     "Window",
     "calibrate",
+    "calibrate_distributed",
     "fingerprint",
     "load_texts",
     "tokenize",

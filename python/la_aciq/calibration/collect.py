@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from ..errors import LaAciqError
 from ..models import fingerprint, is_experts, is_ignored, linear_weight, output_head
 from ..nn.context import LanguageState
 from ..tags import UND, canonical
+from .parts import Part, Parts
 from .profile import JSON_FILE, SINK, Kind, Profile
 from .second_moments import SecondMoments
 from .texts import TokenizedText, tokenize
@@ -73,69 +75,143 @@ def calibrate(
     Raises `LaAciqError` for texts that are too short, for NaN or infinities in the weights or activations (it names the
     layer), and when `resume` holds a calibration with other settings, or something else.
     """
-    if group_size < 0 or group_size % 2:
-        raise LaAciqError(f"group_size = {group_size}; expected an even number of elements, or 0 for the whole row")
     if resume is not None:
         check_output(resume, JSON_FILE, force=True)
-    readings = _readings(model, texts, tokenizer, tokens=tokens, seqlen=seqlen)
-    _check_weights(model)
-    settings = {
-        "fingerprint": fingerprint(model),
-        "architecture": type(model).__name__,
-        "rotation": {"enabled": rotate, "seed": seed},
-        "group_size": group_size,
-        "seqlen": seqlen,
-        "ignore": list(ignore),
-        "center": center,
-    }
-    hashes = {tag: reading.hash for tag, reading in readings.items()}
-    collector = _Collector(model, group_size, seed if rotate else None, ignore, second_moments)
-    done: dict[str, Mapping[str, Moments]] = {}
+    calibration = Calibration(
+        model,
+        texts,
+        tokenizer,
+        seqlen=seqlen,
+        tokens=tokens,
+        group_size=group_size,
+        rotate=rotate,
+        seed=seed,
+        ignore=ignore,
+        second_moments=second_moments,
+        center=center,
+    )
+    parts = Parts()
     if resume is not None and (Path(resume) / JSON_FILE).exists():
-        partial = _checked_partial(Path(resume), settings, hashes, second_moments)
-        done = collector.continue_from(partial, list(readings))
+        parts = calibration.continued(Path(resume))
+    done = set(parts.languages)
+    for part in calibration.measured(sorted(calibration.languages, key=lambda tag: tag not in done), progress, done):
+        parts.add(part)
+        if resume is not None and part.sites:
+            calibration.profile(parts).save(resume, force=True)
+    return calibration.profile(parts)
 
-    def profile_of(languages: Sequence[str]) -> Profile:
-        metadata = {
-            **settings,
-            "tokens": {tag: readings[tag].tokens for tag in languages},
-            "texts": {tag: hashes[tag] for tag in languages},
+
+class Calibration:
+    """A model, and the texts it is to read by language, all of it checked: what one process does of `calibrate`.
+
+    Its arguments are those of `calibrate`. languages: the tags in the order of the profile's rows. second_moments:
+    float32 [K, K] by site, over all languages measured here so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        texts: Mapping[str, Any],
+        tokenizer: Any,
+        *,
+        seqlen: int,
+        tokens: int,
+        group_size: int,
+        rotate: bool,
+        seed: int,
+        ignore: Sequence[str],
+        second_moments: bool,
+        center: bool,
+    ) -> None:
+        if group_size < 0 or group_size % 2:
+            raise LaAciqError(f"group_size = {group_size}; expected an even number of elements, or 0 for the whole row")
+        self._readings = _readings(model, texts, tokenizer, tokens=tokens, seqlen=seqlen)
+        _check_weights(model)
+        self._settings = {
+            "fingerprint": fingerprint(model),
+            "architecture": type(model).__name__,
+            "rotation": {"enabled": rotate, "seed": seed},
+            "group_size": group_size,
+            "seqlen": seqlen,
+            "ignore": list(ignore),
+            "center": center,
+        }
+        self._device = next(model.parameters()).device
+        self._collector = _Collector(model, group_size, seed if rotate else None, ignore, second_moments)
+        self._center = center
+        self.languages = tuple(self._readings)
+        self.second_moments = self._collector.second_moments if second_moments else None
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """That of the profile of all languages: the same for the same model, texts and settings."""
+        return {
+            **self._settings,
+            "tokens": {tag: reading.tokens for tag, reading in self._readings.items()},
+            "texts": {tag: reading.hash for tag, reading in self._readings.items()},
             "versions": {"la_aciq": __version__, "torch": torch.__version__},
         }
-        measured = {tag: done[tag] for tag in languages}
-        matrices = SecondMoments.of(collector.second_moments) if second_moments else None
-        centers = collector.centers(languages) if center else {}
-        return Profile.from_languages(
-            measured, collector.sink, collector.sites, collector.layers, metadata, matrices, centers
-        )
 
-    device = next(model.parameters()).device
-    total = sum(reading.tokens for reading in readings.values()) * (2 if center else 1)
-    with (
-        tqdm(total=total, initial=sum(readings[tag].tokens for tag in done), unit="tok", disable=not progress) as bar,
-        collector.attached() as network,
-    ):
+    def measured(self, tags: Sequence[str], progress: bool, done: AbstractSet[str] = frozenset()) -> Iterator[Part]:
+        """Run the model over the texts of these languages, one after the other.
 
-        def read(tag: str) -> None:
-            for call in readings[tag].calls:
-                network(**{name: value.to(device) for name, value in call.items()}, **collector.cache(network))
-                bar.update(_positions(call))
+        Of languages that are done, only the sums for the centers are taken again, which nothing keeps.
+        """
+        collector = self._collector
+        total = sum(self._readings[tag].tokens for tag in tags) * (2 if self._center else 1)
+        initial = sum(self._readings[tag].tokens for tag in done)
+        with (
+            tqdm(total=total, initial=initial, unit="tok", disable=not progress) as bar,
+            collector.attached() as network,
+        ):
 
-        for tag in readings if center else ():
-            bar.set_description(f"centering {tag}")
-            with collector.summing(tag):
-                read(tag)
-        for tag in readings:
-            if tag in done:
-                continue
-            bar.set_description(f"calibrating {tag}")
-            collector.begin_language(tag)
-            read(tag)
-            done[tag] = collector.end_language()
-            if resume is not None:
-                profile_of(list(done)).save(resume, force=True)
-        bar.set_description("calibrated")
-    return profile_of(list(readings))
+            def read(tag: str) -> None:
+                for call in self._readings[tag].calls:
+                    arguments = {name: value.to(self._device) for name, value in call.items()}
+                    network(**arguments, **collector.cache(network))
+                    bar.update(_positions(call))
+
+            for tag in tags:
+                collector.begin_language()
+                if self._center:
+                    bar.set_description(f"centering {tag}")
+                    with collector.summing():
+                        read(tag)
+                if tag not in done:
+                    bar.set_description(f"calibrating {tag}")
+                    read(tag)
+                yield collector.end_language(tag)
+            bar.set_description("calibrated")
+
+    def profile(self, parts: Parts, second_moments: SecondMoments | None = None) -> Profile:
+        """Of the languages in `parts`. second_moments: theirs, where other processes measured too."""
+        if second_moments is None and self.second_moments is not None:
+            second_moments = SecondMoments.of(self.second_moments)
+        languages = [tag for tag in self.languages if tag in parts.languages]
+        metadata = self.metadata
+        for key in ("tokens", "texts"):
+            metadata[key] = {tag: metadata[key][tag] for tag in languages}
+        return parts.profile(languages, metadata, second_moments, self._center)
+
+    def continued(self, folder: Path) -> Parts:
+        """What an earlier run measured that was to be this one, from the folder in which it kept it."""
+        partial = Profile.load(folder)
+        differing = [key for key, value in self._settings.items() if partial.metadata.get(key) != value]
+        hashes = {tag: reading.hash for tag, reading in self._readings.items()}
+        differing += [
+            f"the text for {tag!r}" for tag in partial.languages if partial.metadata["texts"][tag] != hashes.get(tag)
+        ]
+        if (partial.second_moments is None) != (self.second_moments is None):
+            differing.append("second_moments")
+        if differing:
+            raise LaAciqError(
+                f"{str(folder)!r} keeps an unfinished calibration that differs in {differing[0]}; "
+                "delete it, or repeat its command"
+            )
+        if self.second_moments is not None:
+            self.second_moments.update(partial.second_moments or {})
+        self._collector.known.update(partial.layers)
+        return Parts.of(partial)
 
 
 @dataclass(frozen=True)
@@ -212,18 +288,15 @@ def _positions(call: Mapping[str, Tensor]) -> int:
 class _Collector:
     """Hooks on a model's layers and the statistics they add up.
 
-    sites: (kind, k, group size) by site name. layers: the site of each layer. sink: the first tokens' statistics so
-    far. second_moments: float32 [K, K] by site of all tokens so far. A language's other statistics join the rest when
-    its last window is through. Means come first, if at all: they are summed within `summing`, and what is measured
-    outside of it is less the mean of its row.
+    second_moments: float32 [K, K] by site of all tokens so far. Everything else belongs to one language, between
+    `begin_language` and `end_language`: its means come first, if at all; they are summed within `summing`, and what is
+    measured outside of it is less the mean of its row. known: the site of each layer in any language so far.
     """
 
     def __init__(
         self, model: nn.Module, group_size: int, seed: int | None, ignore: Sequence[str], second_moments: bool
     ) -> None:
-        self.sites: dict[str, tuple[Kind, int, int]] = {}
-        self.layers: dict[str, str] = {}
-        self.sink: dict[str, Moments] = {}
+        self.known: dict[str, str] = {}
         self.second_moments: dict[str, NDArray[np.float32]] = {}
         self._sums_products = second_moments
         self._model = model
@@ -249,12 +322,26 @@ class _Collector:
         self._last: tuple[Tensor, str] | None = None
         # The same rows as when the quantized model runs: which tokens are a class of their own is decided in one place.
         self._rows = LanguageState((UND, SINK), by_language=False)
-        self._language: dict[str, Moments] = {}
-        self._language_sink: dict[str, Moments] = {}
-        # By row and site, the sum of the inputs, float64 [K], and their number.
-        self._sums: dict[str, dict[str, tuple[Tensor, int]]] = {}
-        self._summed: str | None = None
-        self._centers: dict[str, Tensor] = {}
+        self._summing = False
+        self.begin_language()
+
+    def begin_language(self) -> None:
+        """What is measured from now on is a language's."""
+        self._sites: dict[str, tuple[Kind, int, int]] = {}
+        self._layers: dict[str, str] = {}
+        self._own: dict[str, Moments] = {}
+        self._first: dict[str, Moments] = {}
+        # By site, the sum of the inputs, float64 [K], and their number.
+        self._own_sums: dict[str, tuple[Tensor, int]] = {}
+        self._first_sums: dict[str, tuple[Tensor, int]] = {}
+
+    def end_language(self, tag: str) -> Part:
+        """All that was measured of the language but its second moments, which have joined those of the others."""
+        own_sums, first_sums = (
+            {site: (total.cpu().numpy(), count) for site, (total, count) in sums.items()}
+            for sums in (self._own_sums, self._first_sums)
+        )
+        return Part(tag, self._sites, self._layers, self._own, self._first, own_sums, first_sums)
 
     @contextmanager
     def attached(self) -> Iterator[nn.Module]:
@@ -286,66 +373,20 @@ class _Collector:
         decodes = hasattr(self._model, "can_generate") and hugging_face.can_generate() and "past_key_values" in taken
         # Some models keep their past in a way of their own and refuse transformers' cache.
         decodes = decodes and getattr(self._model, "_supports_default_dynamic_cache", lambda: True)()
-        if self._summed is None and decodes and not hugging_face.config.is_encoder_decoder:
+        if not self._summing and decodes and not hugging_face.config.is_encoder_decoder:
             from ..nn.cache import recording_cache
 
             return {"use_cache": True, "past_key_values": recording_cache(self._model, self._measure_cached)}
         return {"use_cache": False} if "use_cache" in taken else {}
 
     @contextmanager
-    def summing(self, tag: str) -> Iterator[None]:
+    def summing(self) -> Iterator[None]:
         """While the model reads a language's text inside, its inputs are summed and nothing else is measured."""
-        self._summed = tag
+        self._summing = True
         try:
             yield
         finally:
-            self._summed = None
-
-    def centers(self, languages: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Means of the inputs by site, float32 [rows, K]: of the pooled row (the mean of the languages'), the languages
-        and the sink. A row that never reached a site has the pooled mean.
-        """
-        made = {}
-        nothing = {
-            site: torch.zeros(k, dtype=torch.float64) for site, (kind, k, _) in self.sites.items() if kind == "input"
-        }
-        for site in dict.fromkeys([*nothing, *(site for row in self._sums.values() for site in row)]):
-            means = {row: (own[site][0] / own[site][1]).cpu() for row, own in self._sums.items() if site in own}
-            reached = [means[row] for row in languages if row in means] or list(means.values()) or [nothing[site]]
-            pooled = torch.stack(reached).mean(0)
-            rows = [pooled, *(means.get(row, pooled) for row in (*languages, SINK))]
-            made[site] = torch.stack(rows).float().numpy()
-        return made
-
-    def begin_language(self, tag: str) -> None:
-        """What is measured from now on is a language's.
-
-        Its inputs are less its mean, but first tokens' are as they are: they are often one and the same token, of which
-        nothing would be left, and at run time another.
-        """
-        self._language, self._language_sink = {}, {}
-        self._centers = {
-            site: torch.from_numpy(np.stack([center[1], np.zeros_like(center[1])]))
-            for site, center in (self.centers([tag]) if self._sums else {}).items()
-        }
-
-    def end_language(self) -> dict[str, Moments]:
-        """The language's own statistics by site; its first tokens join the sink's."""
-        for site, moments in self._language_sink.items():
-            self.sink[site] = self.sink[site] + moments if site in self.sink else moments
-        return self._language
-
-    def continue_from(self, partial: Profile, languages: Sequence[str]) -> dict[str, Mapping[str, Moments]]:
-        """Take over an earlier run's sites and sink; its statistics by language, in the order of `languages`."""
-        self.sites = {name: (site.kind, site.k, site.group_size) for name, site in partial.sites.items()}
-        self.layers = dict(partial.layers)
-        self.sink = {site: moments for site, moments in partial.row("sink").items() if moments.count.any()}
-        self.second_moments = dict(partial.second_moments or {})
-        return {
-            tag: {site: moments for site, moments in partial.row(tag).items() if moments.count.any()}
-            for tag in languages
-            if tag in partial.languages
-        }
+            self._summing = False
 
     def _begin_window(self, module: nn.Module, args: Any) -> None:
         self._last = None
@@ -354,8 +395,8 @@ class _Collector:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             # Projections that read the very same tensor come one after the other: it is measured once, for the first.
-            if self._last is not None and self._last[0] is x and self.layers.get(layer, self._last[1]) == self._last[1]:
-                self.layers[layer] = self._last[1]
+            if self._last is not None and self._last[0] is x and self.known.get(layer, self._last[1]) == self._last[1]:
+                self._add_layer(layer, self._last[1])
                 return
             self._last = (x, layer)
             self._measure_input(layer, x)
@@ -380,14 +421,17 @@ class _Collector:
 
     def _measure_input(self, layer: str, x: Tensor) -> None:
         """Add a layer's input x [..., K], rotated if it is to be."""
-        self.layers[layer] = layer
-        if self._summed is not None:
-            self._sum(self._summed, layer, x)
+        self._add_layer(layer, layer)
+        if self._summing:
+            self._sum(layer, x)
             return
         values = x.float()
-        if layer in self._centers:
-            center = self._centers[layer].to(x.device)
-            values = values - center[self._row_of_each(x)].view(values.shape)
+        if layer in self._own_sums:
+            # First tokens are measured as they are: they are often one and the same token, of which nothing would be
+            # left, and at run time another.
+            total, count = self._own_sums[layer]
+            mean = (total / count).float()
+            values = values - torch.stack([mean, torch.zeros_like(mean)])[self._row_of_each(x)].view(values.shape)
         if self._seed is not None:
             k = x.shape[-1]
             if k not in self._signs:
@@ -402,28 +446,31 @@ class _Collector:
             self.second_moments[layer] = products
 
     def _measure_cached(self, site: str, kind: Kind, head_dim: int, x: Tensor) -> None:
-        self.layers[site] = site
+        self._add_layer(site, site)
         self._measure(site, kind, head_dim, x, x)
 
-    def _sum(self, tag: str, site: str, x: Tensor) -> None:
-        """Add a layer's input x [..., K] to the sums of the language and of the sink."""
+    def _add_layer(self, layer: str, site: str) -> None:
+        self._layers[layer] = self.known[layer] = site
+
+    def _sum(self, site: str, x: Tensor) -> None:
+        """Add a layer's input x [..., K] to the sums of the language and of its first tokens."""
         first = self._row_of_each(x) == 1
         rows = x.reshape(-1, x.shape[-1]).double()
-        for row, own in ((tag, rows[~first]), (SINK, rows[first])):
+        for sums, own in ((self._own_sums, rows[~first]), (self._first_sums, rows[first])):
             if len(own) == 0:
                 continue
             total = own.sum(0)
             if not bool(torch.isfinite(total).all()):
                 raise _broken("input", site, int((~torch.isfinite(own)).sum()))
-            before, count = self._sums.setdefault(row, {}).get(site, (0.0, 0))
-            self._sums[row][site] = before + total, count + len(own)
+            before, count = sums.get(site, (0.0, 0))
+            sums[site] = before + total, count + len(own)
 
     def _measure(self, site: str, kind: Kind, group_size: int, values: Tensor, x: Tensor) -> None:
         """Add values [..., K], made of a layer's input x: its first tokens to the sink's statistics, others to the
         language's.
         """
         k = values.shape[-1]
-        self.sites[site] = (kind, k, min(group_size, k))
+        self._sites[site] = (kind, k, min(group_size, k))
         rows = values.reshape(-1, k)
         if len(rows) == 0:
             return
@@ -432,7 +479,7 @@ class _Collector:
         bad = int(measured.nonfinite.sum())
         if bad:
             raise _broken(kind, site, bad)
-        for total, own in ((self._language, measured[0]), (self._language_sink, measured[1])):
+        for total, own in ((self._own, measured[0]), (self._first, measured[1])):
             if own.count.any():
                 total[site] = total[site] + own if site in total else own
 
@@ -492,22 +539,3 @@ def _check_weights(model: nn.Module) -> None:
             raise LaAciqError(
                 f"weight {name!r} has {bad} NaN or infinite values among {parameter.numel()}; expected finite weights"
             )
-
-
-def _checked_partial(
-    folder: Path, settings: Mapping[str, Any], hashes: Mapping[str, str], second_moments: bool
-) -> Profile:
-    """The unfinished calibration in a folder, if this run is its continuation."""
-    partial = Profile.load(folder)
-    differing = [key for key, value in settings.items() if partial.metadata.get(key) != value]
-    differing += [
-        f"the text for {tag!r}" for tag in partial.languages if partial.metadata["texts"][tag] != hashes.get(tag)
-    ]
-    if (partial.second_moments is not None) != second_moments:
-        differing.append("second_moments")
-    if differing:
-        raise LaAciqError(
-            f"{str(folder)!r} keeps an unfinished calibration that differs in {differing[0]}; "
-            "delete it, or repeat its command"
-        )
-    return partial

@@ -242,7 +242,7 @@ class Profile:
         tensors: dict[str, NDArray[Any]] = {}
         sites = {}
         for name, site in self.sites.items():
-            first, last = _window(site.histogram)
+            first, last = histogram_window(site.histogram)
             tensors[f"{name}.state"] = np.ascontiguousarray(site.moments.state)
             tensors[f"{name}.histogram"] = np.ascontiguousarray(site.histogram[:, :, first:last])
             sites[name] = {
@@ -341,9 +341,9 @@ def _hash_together(hashes: list[str]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()
 
 
-def _window(histogram: NDArray[np.int64]) -> tuple[int, int]:
-    """First bin that holds anything, and the one after the last."""
-    used = np.flatnonzero(histogram[..., 0].any(axis=(0, 1)))
+def histogram_window(histogram: NDArray[np.int64]) -> tuple[int, int]:
+    """Of int64 [..., 258, 2] the first bin that holds anything, and the one after the last."""
+    used = np.flatnonzero(histogram[..., 0].reshape(-1, HISTOGRAM_BINS).any(axis=0))
     return (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
 
 

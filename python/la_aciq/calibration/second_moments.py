@@ -31,12 +31,7 @@ class SecondMoments(Mapping[str, Float32]):
     @classmethod
     def of(cls, matrices: Mapping[str, Float32]) -> "SecondMoments":
         """Of matrices [K, K], whose upper triangles are taken."""
-        return cls(
-            {
-                site: np.concatenate([matrix[i, i:] for i in range(len(matrix))], dtype=np.float32)
-                for site, matrix in matrices.items()
-            }
-        )
+        return cls({site: triangle(matrix) for site, matrix in matrices.items()})
 
     @classmethod
     def open(cls, file: str | os.PathLike[str], sizes: Mapping[str, int]) -> "SecondMoments":
@@ -112,6 +107,11 @@ class _File(Mapping[str, Float32]):
 
     def __len__(self) -> int:
         return len(self._sites)
+
+
+def triangle(matrix: Float32) -> Float32:
+    """The upper triangle of a matrix [K, K], row by row: float32 [K (K + 1) / 2]."""
+    return np.concatenate([matrix[i, i:] for i in range(len(matrix))], dtype=np.float32)
 
 
 def _size(elements: int) -> int:

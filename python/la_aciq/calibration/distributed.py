@@ -1,0 +1,148 @@
+"""Calibration by several processes of `torch.distributed`: each measures some of the languages, the first has them all.
+
+    torchrun --nproc-per-node 4 -m la_aciq.cli calibrate --model MODEL --texts TEXTS --output_dir profile
+
+Every process holds the model and reads every fourth language. What it measured goes to the first process, which adds
+the languages up in the order of the profile's rows (`parts`), so that the profile is the same bit for bit for any
+number of processes. Second moments, which are as large as the model, are added up within each process first and then
+over the processes: they are the same to float32 rounding.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import LaAciqError
+from .collect import Calibration, calibrate
+from .parts import Part, Parts
+from .profile import Profile
+from .second_moments import Float32, SecondMoments, triangle
+
+# Others wait for the slowest; a process that died is noticed by its closed connections, whatever this is.
+_PATIENCE = datetime.timedelta(days=1)
+
+DEFAULTS = {
+    name: value for name, value in (calibrate.__kwdefaults__ or {}).items() if name not in ("progress", "resume")
+}
+
+
+def calibrate_distributed(
+    model: nn.Module, texts: Mapping[str, Any], tokenizer: Any = None, *, progress: bool = True, **settings: Any
+) -> Profile | None:
+    """`calibrate`, divided among the processes of `torch.distributed`'s default group, which call this with the same
+    arguments, each with a model of its own.
+
+    settings: keyword arguments of `calibrate`, but for `resume`. The first process (rank 0) returns the profile, the
+    others None. Statistics of rows are those of one process bit for bit, where all processes compute alike (the same
+    kind of device, as many threads); second moments to float32 rounding. Processes beyond the number of languages have
+    nothing to do.
+
+    Raises in all processes when one fails: there its own error, elsewhere a `LaAciqError` that names it. Also raises
+    `LaAciqError` when the processes' models, texts or settings differ.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # Whatever the default group moves tensors of GPUs with: what is exchanged here lies in main memory.
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        try:
+            calibration = Calibration(model, texts, tokenizer, **DEFAULTS | settings)
+            measured = list(calibration.measured(calibration.languages[rank::world], progress and rank == 0))
+        except Exception as error:
+            _agree({"error": str(error) or type(error).__name__}, group)
+            raise
+        described = json.dumps([calibration.metadata, calibration.second_moments is None])
+        _agree({"sha256": hashlib.sha256(described.encode()).hexdigest()}, group)
+        parts = _gathered(calibration.languages, measured, group)
+        products = _summed(calibration.second_moments, group)
+        return calibration.profile(parts, products) if parts is not None else None
+    finally:
+        dist.destroy_process_group(group)
+
+
+@contextmanager
+def torchrun_group() -> Iterator[int | None]:
+    """The rank of a process among several that torchrun started, which form the default group within; else None."""
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield None
+        return
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def _agree(status: Mapping[str, str], group: Any) -> None:
+    """Raises `LaAciqError` where all is well when another process failed, or did something else than the first.
+
+    status: {"error": what went wrong}, or {"sha256": of what was measured}.
+    """
+    found = [json.loads(data) for data in _exchanged(json.dumps(status).encode(), group)]
+    if "error" in status:
+        return
+    for rank, other in enumerate(found):
+        if "error" in other:
+            raise LaAciqError(f"process {rank} of {len(found)} failed: {other['error']}")
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise LaAciqError(
+                f"process {rank} of {len(found)} has another model, texts or settings than process 0; expected the same"
+            )
+
+
+def _exchanged(data: bytes, group: Any) -> list[bytes]:
+    """What every process gave, in the order of ranks."""
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
+    found = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(found, padded, group)
+    return [own.numpy().tobytes()[: int(length)] for own, length in zip(found, lengths, strict=True)]
+
+
+def _gathered(languages: tuple[str, ...], measured: list[Part], group: Any) -> Parts | None:
+    """In the first process the parts of all of them, added in the order of the languages; None in the others."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = iter(measured)
+    parts = Parts()
+    for number in range(len(languages)):
+        owner = number % world
+        if rank == owner == 0:
+            parts.add(next(own))
+        elif rank == owner:
+            data = next(own).to_bytes()
+            dist.send(torch.tensor([len(data)]), 0, group)
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group)
+        elif rank == 0:
+            length = torch.zeros(1, dtype=torch.int64)
+            dist.recv(length, owner, group)
+            received = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(received, owner, group)
+            parts.add(Part.from_bytes(received.numpy().tobytes()))
+    return parts if rank == 0 else None
+
+
+def _summed(matrices: dict[str, Float32] | None, group: Any) -> SecondMoments | None:
+    """In the first process the sum of all processes' second moments, None in the others. It empties `matrices`."""
+    if matrices is None:
+        return None
+    own = json.dumps([(site, len(matrix)) for site, matrix in matrices.items()]).encode()
+    sites = dict(item for data in _exchanged(own, group) for item in json.loads(data))
+    sums = {}
+    for site, k in sites.items():
+        # One site at a time: beside the matrices there is never more than one triangle here, but in the first process.
+        total = torch.from_numpy(triangle(matrices.pop(site)) if site in matrices else np.zeros(k * (k + 1) // 2, "f4"))
+        dist.reduce(total, 0, group=group)
+        if dist.get_rank() == 0:
+            sums[site] = total.numpy()
+    return SecondMoments(sums) if dist.get_rank() == 0 else None
