@@ -11,9 +11,16 @@ Groups of 64 along a row share a scale and, where there is one, a zero point. Na
 
 Written from the papers for comparison, not for use: the result computes in floating point. Scales and zeros are not
 rounded to their 16 bits, which favours the baselines. awq and gptq need `InputStatistics` of calibration text.
+
+`PACKAGES` are the ones that are installed by themselves, with their own kernels, at the same group size:
+
+    torchao int4        4.5   between each group's smallest and largest weight; scale and zero in 16 bits
+    torchao int4 hqq    4.5   the same with HQQ's zero points
+    bitsandbytes nf4    4.5   NF4, a scale in 32 bits
 """
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -93,6 +100,41 @@ def quantized_copy(
         for module, weight in zip(modules, method(weights, *given), strict=True):
             module.weight.data.copy_(weight)
     return made, bits
+
+
+def package_copy(model: nn.Module, name: str, ignore: tuple[str, ...] = ("lm_head",)) -> tuple[nn.Module, float]:
+    """A copy of the model in bfloat16 that another package quantized, and its bits per weight."""
+    make, _ = PACKAGES[name]
+    made = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)
+    make(made, tuple(_linears(made, ignore)))
+    return made, 4 + 32 / GROUP
+
+
+def _torchao(made: nn.Module, layers: tuple[str, ...], algorithm: str = "tinygemm") -> None:
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+
+    config = PrototypeInt4WeightOnlyConfig(group_size=GROUP, int4_choose_qparams_algorithm=algorithm)
+    quantize_(made, config, lambda module, name: name in layers)
+
+
+def _torchao_hqq(made: nn.Module, layers: tuple[str, ...]) -> None:
+    _torchao(made, layers, "hqq")
+
+
+def _bitsandbytes(made: nn.Module, layers: tuple[str, ...]) -> None:
+    import bitsandbytes
+
+    for name in layers:
+        linear = made.get_submodule(name)
+        layer = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, quant_type="nf4"
+        )
+        layer.weight = bitsandbytes.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type="nf4", blocksize=GROUP, compress_statistics=False
+        )
+        layer.bias = linear.bias
+        made.set_submodule(name, layer.to("cpu"))
 
 
 def _linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -225,3 +267,15 @@ BASELINES: dict[str, tuple[Callable[..., list[Tensor]], float, bool]] = {
     "awq": (awq, 4 + 32 / GROUP, True),
     "gptq": (gptq, 4 + 32 / GROUP, True),
 }
+
+# What other packages do in place, with the names of the layers to quantize, and the package's name.
+PACKAGES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...]], None], str]] = {
+    "torchao int4": (_torchao, "torchao"),
+    "torchao int4 hqq": (_torchao_hqq, "torchao"),
+    "bitsandbytes nf4": (_bitsandbytes, "bitsandbytes"),
+}
+
+
+def packages_installed() -> list[str]:
+    """The names of `PACKAGES` that can run here."""
+    return [name for name, (_, package) in PACKAGES.items() if importlib.util.find_spec(package) is not None]

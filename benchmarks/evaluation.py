@@ -4,8 +4,8 @@
 
 Writes results/evaluation-embedded.json after every configuration, so that an interrupted run, or one of a few
 configurations, keeps the others' rows as long as the settings are the same. The change in bits per byte is against the
-model in float32; everything else runs in bfloat16. Profiles and the float32 model's losses are kept in
-build/evaluation.
+model in float32; everything else runs in bfloat16. Rows of a package that is not installed are passed over. Profiles
+and the float32 model's losses are kept in build/evaluation.
 """
 
 import argparse
@@ -81,6 +81,8 @@ def runs() -> dict[str, Run]:
 
     for name in OTHERS:
         table[f"W4A16 {name}"] = Run(weights=name)
+    for name in baselines.PACKAGES:
+        table[f"W4A16 {name}"] = Run(weights=name)
     add("W4A16 nearest", replace(plain, activations=16))
     add("W4A16 nearest, centers pooled", replace(pooled, activations=16, rounding="nearest"))
     add("W4A16 nearest, centers by language", replace(language, activations=16, rounding="nearest"))
@@ -131,6 +133,7 @@ COMPARISONS = (
     ("W4A16 feedback, centers by language", "W4A16 feedback"),
     ("W4A16 feedback, calibrated on English", "W4A16 feedback, centers pooled"),
     *((f"W4A16 feedback{centers}", f"W4A16 {name}") for centers in ("", ", centers by language") for name in OTHERS),
+    *(("W4A16 feedback, centers by language", f"W4A16 {name}") for name in baselines.PACKAGES),
     ("W4A8 static by language", "W4A8 static pooled"),
     ("W4A8 absmax per group by language", "W4A8 gptq, absmax per token"),
     ("W4A4 static by language", "W4A4 static pooled"),
@@ -208,6 +211,8 @@ class Bench:
             return made, bits_per_weight(made)
         if run.weights is None:
             return self.model, 16.0
+        if run.weights in baselines.PACKAGES:
+            return baselines.package_copy(self.model, run.weights)
         if self._statistics is None:
             windows = [
                 torch.from_numpy(window.ids)
@@ -331,6 +336,9 @@ def main() -> None:
         config = table[name].config
         described = config.to_dict() if config is not None else {"weights": table[name].weights or "bfloat16"}
         if name in rows and rows[name]["config"] == described and not arguments.again:
+            continue
+        if table[name].weights in set(baselines.PACKAGES) - set(baselines.packages_installed()):
+            print(f"{name}: not installed", flush=True)
             continue
         start = time.monotonic()
         model, bits = bench.candidate(table[name])

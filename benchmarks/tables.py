@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "kernels"
 EMBEDDED = RESULTS / "evaluation-embedded.json"
+EXPERIMENTS = RESULTS / "experiments-embedded.json"
 # The README shows these rows, and the differences of any two of them; docs/evaluation.md shows all.
 README_ROWS = (
     "bfloat16",
@@ -71,6 +72,7 @@ def pages() -> dict[Path, str]:
                 "embedded-rows": embedded_rows(embedded),
                 "embedded-comparisons": embedded_comparisons(embedded),
                 "embedded-languages": embedded_languages(embedded),
+                "experiments": experiments(json.loads(EXPERIMENTS.read_text(encoding="utf-8"))),
             },
         ),
         kernels: with_tables(kernels.read_text(encoding="utf-8"), cpu_tables.cpu_tables(cpu_tables.latest(RESULTS))),
@@ -156,13 +158,45 @@ def embedded_comparisons(results: dict) -> str:
         "| configuration | against | mean | | gap | |",
         "| --- | --- | ---: | --- | ---: | --- |",
     ]
-    for pair in results["comparisons"]:
-        cells = []
-        for what, (better, worse) in (("mean", ("better", "worse")), ("gap", ("smaller", "larger"))):
-            value, low, high = (pair[f"{what}{end}"] for end in ("", "_low", "_high"))
-            verdict = better if high < 0 else worse if low > 0 else "no difference measured"
-            cells += [f"{value:+.4f} [{low:+.4f}, {high:+.4f}]", verdict]
-        lines.append(f"| {pair['name']} | {pair['baseline']} | {' | '.join(cells)} |")
+    lines += [f"| {p['name']} | {p['baseline']} | {' | '.join(verdicts(p))} |" for p in results["comparisons"]]
+    return "\n".join(lines) + "\n"
+
+
+def verdicts(pair: dict) -> list[str]:
+    """The cells of a difference: mean and gap, each with its interval and what that says."""
+    cells = []
+    for what, (better, worse) in (("mean", ("better", "worse")), ("gap", ("smaller", "larger"))):
+        value, low, high = (pair[f"{what}{end}"] for end in ("", "_low", "_high"))
+        verdict = better if high < 0 else worse if low > 0 else "no difference measured"
+        cells += [f"{value:+.4f} [{low:+.4f}, {high:+.4f}]", verdict]
+    return cells
+
+
+def experiments(results: dict) -> str:
+    """The rows of benchmarks/experiments.py, by question, and their differences."""
+    settings = results["settings"]
+    tags = settings["languages"]
+    lines = [
+        f"Change in bits per byte against the model in float32, {settings['tokens']} held-out tokens in each of "
+        f"{len(tags)} languages ({', '.join(tags)}), {settings['model']}; calibrated on "
+        f"{settings['calibration_tokens']} tokens of each; groups of {settings['group_size']}. "
+        f"torch {results['versions']['torch']}, {results['created'][:10]}.",
+        "",
+        "| configuration | mean | gap | against | mean | | gap | |",
+        "| --- | ---: | ---: | --- | ---: | --- | ---: | --- |",
+    ]
+    question = None
+    for row in results["configurations"]:
+        if row["question"] != question:
+            question = row["question"]
+            lines.append(f"| **{question}** | | | | | | | |")
+        own = f"| {row['name']} | {row['mean']:+.3f} ±{row['mean_high'] - row['mean']:.3f} | {row['gap']:.3f} |"
+        pairs = [pair for pair in results["comparisons"] if pair["name"] == row["name"]]
+        if not pairs:
+            lines.append(f"{own} | | | | |")
+        for pair in pairs:
+            lines.append(f"{own} {pair['baseline']} | {' | '.join(verdicts(pair))} |")
+            own = "| | | |"
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,665 @@
+"""What other ways of choosing clips would change on the embedded model, each against the way it would replace.
+
+    python -m benchmarks.experiments [--only NAME ...] [--again]
+
+Writes results/experiments-embedded.json after every row, so that an interrupted run continues. Rows are as in
+`benchmarks.evaluation`, of fewer languages and less text. But for two rows of the package's own kernels and those of
+weights, activations alone are rounded: weights stay bfloat16, and the rounding is this file's own (`Simulated`), which
+knows any number of bits and any clip. Measurements are kept in build/experiments.
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import la_aciq
+from la_aciq import clipping, embedded, ops, rotation
+from la_aciq.calibration import Profile
+from la_aciq.calibration.profile import SINK
+from la_aciq.calibration.second_moments import SecondMoments
+from la_aciq.clipping import adapt
+from la_aciq.evaluation.loss import segment_sums, token_losses
+from la_aciq.models import linear_weight
+from la_aciq.nn import QuantConfig, quantize_model
+from la_aciq.nn.config import ABSMAX_SHARE
+
+from .evaluation import CALIBRATION, SEQLEN, Bench, comparison, summary
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "experiments-embedded.json"
+LANGUAGES = ("en", "de", "ru", "ar", "th", "zh", "sw", "ko")
+TOKENS = 2048
+# For a language that was left out of calibration: one that a person might take for it.
+NEIGHBOUR = {"en": "de", "de": "en", "ru": "de", "ar": "ru", "th": "zh", "zh": "ko", "sw": "en", "ko": "zh"}
+GROUP = 64
+PIECE = 256  # tokens of calibration text that errors are kept apart by
+SHARES = 2.0 ** np.linspace(-1, 1, 13)  # clips tried, as shares of the pooled one of least squared error
+ERRORS = ("squared", "clipped", "output", "value", "token")
+
+Losses = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a text's inputs are rounded, by site: clips float32 [groups] of its tokens and of its first token, and the
+    center float32 [K], in the rotated basis, of all but the first.
+
+    absmax: the clip is this share of the group's largest magnitude. cap: but no more than this many times `clips`.
+    """
+
+    clips: dict[str, Tensor]
+    first: dict[str, Tensor]
+    centers: dict[str, Tensor]
+    bits: int = 4
+    absmax: float | None = None
+    cap: float | None = None
+
+
+def rounded(x: Tensor, clip: Tensor, bits: int) -> Tensor:
+    """The mid-rise codebook's value nearest each x; clip [..., 1] broadcasts against x."""
+    step = clip * (2 / (2**bits - 1))
+    half = 2 ** (bits - 1)
+    return (x / step).floor_().clamp_(-half, half - 1).add_(0.5).mul_(step)
+
+
+@dataclass
+class Watched:
+    """Of what was served: the sum of the inputs [K] (rotated, not centered), their number, and by group the values,
+    those above the clip and the latter's magnitudes [groups, 3].
+    """
+
+    total: Tensor
+    tokens: int
+    tails: Tensor
+
+
+class Simulated:
+    """The model in bfloat16 with its inputs rounded as `row` says, for one text at a time."""
+
+    def __init__(self, model: nn.Module, sites: dict[str, str], seed: int) -> None:
+        self.model = copy.deepcopy(model)
+        self.sites = sites
+        self.row: Row | None = None
+        self.watched: dict[str, Watched] | None = None
+        self._signs: dict[int, Tensor] = {}
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._seed = seed
+        for name, site in sites.items():
+            layer = self.model.get_submodule(name)
+            layer.weight.data = self.rotated(layer.weight.data.float()).to(layer.weight.dtype)
+            layer.register_forward_pre_hook(functools.partial(self._round, site))
+            layer.register_forward_hook(functools.partial(self._add, site))
+
+    def rotated(self, x: Tensor) -> Tensor:
+        k = x.shape[-1]
+        if k not in self._signs:
+            self._signs[k] = torch.from_numpy(rotation.signs(k, self._seed))
+        return ops.rotate(x, self._signs[k])
+
+    def losses(self, windows: dict[str, Any], rows: dict[str, Row]) -> Losses:
+        found = {}
+        for tag, own in windows.items():
+            self.row = rows[tag]
+            found[tag] = segment_sums(token_losses(self.model, own, tag))
+        return found
+
+    def _round(self, site: str, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, row = args[0], self.row
+        if self._last is None or self._last[0] is not x:
+            values = self.rotated(x[0].float())
+            centered = values.clone()
+            centered[1:] -= row.centers[site]
+            groups = centered.view(len(centered), -1, GROUP)
+            clip = row.clips[site].repeat(len(groups), 1)
+            clip[0] = row.first[site]
+            if row.absmax is not None:
+                most = row.absmax * groups.abs().amax(-1)
+                if row.cap is not None:
+                    most[1:] = most[1:].minimum(row.cap * clip[1:])
+                clip = most.clamp_(min=1e-30)
+            if self.watched is not None:
+                self._watch(site, values[1:], groups[1:], clip[1:])
+            made = rounded(groups, clip.unsqueeze(-1), row.bits).view(x.shape).to(x.dtype)
+            self._last = x, made
+        return (self._last[1],)
+
+    def _add(self, site: str, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """The center's share of the output, of all tokens but the first."""
+        y[0, 1:] += (layer.weight.float() @ self.row.centers[site]).to(y.dtype)
+        return y
+
+    def _watch(self, site: str, values: Tensor, groups: Tensor, clip: Tensor) -> None:
+        size = groups.abs()
+        above = size > clip.unsqueeze(-1)
+        counts = torch.full((groups.shape[1],), float(len(groups) * GROUP))
+        tails = torch.stack([counts, above.sum((0, 2)).float(), (size * above).sum((0, 2))], dim=-1).double()
+        own = self.watched.setdefault(site, Watched(torch.zeros(values.shape[1]), 0, torch.zeros_like(tails)))
+        own.total += values.sum(0)
+        own.tokens += len(values)
+        own.tails += tails
+
+
+class Lab:
+    """The model and the texts, and what is measured of them on demand."""
+
+    def __init__(self) -> None:
+        folder = ROOT / "build" / "experiments"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.bench = Bench(LANGUAGES, TOKENS, folder)
+        self.alone = {tag: self._calibrated(tag) for tag in LANGUAGES}
+        first = self.alone[LANGUAGES[0]]
+        self.sites = {name: site for name, site in first.layers.items() if first.sites[site].kind == "input"}
+        self.seed = int(first.metadata["rotation"]["seed"])
+        self.profile = self.merged(LANGUAGES)
+
+    def _calibrated(self, tag: str) -> Profile:
+        """A language's own profile, with its second moments."""
+        folder = self.folder / f"profile-{tag}"
+        if not folder.exists():
+            print(f"calibrating: {tag}", flush=True)
+            texts = {tag: self.bench.texts[tag]}
+            la_aciq.calibrate(self.bench.model, texts, tokens=CALIBRATION, progress=False).save(folder)
+        return Profile.load(folder)
+
+    def merged(self, tags: Iterable[str]) -> Profile:
+        """The profile of these languages, without second moments."""
+        return Profile.merge(*(dataclasses.replace(self.alone[tag], second_moments=None) for tag in tags))
+
+    @functools.cached_property
+    def simulated(self) -> Simulated:
+        return Simulated(self.bench.model, self.sites, self.seed)
+
+    def run(self, rows: dict[str, Row]) -> Losses:
+        return self.simulated.losses(self.bench.windows, rows)
+
+    def table(self, profile: Profile, bits: int = 4, **options: Any) -> clipping.ClipTable:
+        """Clips for inputs less their own language's center, the pooled row's too."""
+        return clipping.table(dataclasses.replace(profile, centers={}), bits=bits, **options)
+
+    def center(self, profile: Profile, tag: str) -> dict[str, Tensor]:
+        """A row's mean input by site, rotated."""
+        place = profile.rows.index(tag)
+        return {site: self.simulated.rotated(torch.from_numpy(c[place])) for site, c in profile.centers.items()}
+
+    def row(self, profile: Profile, clips: clipping.ClipTable, tag: str, center: str | None = None, **how: Any) -> Row:
+        """The clips of a row of the table, with the centers of the same row or of another."""
+        place, sink = profile.rows.index(tag), profile.rows.index(SINK)
+        alpha = {site: torch.from_numpy(clips.alpha[site]) for site in profile.centers}
+        return Row(
+            {site: own[place] for site, own in alpha.items()},
+            {site: own[sink] for site, own in alpha.items()},
+            self.center(profile, center or tag),
+            **how,
+        )
+
+    def rows(self, clips: clipping.ClipTable, **how: Any) -> dict[str, Row]:
+        """Each language with its own row of a table of all languages, and its own center."""
+        return {tag: self.row(self.profile, clips, tag, **how) for tag in LANGUAGES}
+
+    @functools.cached_property
+    def own(self) -> dict[str, Row]:
+        """Clips of least squared error by language, centers by language."""
+        return self.rows(self.table(self.profile))
+
+    @functools.cached_property
+    def pooled(self) -> dict[str, Row]:
+        """The same clips for all languages, centers by language."""
+        return self.rows(self.table(self.profile, sharing="pooled"))
+
+    @functools.cached_property
+    def errors(self) -> dict[str, np.ndarray]:
+        """`measured`, kept in a file."""
+        file = self.folder / "errors.npz"
+        if not file.exists():
+            np.savez(file, **measured(self))
+        return dict(np.load(file))
+
+    def chosen(self, what: Callable[[dict[str, np.ndarray]], np.ndarray], pieces: int | None = None) -> np.ndarray:
+        """The log2 share of the pooled clip with the least of an error, by language and group: float64 [languages,
+        groups of all sites].
+
+        what: makes errors [..., shares] of `errors`' arrays [languages, pieces, groups, shares], by name. pieces: how
+        many of calibration's to take, None for all.
+        """
+        total = what({name: self.errors[name][:, :pieces].sum(1) for name in ERRORS})
+        return least(total)
+
+    def with_shares(self, shares: np.ndarray) -> dict[str, Row]:
+        """The pooled clips times 2^shares [languages, groups of all sites]."""
+        made = {}
+        for place, tag in enumerate(LANGUAGES):
+            row, start, clips = self.pooled[tag], 0, {}
+            for site, clip in row.clips.items():
+                factor = torch.from_numpy(2.0 ** shares[place, start : start + len(clip)]).float()
+                clips[site], start = clip * factor, start + len(clip)
+            made[tag] = dataclasses.replace(row, clips=clips)
+        return made
+
+    def early_centers(self, weight: Callable[[np.ndarray, np.ndarray], float]) -> dict[str, Row]:
+        """Clips by language, with centers of the first PIECE tokens drawn toward the pooled ones.
+
+        weight: the pooled center's share, of the squared sampling error of a language's mean and its squared distance
+        to the pooled one.
+        """
+        made = {}
+        sites = list(self.own[LANGUAGES[0]].centers)
+        for place, tag in enumerate(LANGUAGES):
+            centers = {}
+            for site in sites:
+                pieces = self.errors[f"mean {site}"]
+                pooled = pieces[:, 0].mean(0)
+                noise = pieces[place].var(0, ddof=1).sum()
+                share = weight(noise, ((pieces[place, 0] - pooled) ** 2).sum())
+                centers[site] = torch.from_numpy((1 - share) * pieces[place, 0] + share * pooled).float()
+            made[tag] = dataclasses.replace(self.own[tag], centers=centers)
+        return made
+
+
+def least(errors: np.ndarray) -> np.ndarray:
+    """log2 of the share with the least error [..., shares]: the vertex of the parabola through the best and its
+    neighbours, in logarithms.
+    """
+    logs = np.log2(SHARES)
+    best = errors.argmin(-1).clip(1, len(SHARES) - 2)
+    left, at, right = (np.take_along_axis(errors, (best + d)[..., None], -1)[..., 0] for d in (-1, 0, 1))
+    bend = left - 2 * at + right
+    shift = np.where(bend > 0, 0.5 * (left - right) / np.where(bend > 0, bend, 1), 0).clip(-1, 1)
+    return logs[best] + shift * (logs[1] - logs[0])
+
+
+def measured(lab: Lab) -> dict[str, np.ndarray]:
+    """What each clip of SHARES costs on the calibration text, by ERRORS: float64 [languages, pieces, groups of all
+    sites, shares]. And the mean inputs "mean <site>" [languages, pieces, K], rotated. First tokens are left out.
+
+    With e the error of a token's group: "squared" |e|^2; "clipped" the part of it beyond the clip; "output" e^T G e, G
+    the group's block of V^T V over the layers with weight V that read it; and with g the loss's gradient for the
+    group's values, "value" sum g_i^2 e_i^2 and "token" (g e)^2: the loss's second-order change with the Fisher
+    information in place of the Hessian, of values and of groups.
+    """
+    model, simulated = lab.bench.model, lab.simulated
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    base = lab.pooled[LANGUAGES[0]].clips
+    places, start = {}, 0
+    for site, clip in base.items():
+        places[site] = slice(start, start + len(clip))
+        start += len(clip)
+    grams: dict[str, Tensor] = {}
+    for name, site in lab.sites.items():
+        v = simulated.rotated(linear_weight(model.get_submodule(name)).float())
+        v = v.view(len(v), -1, GROUP).transpose(0, 1)
+        grams[site] = grams.get(site, 0) + v.transpose(1, 2) @ v
+    pieces = CALIBRATION // PIECE
+    found = {name: np.zeros((len(LANGUAGES), pieces, start, len(SHARES))) for name in ERRORS}
+    means: dict[str, np.ndarray] = {}
+
+    def read(site: str, language: int, window: int, x: Tensor, gradient: Tensor) -> None:
+        values, g = (simulated.rotated(a[0, 1:].float()) for a in (x, gradient))
+        mean = means.setdefault(f"mean {site}", np.zeros((len(LANGUAGES), pieces, values.shape[1])))
+        centered = values - lab.own[LANGUAGES[language]].centers[site]
+        for i, (v, c, own) in enumerate(zip(*(a.split(PIECE) for a in (values, centered, g)), strict=True)):
+            piece = window * (SEQLEN // PIECE) + i
+            mean[language, piece] = v.mean(0).numpy()
+            c, own = (a.reshape(len(a), -1, GROUP) for a in (c, own))
+            for j, share in enumerate(SHARES):
+                clip = (base[site] * float(share)).unsqueeze(-1)
+                e = rounded(c, clip, 4) - c
+                square = e.square()
+                through = torch.bmm(e.transpose(0, 1), grams[site]).transpose(0, 1)
+                each = (
+                    square,
+                    (c.abs() - clip).clamp_(min=0).square_(),
+                    through.mul_(e),
+                    square * own.square(),
+                    (e * own).sum(-1, keepdim=True).square_(),
+                )
+                for name, cost in zip(ERRORS, each, strict=True):
+                    found[name][language, piece, places[site], j] = cost.sum((0, 2)).double().numpy()
+
+    for language, tag in enumerate(LANGUAGES):
+        print(f"errors: {tag}", flush=True)
+        for number, window in enumerate(lab.bench.texts[tag].windows(tag, tokens=CALIBRATION, seqlen=SEQLEN)):
+            with watching(model, lab.sites, functools.partial(read, language=language, window=number)):
+                ids = torch.from_numpy(window.ids)
+                embedded_ids = model.get_input_embeddings()(ids[None]).requires_grad_()
+                logits = model(inputs_embeds=embedded_ids, use_cache=False).logits[0]
+                nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum").backward()
+    return found | means
+
+
+@contextmanager
+def watching(model: nn.Module, sites: dict[str, str], read: Callable[..., None]) -> Iterator[None]:
+    """Inside, `read` is called with each site, its input x and, as `gradient`, the loss's derivative by it."""
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], site: str) -> None:
+        x = args[0]
+        x.register_hook(lambda gradient: read(site, x=x.detach(), gradient=gradient))
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(functools.partial(hook, site=site))
+        for name, site in sites.items()
+        if name == site
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A row: what it answers, what it is compared with, and how its losses come about."""
+
+    question: str
+    make: Callable[[Lab], Losses]
+    against: tuple[str, ...] = ()
+
+
+def sampling_share(noise: np.ndarray, distance: np.ndarray) -> float:
+    """The share of the pooled mean with the least expected squared error (James and Stein 1961)."""
+    return float(min(noise / distance, 1.0))
+
+
+def shrunk(lab: Lab, pieces: int | None) -> dict[str, Row]:
+    """Each clip drawn toward the pooled one by its sampling variance's share of its whole variance (in logarithms)."""
+    each = np.stack([least(lab.errors["squared"][:, i]) for i in range(CALIBRATION // PIECE)])
+    own = lab.chosen(lambda e: e["squared"], pieces)
+    noise = each.var(0, ddof=1).mean(0) / (pieces or len(each))  # by group
+    between = np.maximum(own.var(0, ddof=1) - noise, 0)
+    kept = between / np.maximum(between + noise, 1e-30)
+    pooled = own.mean(0)
+    print(f"clips by language keep {kept.mean():.2f} of their distance to the pooled ones", flush=True)
+    return lab.with_shares(pooled + kept * (own - pooled))
+
+
+def left_out(lab: Lab, how: str, absmax: float | None = None, english: bool = False) -> Losses:
+    """Each language served by a model that was calibrated on the others, or on English alone.
+
+    how: "und", the pooled row; "neighbour", NEIGHBOUR's row; "clips", the pooled row with clips that followed what was
+    served before; "centers", the pooled row with the mean inputs of what was served before.
+    """
+    found = {}
+    for tag in LANGUAGES:
+        others = ("en",) if english else tuple(other for other in LANGUAGES if other != tag)
+        profile = lab.merged(others)
+        row = lab.row(profile, clipping.table(profile), "und", absmax=absmax)
+        within = lab.row(profile, lab.table(profile), "und", absmax=absmax)
+        if how == "neighbour":
+            row = lab.row(profile, lab.table(profile), NEIGHBOUR[tag], absmax=absmax)
+        elif how == "clips":
+            row = follow(lab, profile, tag, row, within)
+        elif how == "centers":
+            watched = serve(lab, tag, row)[-1]
+            centers = {site: own.total / own.tokens for site, own in watched.items()}
+            row = dataclasses.replace(within, centers=centers)
+        found |= lab.simulated.losses({tag: lab.bench.windows[tag]}, {tag: row})
+    return found
+
+
+def served(lab: Lab, tag: str) -> list[Any]:
+    """Windows of a language's text that neither calibration nor evaluation reads."""
+    return lab.bench.texts[tag].windows(tag, tokens=TOKENS, seqlen=SEQLEN, skip=CALIBRATION + TOKENS)
+
+
+def serve(lab: Lab, tag: str, row: Row, moved: Callable[[Row, dict[str, Watched]], Row] | None = None) -> list[Any]:
+    """What was seen when those windows were served; after each, `moved` gives the row for the next."""
+    simulated, seen = lab.simulated, []
+    total: dict[str, Watched] = {}
+    for window in served(lab, tag):
+        simulated.row, simulated.watched = row, {} if moved else total
+        token_losses(simulated.model, [window], tag)
+        if moved:
+            row = moved(row, simulated.watched)
+            seen.append(row)
+    simulated.watched = None
+    return seen or [total]
+
+
+def follow(lab: Lab, profile: Profile, tag: str, row: Row, within: Row) -> Row:
+    """The row after `clipping.adapt` moved its clips window by window. Its balance is that of the calibration data,
+    which is about the languages' own centers (`within`).
+    """
+    rule = adapt.AdaptationRule()
+    now = {}
+    for site, clip in row.clips.items():
+        alpha = within.clips[site].double().numpy()[None]
+        stats = profile.sites[site]
+        clipped, total = (a[:1] for a in stats.tail_sums(np.broadcast_to(alpha, stats.moments.shape)))
+        sums = np.stack([stats.moments.count[:1], clipped, total], axis=-1)
+        wide = clip.double().numpy()[None]
+        now[site] = dataclasses.replace(adapt.start(alpha, sums), alpha=wide, calibrated=wide.copy())
+
+    def moved(row: Row, watched: dict[str, Watched]) -> Row:
+        for site, own in watched.items():
+            now[site] = adapt.update(now[site], own.tails.numpy()[None], rule=rule)
+        return dataclasses.replace(row, clips={site: torch.from_numpy(a.alpha[0]).float() for site, a in now.items()})
+
+    return serve(lab, tag, row, moved)[-1]
+
+
+def capped(lab: Lab, rows: dict[str, Row], cap: float | None) -> Losses:
+    return lab.run({tag: dataclasses.replace(row, absmax=ABSMAX_SHARE, cap=cap) for tag, row in rows.items()})
+
+
+def pooled_centers(lab: Lab, bits: int) -> Losses:
+    clips = clipping.table(lab.profile, bits=bits, sharing="pooled")
+    return lab.run({tag: lab.row(lab.profile, clips, tag, center="und", bits=bits) for tag in LANGUAGES})
+
+
+def product(lab: Lab, config: QuantConfig) -> Losses:
+    """The package's own quantized model, with the profile of all languages."""
+    return lab.bench.losses(quantize_model(lab.bench.model, lab.profile, config, progress=False))[0]
+
+
+def weighted(lab: Lab, weights: dict[str, float], windows: dict[str, Any]) -> Losses:
+    """Weights rounded with feedback on second moments in which each language has a weight, centers by language."""
+    total: dict[str, np.ndarray] = {}
+    for tag, weight in weights.items():
+        for site, products in (lab.alone[tag].second_moments or {}).items():
+            total[site] = total.get(site, 0) + np.float32(weight) * products
+    profile = dataclasses.replace(lab.profile, second_moments=SecondMoments.of(total))
+    made = quantize_model(lab.bench.model, profile, QuantConfig(activations=16), progress=False)
+    return {tag: segment_sums(token_losses(made.eval(), own, tag)) for tag, own in windows.items()}
+
+
+EQUAL = dict.fromkeys(LANGUAGES, 1.0)
+
+
+def by_harm(lab: Lab, power: float) -> Losses:
+    """Language weights in proportion to a power of what equal weights cost each language on the calibration text: one
+    step of the multiplicative update for the minimax problem.
+    """
+    file = lab.folder / "harm.json"
+    if not file.exists():
+        text = {tag: text.windows(tag, tokens=CALIBRATION, seqlen=SEQLEN) for tag, text in lab.bench.texts.items()}
+        before = {tag: segment_sums(token_losses(lab.bench.model, own, tag)).sum() for tag, own in text.items()}
+        after = {tag: own.sum() for tag, own in weighted(lab, EQUAL, text).items()}
+        bytes_ = {tag: sum(window.byte_counts.sum() for window in own) for tag, own in text.items()}
+        file.write_text(json.dumps({tag: float((after[tag] - before[tag]) / bytes_[tag]) for tag in LANGUAGES}))
+    harm = {tag: max(value, 0.0) ** power for tag, value in json.loads(file.read_text()).items()}
+    mean = float(np.mean(list(harm.values())))
+    return weighted(lab, {tag: value / mean for tag, value in harm.items()}, lab.bench.windows)
+
+
+def experiments() -> dict[str, Experiment]:
+    """Every row by name, in the order of the table."""
+    table: dict[str, Experiment] = {}
+    question = ""
+
+    def add(name: str, make: Callable[[Lab], Losses], *against: str) -> None:
+        table[name] = Experiment(question, make, against)
+
+    pool, own, absmax = "clips pooled", "clips by language", "absmax per group"
+    question = "what is compared below: centers by language"
+    add("centers and clips pooled", lambda lab: pooled_centers(lab, 4))
+    add(pool, lambda lab: lab.run(lab.pooled), "centers and clips pooled")
+    add(own, lambda lab: lab.run(lab.own), pool)
+    add(absmax, lambda lab: capped(lab, lab.own, None), own)
+    static = QuantConfig(weights=16, clip="static", center=True)
+    add("clips by language, the package's kernels", lambda lab: product(lab, static), own)
+
+    question = "clips of least error of the output, or of the loss"
+    for name, of in (("output error", "output"), ("Fisher by value", "value"), ("Fisher by token", "token")):
+        add(f"{name}, by language", lambda lab, of=of: lab.run(lab.with_shares(lab.chosen(lambda e: e[of]))), own)
+
+        def together(lab: Lab, of: str = of) -> Losses:
+            shares = lab.chosen(lambda e: e[of].sum(0, keepdims=True))
+            return lab.run(lab.with_shares(shares.repeat(len(LANGUAGES), 0)))
+
+        add(f"{name}, pooled", together, pool)
+        table[f"{name}, by language"] = dataclasses.replace(
+            table[f"{name}, by language"], against=(own, f"{name}, pooled")
+        )
+
+    question = "a penalty on what is clipped"
+    for times, extra in (("twice", 1), ("five times", 4)):
+        add(
+            f"clipped part counted {times}",
+            lambda lab, extra=extra: lab.run(
+                lab.with_shares(lab.chosen(lambda e: e["squared"] + extra * e["clipped"]))
+            ),
+            own,
+        )
+
+    question = "shrinkage toward the pooled clip and center, by sample size"
+    add("clips shrunk", lambda lab: lab.run(shrunk(lab, None)), own)
+    early = f"clips of {PIECE} tokens"
+    add(early, lambda lab: lab.run(lab.with_shares(lab.chosen(lambda e: e["squared"], 1))), own, pool)
+    add(f"{early}, shrunk", lambda lab: lab.run(shrunk(lab, 1)), early)
+    centers = f"centers of {PIECE} tokens"
+    add(centers, lambda lab: lab.run(lab.early_centers(lambda noise, distance: 0.0)), own)
+    add(f"{centers}, shrunk", lambda lab: lab.run(lab.early_centers(sampling_share)), centers)
+
+    question = "minimax over the languages"
+    add(
+        "clips pooled, minimax",
+        lambda lab: lab.run(lab.rows(lab.table(lab.profile, sharing="pooled", language_objective="minimax"))),
+        pool,
+    )
+    equal = "W4A16, languages weigh the same"
+    add(equal, lambda lab: weighted(lab, EQUAL, lab.bench.windows))
+    add("W4A16, languages weigh as they lose", lambda lab: by_harm(lab, 1.0), equal)
+    add("W4A16, languages weigh as their loss squared", lambda lab: by_harm(lab, 2.0), equal)
+
+    for english, short, what in (
+        (False, "left out", "each language left out of calibration"),
+        (True, "English only", "calibrated on English alone"),
+    ):
+        question = what
+        und = f"{short}, as und"
+        add(und, lambda lab, e=english: left_out(lab, "und", english=e), own)
+        if not english:
+            add(f"{short}, a neighbour's row", lambda lab: left_out(lab, "neighbour"), und)
+        add(f"{short}, clips adapted", lambda lab, e=english: left_out(lab, "clips", english=e), und)
+        add(f"{short}, centers followed", lambda lab, e=english: left_out(lab, "centers", english=e), und, own)
+        und = f"{short}, absmax, as und"
+        add(und, lambda lab, e=english: left_out(lab, "und", ABSMAX_SHARE, english=e), absmax)
+        add(
+            f"{short}, absmax, centers followed",
+            lambda lab, e=english: left_out(lab, "centers", ABSMAX_SHARE, english=e),
+            und,
+            absmax,
+        )
+
+    question = "INT3"
+    add("INT3, centers and clips pooled", lambda lab: pooled_centers(lab, 3))
+    add(
+        "INT3, clips pooled",
+        lambda lab: lab.run(lab.rows(lab.table(lab.profile, bits=3, sharing="pooled"), bits=3)),
+        "INT3, centers and clips pooled",
+    )
+    add(
+        "INT3, clips by language",
+        lambda lab: lab.run(lab.rows(lab.table(lab.profile, bits=3), bits=3)),
+        "INT3, clips pooled",
+    )
+
+    question = "absmax per group, capped by the static clip"
+    for cap in (1.0, 1.25):
+        add(f"absmax, at most {cap:g} x the language's clip", lambda lab, c=cap: capped(lab, lab.own, c), absmax)
+    add("absmax, at most 1.25 x the pooled clip", lambda lab: capped(lab, lab.pooled, 1.25), absmax)
+    return table
+
+
+def results(bench: Bench, rows: dict[str, dict[str, Any]], table: dict[str, Experiment]) -> dict[str, Any]:
+    """The file's contents: rows and paired differences, in the table's order."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "la_aciq": la_aciq.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "settings": {
+            "model": embedded.MODEL_NAME,
+            "languages": list(LANGUAGES),
+            "tokens": TOKENS,
+            "calibration_tokens": CALIBRATION,
+            "seqlen": SEQLEN,
+            "group_size": GROUP,
+        },
+        "configurations": [rows[name] for name in table if name in rows],
+        "comparisons": [
+            {"question": one.question} | comparison(bench, rows, name, other)
+            for name, one in table.items()
+            for other in one.against
+            if name in rows and other in rows
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows only; a name may end with *")
+    parser.add_argument("--again", action="store_true", help="also rows that are in the file already")
+    arguments = parser.parse_args()
+    table = experiments()
+    wanted = [
+        name
+        for name in table
+        if arguments.only is None
+        or any(name == given or (given.endswith("*") and name.startswith(given[:-1])) for given in arguments.only)
+    ]
+    rows: dict[str, dict[str, Any]] = {}
+    if RESULTS.exists():
+        before = json.loads(RESULTS.read_text())["configurations"]
+        rows = {row["name"]: row for row in before if row["name"] in table}
+    lab = Lab()
+    for name in wanted:
+        if name in rows and not arguments.again:
+            continue
+        start = time.monotonic()
+        rows[name] = {"name": name, "question": table[name].question} | summary(lab.bench, table[name].make(lab))
+        made = results(lab.bench, rows, table)
+        text = json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False)
+        RESULTS.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
+        RESULTS.with_suffix(".tmp").replace(RESULTS)
+        print(f"{name:45} {rows[name]['mean']:+.4f} gap {rows[name]['gap']:.3f}  {time.monotonic() - start:.0f} s")
+        for pair in made["comparisons"]:
+            if name in (pair["name"], pair["baseline"]):
+                mean, gap = ([pair[f"{what}{end}"] for end in ("", "_low", "_high")] for what in ("mean", "gap"))
+                print(
+                    f"    {pair['name']} - {pair['baseline']}: {mean[0]:+.4f} [{mean[1]:+.4f}, {mean[2]:+.4f}]; "
+                    f"gap {gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
