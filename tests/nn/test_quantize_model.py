@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 import la_aciq
 from la_aciq import clipping
 from la_aciq.errors import LaAciqError
+from la_aciq.models import fingerprint
 from la_aciq.nn import LanguageAwareLinear, QuantConfig, bits_per_weight, languages, quantize_model
 from la_aciq.nn.weights import quantize_weight
 
@@ -124,6 +125,27 @@ def test_mixed_batches_equal_each_row_alone(model, profile, changes):
     if changes.get("clip") != "absmax" and changes.get("sharing") != "pooled" and out.la_aciq.config.activations < 16:
         with la_aciq.language("en"):
             assert not torch.allclose(logits(out, IDS[:1])[0], mixed[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours_speak(profile, changes, dtype):
+    model = tiny_llama(dtype=dtype)
+    own = dataclasses.replace(profile, metadata=profile.metadata | {"fingerprint": fingerprint(model)})
+    out = quantized(model, own, **changes)
+
+    def steps(tags):
+        """Logits of a prompt and of tokens decoded after it."""
+        with languages(tags), torch.no_grad():
+            first = out(input_ids=IDS[:, :6], use_cache=True)
+            cache = first.past_key_values
+            later = [
+                out(input_ids=IDS[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(6, 12)
+            ]
+        return torch.cat([first.logits, *later], dim=1)
+
+    same, mixed = steps(["sw", "sw", "sw"]), steps(["en", "sw", "th"])
+    assert torch.equal(same[1], mixed[1])
 
 
 @pytest.mark.parametrize(

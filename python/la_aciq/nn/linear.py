@@ -235,18 +235,22 @@ class LanguageAwareLinear(LanguageAwareModule):
     ) -> torch.Tensor:
         """What `forward` does, with these weights: the layer's own, or joined ones of layers that share its input."""
         clip, center = self._buffers["clip"], self._buffers["center"]
-        by_row = bias is not None and bias.ndim == 2
+        table = bias if bias is not None and bias.ndim == 2 else None
         row = None if torch.compiler.is_compiling() else self.state.common_row
-        if row is not None:
-            if center is not None:
-                x = x - self._row("center", center, row).to(x.dtype)
-            own = self._row("bias", bias, row) if by_row and bias is not None else bias
-            return self._product(x, weight, weight_scale, clip if clip is None else clip[row : row + 1], own, None)
-        language = self.state.ids_for(x) if clip is not None or by_row else None
+        language = None
+        if row is None and (clip is not None or table is not None):
+            language = self.state.ids_for(x)
+        if row is not None and clip is not None:
+            clip = clip[row : row + 1]
         if center is not None:
-            x = x - row_of_each(center, language, x).to(x.dtype)
-        y = self._product(x, weight, weight_scale, clip, None if by_row else bias, language)
-        return y if bias is None or not by_row else y + row_of_each(bias, language, y).to(y.dtype)
+            own = row_of_each(center, language, x) if row is None else self._row("center", center, row)
+            x = x - own.to(x.dtype)
+        y = self._product(x, weight, weight_scale, clip, None if table is not None else bias, language)
+        if table is not None:
+            # Here with one language as with several, or a row's rounding would depend on its neighbours' languages.
+            own = row_of_each(table, language, y) if row is None else self._row("bias", table, row)
+            y.add_(own.to(y.dtype))
+        return y
 
     def _row(self, name: str, table: torch.Tensor, row: int) -> torch.Tensor:
         """A row of a table, a view that is made once."""
