@@ -103,6 +103,28 @@ def test_a_text_that_is_too_short_is_refused_with_the_numbers(model, profile):
         evaluate(quantized, model, texts=random_texts(tokens=600), **SETTINGS)
 
 
+def test_with_several_profiles_nothing_that_any_was_calibrated_on_is_evaluated(model, profile):
+    longer = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=288, group_size=32, progress=False)
+    configurations = {"16": QuantConfig(group_size=16), "32": QuantConfig(group_size=32)}
+    report = evaluate_configurations(model, [profile, longer], configurations, texts=random_texts(), **SETTINGS)
+    assert profile.metadata["tokens"]["en"] < 288
+    assert {tag: own["skipped"] for tag, own in report.texts.items()} == dict.fromkeys(("en", "sw", "th"), 288)
+
+
+def test_what_cannot_differ_by_language_is_not_compared(model, profile):
+    kinds = {
+        "W4A16": {"activations": 16, "clip": "static", "center": False},
+        "KV4": {"weights": 16, "activations": 16, "kv": 4, "kv_clip": "static", "center": False},
+    }
+    configurations = {
+        f"{name} {sharing}": QuantConfig(group_size=16, sharing=sharing, **kind)
+        for name, kind in kinds.items()
+        for sharing in ("language", "pooled")
+    }
+    report = evaluate_configurations(model, profile, configurations, texts=random_texts(), **SETTINGS)
+    assert [(c.name, c.baseline) for c in report.comparisons] == [("KV4 language", "KV4 pooled")]
+
+
 @pytest.fixture(scope="module")
 def several(model, profile):
     calls = []

@@ -39,6 +39,14 @@ def test_without_a_report_it_shows_what_the_clips_were_chosen_on(setting):
     assert "LlamaForCausalLM.from_pretrained(folder)" in card
 
 
+def test_without_clips_by_language_it_has_no_column_of_them(setting):
+    model, _ = setting
+    profile = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, group_size=16, progress=False)
+    card = model_card(quantize_model(model, profile, QuantConfig(group_size=16), progress=False))
+    assert "| row | calibration tokens |\n" in card
+    assert "| sw | 128 |\n" in card
+
+
 def test_with_a_report_it_shows_the_change_by_language(setting, tmp_path):
     model, quantized = setting
     report = evaluated(model, quantized)

@@ -27,7 +27,7 @@ if importlib.util.find_spec("vllm"):
 
 @pytest.fixture(scope="session")
 def quantized():
-    """A random Llama over bytes, with heads of a size that vLLM has kernels for, in INT4 with clips by language."""
+    """A random Llama over bytes, with heads of a size that vLLM has kernels for, quantized by language."""
     model = byte_llama(hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.1)
     texts = {tag: [sentences(tag)] for tag in SENTENCES}
     profile = la_aciq.calibrate(model, texts, byte_tokenizer(), seqlen=128, tokens=512)

@@ -86,7 +86,7 @@ def evaluate_configurations(
     configurations: a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype. profile: one, or
     several (with and without rotation, say); each configuration takes the first that was measured with its centers,
     rotation and group size. Two quantized copies at most are in memory, their equal weights once. The other arguments
-    are those of `evaluate`; skip is by default the profile's tokens.
+    are those of `evaluate`; skip is by default the most tokens of the language that any of the profiles was made from.
     """
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
     if not profiles or not configurations:
@@ -96,7 +96,10 @@ def evaluate_configurations(
         for name, config in configurations.items()
         if isinstance(config, QuantConfig)
     }
-    data = _Texts.prepare(texts, tokenizer, seqlen, tokens, profiles[0].metadata["tokens"] if skip is None else skip)
+    if skip is None:
+        calibrated = [one.metadata["tokens"] for one in profiles]
+        skip = {tag: max(own.get(tag, 0) for own in calibrated) for tag in set().union(*calibrated)}
+    data = _Texts.prepare(texts, tokenizer, seqlen, tokens, skip)
     results: dict[str, tuple[_Losses, _Description]] = {}
     previous: nn.Module | None = None  # the last quantized copy: the next one shares the weights that are the same
     with tqdm(
@@ -324,13 +327,11 @@ def _comparisons(
     changes: Mapping[str, Mapping[str, Estimate]],
     seed: int,
 ) -> list[Comparison]:
-    """Every pair of configurations that differ in nothing but whose clips a language uses."""
+    """Every pair of configurations that differ in nothing but whose clips and means a language uses."""
     found = []
     for own, pooled in itertools.permutations(results, 2):
         a, b = results[own][1].config, results[pooled][1].config
-        if a.get("sharing") != "language" or b != a | {"sharing": "pooled"}:
-            continue
-        if a.get("clip") == "absmax" and not a.get("center"):
+        if "dtype" in a or not QuantConfig.from_dict(a).by_language or b != a | {"sharing": "pooled"}:
             continue
         paired = {
             tag: _estimate(data, tag, differences[own][tag] - differences[pooled][tag], seed)

@@ -188,7 +188,7 @@ def _common_limit(configurations: Sequence[Configuration]) -> float:
     worst = sorted(c.worst for c in configurations)
     middle = max(worst[len(worst) // 2], 1e-4)
     fit = [c for c in configurations if c.worst <= 4 * middle]
-    return 1.02 * max(result.high for c in fit for result in c.by_language.values()) or 1e-3
+    return max(1.02 * max(result.high for c in fit for result in c.by_language.values()), 1e-3)
 
 
 def _short(site: str) -> str:

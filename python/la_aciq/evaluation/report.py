@@ -47,11 +47,11 @@ class LanguageResult:
 class Configuration:
     """One configuration over all languages.
 
-    config: the `QuantConfig`'s fields, or {"dtype": ...} for the unquantized model. bits: stored bits per weight of
-    the replaced layers, their clips included. mean: of the languages' changes, each language counting the same;
-    mean_low, mean_high, mean_se: its 95 % interval and standard error from the text drawn (not from the choice of
-    languages). worst: the largest change, worst_language: whose. gap: the largest minus the smallest change, biased
-    upwards as every such range of noisy numbers is; gap_low, gap_high: its 95 % interval, which holds whichever
+    config: the `QuantConfig`'s fields, or {"dtype": ...} for the unquantized model. bits: stored bits per weight of the
+    replaced layers, their clips, centers and biases included. mean: of the languages' changes, each language counting
+    the same; mean_low, mean_high, mean_se: its 95 % interval and standard error from the text drawn (not from the
+    choice of languages). worst: the largest change, worst_language: whose. gap: the largest minus the smallest change,
+    biased upwards as every such range of noisy numbers is; gap_low, gap_high: its 95 % interval, which holds whichever
     languages are the extremes and is wide. nats: the mean change in nats per token. skipped: layers left alone, and
     why.
     """

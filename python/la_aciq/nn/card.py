@@ -1,7 +1,6 @@
 """The README.md of a quantized model: what it is, what it costs each language, and how to load it."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,8 @@ def model_card(model: nn.Module, report: "Report | None" = None) -> str:
     """Markdown with the front matter of the Hugging Face hub.
 
     report: of an evaluation of this configuration of this model; its table by language goes into the card, otherwise
-    what the clips were chosen on and how they differ between the languages. Raises `LaAciqError` for the report of
-    another model or other configurations.
+    what the statistics were measured on and how the clips differ between the languages. Raises `LaAciqError` for the
+    report of another model or other configurations.
     """
     quantized: Any = model
     done: Quantization = quantized.la_aciq
@@ -86,20 +85,20 @@ def _configuration(report: "Report", done: Quantization) -> "Configuration":
 
 
 def _calibration_table(model: nn.Module, done: Quantization) -> str:
-    """Per language the tokens its clips were chosen on, and its clips relative to the pooled ones."""
+    """Per language the tokens its statistics come from, and its clips relative to the pooled ones where it has any."""
+    rows = {row: f"| {row} | {done.calibration_tokens.get(row, '')} |" for row in done.state.rows}
     layers = [module for module in model.modules() if isinstance(module, LanguageAwareLinear)]
-    clips = [layer.clip for layer in layers if layer.clip is not None] if done.config.clip != "absmax" else []
+    clips = [layer.clip for layer in layers if layer.clip is not None and not layer.clip.is_meta]
+    if done.config.clip == "absmax" or not clips:
+        lines = ["| row | calibration tokens |", "| --- | ---: |", *rows.values()]
+        return "Not evaluated yet. What the languages' statistics were measured on:\n\n" + "\n".join(lines) + "\n"
     # Geometric means over the groups of all layers, of each row's clips over the pooled row's.
-    logs = [torch.log(clip / clip[:1]).double().mean(dim=1) for clip in clips if not clip.is_meta]
-    mean = torch.stack(logs).mean(dim=0).exp().tolist() if logs else [math.nan] * len(done.state.rows)
-    rows = "".join(
-        f"| {row} | {done.calibration_tokens.get(row, '')} | {'' if math.isnan(value) else f'{value:.3f}'} |\n"
-        for row, value in zip(done.state.rows, mean, strict=True)
-    )
+    mean = torch.stack([torch.log(clip / clip[:1]).double().mean(dim=1) for clip in clips]).mean(dim=0).exp().tolist()
+    lines = ["| row | calibration tokens | clips |", "| --- | ---: | ---: |"]
+    lines += [f"{row} {value:.3f} |" for row, value in zip(rows.values(), mean, strict=True)]
     return (
         "Not evaluated yet. What the clips were chosen on, and the activations' clips relative to those of the pooled "
-        "row `und` (geometric mean over layers and groups):\n\n"
-        f"| row | calibration tokens | clips |\n| --- | ---: | ---: |\n{rows}"
+        "row `und` (geometric mean over layers and groups):\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -362,8 +362,8 @@ class LanguageState:
             if requested is None and self._warn:
                 self._warn = False
                 warnings.warn(
-                    "a model with clips per language runs with no language set and uses the pooled clips; set one with "
-                    "`with la_aciq.language('sw'):` in the thread that calls the model, or 'und' to pool on purpose",
+                    "a model with statistics per language runs with no language set and uses the pooled ones; set one "
+                    "in the thread that calls the model: `with la_aciq.language('sw'):`, or 'und' to pool on purpose",
                     stacklevel=2,
                 )
             row = 0 if requested is None else self._count(requested, batch)

@@ -56,12 +56,12 @@ def quantize_model(
 ) -> nn.Module:
     """The model with its linear layers quantized as `config` says, with the clips of the profile's statistics.
 
-    inplace: change the model itself, layer by layer, so that at most one layer is in memory twice; otherwise the
-    model given is left as it was, and the copy shares nothing with it. like: this model as it was quantized before;
-    INT4 weights that would come out the same are shared with it, so that trying many clips costs the weights once. The
+    inplace: change the model itself, layer by layer, so that at most one layer is in memory twice; otherwise the model
+    given is left as it was, and the copy shares nothing with it. like: this model as it was quantized before; INT4
+    weights that would come out the same are shared with it, so that trying many clips costs the weights once. The
     result's `la_aciq` is a `Quantization`; layers left alone because they are tied, of an unsupported kind, or not in
-    the profile are in its `skipped` and named in one warning. A model on the meta device becomes a quantized one there,
-    without values: its shapes and sizes.
+    the profile are in its `skipped`, and named in one warning unless they are tied. A model on the meta device becomes
+    a quantized one there, without values: its shapes and sizes.
 
     Raises `LaAciqError` when the profile was made from another model, when its group size or rotation is not the
     configuration's, when the model is quantized already, and when a weight is not finite.
