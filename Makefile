@@ -8,9 +8,10 @@ CORE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -
 CPP_FILES := $(filter-out %.cu %.cuh,$(CORE_SOURCES))
 DEMO_OUTPUT ?= demo-output
 SERVE_OUTPUT ?= serve-demo-output
+SOAK_MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve-demo test bench lint format clean
+.PHONY: help setup demo serve-demo serve-model soak test bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,12 +19,17 @@ help: ## list the targets
 demo: setup ## calibrate and quantize the embedded model, report the cost of INT4 per language
 	$(VENV)/bin/la-aciq demo --output_dir $(DEMO_OUTPUT) --force
 
-serve-demo: setup $(VLLM)/.ready ## quantize the embedded model and serve it with vLLM at port 8000 until Ctrl-C
+serve-demo: serve-model ## quantize the embedded model and serve it with vLLM at port 8000 until Ctrl-C
+	$(VLLM)/bin/la-aciq serve $(SERVE_OUTPUT)/model -- --max-model-len 2048
+
+serve-model: setup $(VLLM)/.ready
 	test -f $(SERVE_OUTPUT)/profile/profile.json || $(VENV)/bin/la-aciq calibrate --model embedded --texts embedded \
 		--languages en,de,ar,sw,th,zh --output_dir $(SERVE_OUTPUT)/profile
 	test -f $(SERVE_OUTPUT)/model/config.json || $(VENV)/bin/la-aciq quantize --model embedded --scheme W4A8 \
 		--profile $(SERVE_OUTPUT)/profile --output_dir $(SERVE_OUTPUT)/model
-	$(VLLM)/bin/la-aciq serve $(SERVE_OUTPUT)/model -- --max-model-len 2048
+
+soak: serve-model ## keep that server full for SOAK_MINUTES (30): no wrong output, flat memory
+	$(VLLM)/bin/python -m benchmarks.soak $(SERVE_OUTPUT)/model --minutes $(SOAK_MINUTES)
 
 test: lint ## lint, type checks and the test suite; that of serving in vLLM's own virtual environment
 	$(PY) -m pytest

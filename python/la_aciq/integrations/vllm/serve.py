@@ -11,7 +11,8 @@ import os
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ...errors import LaAciqError
 from ...nn.checkpoint import check_tensors, read_folder
@@ -70,8 +71,24 @@ def run(
     threading.Thread(
         target=_announce, args=(address, parsed.served_model_name or folder, languages), daemon=True
     ).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(run_server(parsed))
+    stops: list[Any] = []
+
+    class Loop(uvloop.Loop):
+        """Notes that the server was told to stop: it also ends, and says nothing, when its engine has died."""
+
+        def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
+            def noted() -> None:
+                stops.append(sig)
+                callback(*args)
+
+            super().add_signal_handler(sig, noted)
+
+    try:
+        uvloop.run(run_server(parsed), loop_factory=Loop)
+    except KeyboardInterrupt as interrupt:
+        stops.append(interrupt)
+    if not stops:
+        raise LaAciqError("the engine died (what vLLM said of it is above); requests under way have failed")
     print("la-aciq: stopped", flush=True)
 
 
