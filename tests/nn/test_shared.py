@@ -42,6 +42,18 @@ def attention(model):
     return own.q_proj, own.k_proj, own.v_proj
 
 
+def sizes_of_calls(monkeypatch):
+    """The list that the number of outputs of each product is added to from now on."""
+    calls = []
+    multiply = LanguageAwareLinear.multiply
+    monkeypatch.setattr(
+        LanguageAwareLinear,
+        "multiply",
+        lambda self, x, *parts: calls.append(len(parts[0])) or multiply(self, x, *parts),
+    )
+    return calls
+
+
 @pytest.mark.parametrize("activations", [4, 8, 16])
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_the_same_outputs(setting, activations, tokens):
@@ -53,13 +65,7 @@ def test_the_same_outputs(setting, activations, tokens):
 
 def test_one_call_for_all_and_nothing_kept(setting, monkeypatch):
     out = quantized(setting)
-    calls = []
-    multiply = LanguageAwareLinear.multiply
-    monkeypatch.setattr(
-        LanguageAwareLinear,
-        "multiply",
-        lambda self, x, *parts: calls.append(len(parts[0])) or multiply(self, x, *parts),
-    )
+    calls = sizes_of_calls(monkeypatch)
     logits(out)
     # q, k and v; o; gate and up; down: of each of the two layers.
     assert calls == [32 + 16 + 16, 32, 2 * 54, 32] * 2
@@ -70,50 +76,123 @@ def test_one_call_for_all_and_nothing_kept(setting, monkeypatch):
     assert weights[0].untyped_storage().nbytes() == sum(weight.nbytes for weight in weights)
 
 
-def test_another_tensor_or_a_changed_one_is_computed_anew(setting):
-    out = quantized(setting, clip="absmax")
-    q, k, v = attention(out)
-    plain = attention(apart(out))
-    x, y = torch.randn(2, 3, 32)
-    with torch.no_grad():
-        for layer, alone, given in (
-            (q, plain[0], x),
-            (k, plain[1], y),
-            (v, plain[2], x),
-            (q, plain[0], x),
-            (q, plain[0], x),
-        ):
-            torch.testing.assert_close(layer(given), alone(given))
+def within_a_pass(model, do, tag="sw"):
+    """What `do` returns in the middle of a pass of the model."""
+    found = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: found.append(do()))
+    try:
+        with la_aciq.language(tag):
+            model(IDS, use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def without_a_pass(model, do):
+    return do()
+
+
+@pytest.fixture(params=[within_a_pass, without_a_pass])
+def place(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.no_grad, torch.inference_mode])
+def mode(request):
+    with request.param():
+        yield
+
+
+def test_another_tensor_is_computed_anew(setting, place, mode):
+    out = quantized(setting)
+    alone = apart(out)
+    x, y = torch.randn(2, 2, 12, 32)
+
+    def outputs(layers):
+        return [layers[i](given) for i, given in ((0, x), (1, y), (2, x), (0, x), (0, x), (1, x.clone()))]
+
+    found, expected = (place(model, lambda m=model: outputs(attention(m))) for model in (out, alone))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+CHANGES = {
+    "input": lambda layer, x: x.mul_(3),
+    "weight": lambda layer, x: layer.weight.bitwise_xor_(255),
+    "weight_scale": lambda layer, x: layer.weight_scale.mul_(2),
+    "bias": lambda layer, x: layer.bias.add_(1),
+    "center": lambda layer, x: layer.center.add_(1),
+    "clip": lambda layer, x: layer.clip.mul_(0.1),
+    "signs": lambda layer, x: layer.signs.neg_(),
+    "replaced": lambda layer, x: setattr(layer, "weight", 255 - layer.weight),
+    "loaded": lambda layer, x: layer.load_state_dict(layer.state_dict() | {"weight": 255 - layer.weight}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_changed_since_the_first_call_is_computed_anew(setting, place, mode, change):
+    out = quantized(setting)
+    alone = apart(out)
+    given = torch.randn(2, 12, 32)
+
+    def outputs(model):
+        q, k, _ = attention(model)
+        x = given.clone()
+        before = q(x)
+        stale = k(x)
         q(x)
-        x.mul_(3)
-        torch.testing.assert_close(k(x), plain[1](x))
-        with torch.inference_mode():
-            torch.testing.assert_close(v(x.clone()), plain[2](x))
+        change(k, x)
+        return before, stale, k(x)
+
+    # Twice: what is joined may be older than the change, or made after it.
+    for _ in range(2):
+        found, expected = (place(model, lambda m=model: outputs(m)) for model in (out, alone))
+        assert not torch.allclose(expected[2], expected[1])
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_another_language_is_computed_anew(setting):
     out = quantized(setting)
     q, k, _ = attention(out)
     x = torch.randn(2, 12, 32)
-
-    def within_a_pass(layer, tag):
-        """What a layer gives for x in the middle of a pass of the model."""
-        found = []
-        handle = out.model.embed_tokens.register_forward_hook(lambda *_: found.append(layer(x)))
-        logits(out, (tag, tag))
-        handle.remove()
-        return found[0]
-
-    within_a_pass(q, "sw")
-    pending = k.shared._pending
-    later = within_a_pass(k, "en")
-    k.shared._pending = pending
-    again = within_a_pass(k, "en")
-    k.shared = None
-    alone = within_a_pass(k, "en")
+    with torch.no_grad():
+        within_a_pass(out, lambda: q(x), "sw")
+        later = within_a_pass(out, lambda: k(x), "en")
+        k.shared = None
+        alone = within_a_pass(out, lambda: k(x), "en")
+        other = within_a_pass(out, lambda: k(x), "sw")
     torch.testing.assert_close(later, alone)
-    torch.testing.assert_close(again, alone)
-    assert not torch.equal(alone, within_a_pass(k, "sw"))
+    assert not torch.equal(alone, other)
+
+
+def test_layers_that_always_get_tensors_of_their_own_part(setting, monkeypatch):
+    out = quantized(setting)
+    calls = sizes_of_calls(monkeypatch)
+    for layer in attention(out):
+        layer.register_forward_pre_hook(lambda _, args: (args[0] + 0,))
+    expected = logits(apart(out))
+    for _ in range(4):
+        calls.clear()
+        torch.testing.assert_close(logits(out), expected)
+    assert calls[:3] == [32, 16, 16]
+    # Passes that are broken off now and then do not part the others.
+    gate, up = out.model.layers[0].mlp.gate_proj, out.model.layers[0].mlp.up_proj
+    for _ in range(20):
+        with torch.no_grad():
+            within_a_pass(out, lambda: gate(torch.zeros(2, 12, 32)))
+    assert gate.shared is up.shared is not None
+
+
+def test_hooks_run_once_where_layers_part(setting):
+    out = quantized(setting)
+    calls = []
+    gate, up = out.model.layers[1].mlp.gate_proj, out.model.layers[1].mlp.up_proj
+    for layer in (gate, up):
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    up.clip.mul_(0.1)
+    logits(out)
+    assert len(calls) == 2
 
 
 def test_layers_part_when_one_gets_a_clip_of_its_own(setting):

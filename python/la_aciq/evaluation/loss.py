@@ -47,7 +47,7 @@ def token_losses(
     losses = []
     for window in windows:
         ids = torch.from_numpy(np.ascontiguousarray(window.ids)).to(device)
-        with torch.inference_mode(), language(tag):
+        with torch.no_grad(), language(tag):
             nats = nn.functional.cross_entropy(_logits(model, ids)[:-1].float(), ids[1:], reduction="none")
         if not bool(torch.isfinite(nats).all()):
             raise LaAciqError(

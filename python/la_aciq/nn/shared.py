@@ -11,69 +11,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Calls in a row whose outputs nobody fetched all of, after which the layers part: they read different tensors.
+_WASTED = 8
+
 
 class SharedInput:
-    """The layers (`LanguageAwareLinear` with INT4 weights) that share an input, in the order they are called.
+    """The layers (`LanguageAwareLinear` with INT4 weights) that share an input.
 
-    Their weights become views of joined ones. The first layer called with a tensor computes the outputs of all and
-    hands them out to the others, when they are called with that tensor in the same forward pass; a layer called with
-    another tensor is computed anew. What a layer never asks for is kept until the next call.
+    Their weights become views of joined ones. In a forward pass of the model the first layer called with a tensor
+    computes the outputs of all, and the others fetch theirs when they are called with that tensor. They get it only
+    where nothing can have changed since: in the same pass, of the same tensor and with the same buffers, none of them
+    written since by PyTorch's own count. Where there is no such count (tensors of inference mode) and outside of a pass
+    each layer is computed for itself. What a layer never asks for is kept until the next call.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = tuple(layers)
         self._sizes = [layer.out_features for layer in layers]
-        self._parts: list[
-            Tensor | None
-        ] = []  # the layers' own tensors, as `_join` left them, and the small ones' versions
-        self._versions: list[int | None] = []
+        self._states: list[list[Any]] = []  # of the layers' buffers, as `_join` left them
+        self._buffers: list[Tensor | None] = []  # those buffers: while they live, no other tensor has their ids
         self._joined: tuple[Tensor, Tensor, Tensor | None] | None = None
-        self._pending: tuple[Tensor, int | None, Any, list[Tensor | None]] | None = None
+        self._pending: tuple[Tensor, int, Any, dict[int, Tensor]] | None = None
+        self._wasted = 0
         for place, layer in enumerate(layers):
             layer.shared, layer.place = self, place
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pending": None}
+        """For copies and pickles, whose tensors have other ids and versions."""
+        return self.__dict__ | {"_pending": None, "_joined": None, "_states": [], "_buffers": []}
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of the layer at this place for x [..., K]."""
         layer = self._layers[place]
-        current, version = layer.state.current_pass, _version(x)
-        pending = self._pending  # read once: another thread may set it
-        if pending is not None and pending[0] is x and pending[1] == version and pending[2] is current:
+        current = layer.state.current_pass
+        if current is None or x.is_inference():
+            return self._alone(layer, x)
+        pending = self._pending
+        if pending is not None and pending[0] is x and pending[1] == x._version and pending[2] is current:
             outputs = pending[3]
-            found = outputs[place]
-            if found is not None:
-                outputs[place] = None
-                if not any(one is not None for one in outputs):
-                    self._pending = None
+            if place in outputs and _state(layer) == self._states[place]:
+                found = outputs.pop(place)
+                if not outputs:
+                    self._pending, self._wasted = None, 0
                 return found
-        joined = self._join()
+        self._wasted += pending is not None
+        joined = self._join() if self._wasted < _WASTED else None
         if joined is None:
-            alone: Tensor = layer(x)
-            return alone
-        made = torch.split(layer.multiply(x, *joined), self._sizes, dim=-1)
-        self._pending = x, version, current, [None if i == place else one for i, one in enumerate(made)]
-        return made[place]
+            self._pending = self._joined = None
+            for one in self._layers:
+                one.shared = None
+            return self._alone(layer, x)
+        made = dict(enumerate(torch.split(layer.multiply(x, *joined), self._sizes, dim=-1)))
+        own = made.pop(place)
+        self._pending = x, x._version, current, made
+        return own
+
+    @staticmethod
+    def _alone(layer: Any, x: Tensor) -> Tensor:
+        buffers = layer._buffers
+        out: Tensor = layer.multiply(x, buffers["weight"], buffers["weight_scale"], buffers["bias"])
+        return out
 
     def _join(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """The joined weights, scales and biases; made again when a layer's were replaced (moved, loaded, shared).
+        """The joined weights, scales and biases; made again when a layer's were replaced or written.
 
-        None when a layer has been given a clip, a center or signs of its own: then the layers part.
+        None when a layer has been given a clip, a center or signs of its own, or a buffer of inference mode.
         """
-        buffers = [tensor for layer in self._layers for tensor in layer._buffers.values()]
-        versions = [_version(layer._buffers[name]) for layer in self._layers for name in ("clip", "center", "bias")]
-        if self._joined is None or not all(map(_is, buffers, self._parts)) or versions != self._versions:
+        states = [_state(layer) for layer in self._layers]
+        if self._joined is None or states != self._states:
             if not all(self._agree(name) for name in ("clip", "center", "signs")):
-                for layer in self._layers:
-                    layer.shared = None
+                return None
+            if any(b is not None and b.is_inference() for layer in self._layers for b in layer._buffers.values()):
                 return None
             with torch.no_grad(), torch.inference_mode(False):
                 weight, scale = self._joined_buffer("weight"), self._joined_buffer("weight_scale")
                 biases = [layer._buffers["bias"] for layer in self._layers]
                 bias = None if biases[0] is None else torch.cat(biases, dim=-1)  # [N] or [rows, N], and small
-            self._joined, self._versions = (weight, scale, bias), versions
-            self._parts = [tensor for layer in self._layers for tensor in layer._buffers.values()]
+            self._joined = weight, scale, bias
+            self._states = [_state(layer) for layer in self._layers]
+            self._buffers = [buffer for layer in self._layers for buffer in layer._buffers.values()]
         return self._joined
 
     def _agree(self, name: str) -> bool:
@@ -90,13 +106,15 @@ class SharedInput:
         return joined
 
 
-def _version(x: Tensor | None) -> int | None:
-    """What changes with every write into x in place; tensors of inference mode do not count them."""
-    return None if x is None or x.is_inference() else x._version
+def _state(layer: Any) -> list[Any]:
+    """What differs when a buffer of the layer is another tensor or was written in place.
 
-
-def _is(one: object, other: object) -> bool:
-    return one is other
+    Equal to nothing where a buffer is a tensor of inference mode, whose writes are not counted.
+    """
+    try:
+        return [x is not None and (id(x), x._version) for x in layer._buffers.values()]
+    except RuntimeError:
+        return [object()]
 
 
 def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:
