@@ -53,6 +53,7 @@ ISA_FLAGS = {
     "kernels_avx512": AVX512_FLAGS,
     "products_avx2vnni": [*AVX2_FLAGS, "-mavxvnni"],
     "products_avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
+    "products_avx512bf16": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
 }
 
 CUDA_ARCHITECTURES = ("80", "90", "100")

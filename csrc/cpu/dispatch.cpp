@@ -16,6 +16,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Product kAvx2VnniProduct;
 extern const Product kAvx512VnniProduct;
+extern const Product kAvx512Bf16Product;
 #endif
 
 namespace {
@@ -27,15 +28,15 @@ bool has_avx_vnni() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 16u);
 }
 
-Kernels with(Kernels kernels, const char* isa, const Product& integer_product) {
+Kernels with(Kernels kernels, const char* isa, Product Kernels::* which, const Product& product) {
   kernels.isa = isa;
-  kernels.integer_product = integer_product;
+  kernels.*which = product;
   return kernels;
 }
 #endif
 
 struct Available {
-  const Kernels* list[5];
+  const Kernels* list[6];
   int count = 0;
 
   Available() {
@@ -47,7 +48,7 @@ struct Available {
     if (!avx2) return;
     list[count++] = &kAvx2Kernels;
     if (has_avx_vnni()) {
-      static const Kernels vnni = with(kAvx2Kernels, "avx2vnni", kAvx2VnniProduct);
+      static const Kernels vnni = with(kAvx2Kernels, "avx2vnni", &Kernels::integer_product, kAvx2VnniProduct);
       list[count++] = &vnni;
     }
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
@@ -55,9 +56,13 @@ struct Available {
       return;
     }
     list[count++] = &kAvx512Kernels;
-    if (__builtin_cpu_supports("avx512vnni")) {
-      static const Kernels vnni = with(kAvx512Kernels, "avx512vnni", kAvx512VnniProduct);
-      list[count++] = &vnni;
+    if (!__builtin_cpu_supports("avx512vnni")) return;
+    static const Kernels vnni =
+        with(kAvx512Kernels, "avx512vnni", &Kernels::integer_product, kAvx512VnniProduct);
+    list[count++] = &vnni;
+    if (__builtin_cpu_supports("avx512bf16")) {
+      static const Kernels bf16 = with(vnni, "avx512bf16", &Kernels::bfloat16_product, kAvx512Bf16Product);
+      list[count++] = &bf16;
     }
 #endif
   }

@@ -44,6 +44,8 @@ inline F32 load_vector(const float* p) { return load(p); }
 inline I32 load_vector(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store_vector(float* p, const F32& x) { store(p, x); }
 inline void store_vector(uint8_t* p, const I32& x) { _mm512_storeu_si512(p, x); }
+inline I32 load_vector(const uint16_t* p) { return _mm512_loadu_si512(p); }
+inline void store_vector(uint16_t* p, const I32& x) { _mm512_storeu_si512(p, x); }
 
 struct ByteTable {
   __m512i entries;

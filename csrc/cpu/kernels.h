@@ -96,7 +96,7 @@ struct MatvecArgs {
   const float* clips;     // [n, weight_groups]
   int64_t weight_groups;
   const int32_t* lane_groups;  // [width / 8]: the weight's group of each 8 members
-  float unit;                  // what a sum has to be multiplied with, beside the clips
+  int steps;                   // of the activations in their clip; 1 for floats
   const float* bias;           // [n] or null
   Codebook codebook;
   void* out;
@@ -140,7 +140,7 @@ struct ProductArgs {
   const uint8_t* weight;  // [n, ceil(k / 2)]
   const float* clips;     // [n, weight_groups]
   int64_t weight_groups;
-  float unit;         // what a sum has to be multiplied with, beside the clips
+  int steps;          // of the activations in their clip; 1 for floats
   const float* bias;  // [n] or null
   Codebook codebook;
   void* out;
@@ -152,7 +152,7 @@ struct ProductArgs {
 // panel the clips [weight_groups, panel] and the totals [block_rows, panel].
 struct ProductScratch {
   void* tile;
-  void* starts;  // [tile_members / 8, panel] of 4 bytes
+  int32_t* starts;  // [tile_members / 8, panel]; of integers alone
   float* scales;
   float* totals;
 };
@@ -195,8 +195,9 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end, float* scratch, double* tail);
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);
   void (*rotate)(const RotateArgs&, int64_t begin, int64_t end, float* scratch);
-  Product float_product;    // of float32, bfloat16 or float16
-  Product integer_product;  // of codes
+  Product float_product;     // of float32, bfloat16 or float16
+  Product bfloat16_product;  // of bfloat16: the one above, or one that multiplies without widening
+  Product integer_product;   // of codes
 };
 
 // The best kernels this CPU runs, unless activate_kernels has chosen others (false: this CPU cannot run

@@ -11,14 +11,8 @@ namespace la_aciq::cpu {
 
 extern const Kernels LA_ACIQ_KERNELS;
 const Kernels LA_ACIQ_KERNELS = {
-    LA_ACIQ_ISA,
-    moments,
-    unpack_histogram,
-    quantize,
-    dequantize,
-    rotate,
-    product<FloatProduct, FloatMatvec>(arrange_floats, pack_floats),
-    integer_product(),
+    LA_ACIQ_ISA, moments,         unpack_histogram, quantize,          dequantize,
+    rotate,      float_product(), float_product(),  integer_product(),
 };
 
 }  // namespace la_aciq::cpu

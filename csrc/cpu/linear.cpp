@@ -31,7 +31,7 @@ struct Activations {
   DType dtype() const { return codes() ? DType::kFloat32 : dtype_of("x", x.scalar_type()); }
   int64_t levels() const { return int64_t{1} << bits; }
   int zero() const { return static_cast<int>(codebook == Codebook::kMidrise ? levels() - 1 : levels()); }
-  float unit() const { return codes() ? 1.0f / static_cast<float>(15 * (levels() - 1)) : 1.0f; }
+  int steps() const { return codes() ? static_cast<int>(levels() - 1) : 1; }
 };
 
 // Whether every 8 members from a multiple of 8 on are in one group.
@@ -76,7 +76,7 @@ void multiply_few_rows(const Product& product, const Activations& activations, c
       .clips = clips.const_data_ptr<float>(),
       .weight_groups = groups.count,
       .lane_groups = lane_groups.get(),
-      .unit = activations.unit(),
+      .steps = activations.steps(),
       .bias = bias,
       .codebook = codebook,
       .out = out.mutable_data_ptr(),
@@ -125,7 +125,7 @@ void multiply_many_rows(const Product& product, const Activations& activations, 
       .weight = weight.const_data_ptr<uint8_t>(),
       .clips = clips.const_data_ptr<float>(),
       .weight_groups = groups.count,
-      .unit = activations.unit(),
+      .steps = activations.steps(),
       .bias = bias,
       .codebook = codebook,
       .out = out.mutable_data_ptr(),
@@ -140,7 +140,8 @@ void multiply_many_rows(const Product& product, const Activations& activations, 
     const Tensor scratch = at::empty({tile + starts + scales + block_rows * product.panel}, at::kFloat);
     float* memory = scratch.mutable_data_ptr<float>();
     product.multiply(args, begin, end,
-                     {memory, memory + tile, memory + tile + starts, memory + tile + starts + scales});
+                     {memory, reinterpret_cast<int32_t*>(memory + tile), memory + tile + starts,
+                      memory + tile + starts + scales});
   });
 }
 
@@ -218,8 +219,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
     activations = at::empty({rows, k}, at::kFloat);
     rotate_rows(input, rotation, activations);
   }
-  multiply(kernels.float_product, {activations, {}, groups_of(k, 0), 0, codebook}, packed, clips, groups,
-           codebook, offsets, out);
+  const Product& product =
+      activations.scalar_type() == at::kBFloat16 ? kernels.bfloat16_product : kernels.float_product;
+  multiply(product, {activations, {}, groups_of(k, 0), 0, codebook}, packed, clips, groups, codebook, offsets,
+           out);
   return y;
 }
 

@@ -14,6 +14,7 @@ namespace {
 
 struct FloatMatvec {
   using Element = float;
+  static constexpr int kSteps = 1;  // of the weights in their clip
   using Sum = F32;
   struct Weights {
     I32 codes;
@@ -51,6 +52,7 @@ struct FloatMatvec {
 // See dot_common.h for the integers.
 struct IntegerMatvec {
   using Element = uint8_t;
+  static constexpr int kSteps = 15;
   struct Weights {
     I32 even, odd, start;
   };
@@ -174,12 +176,12 @@ inline void multiply_block(const MatvecArgs& args, const Matvec& matvec, int64_t
       }
     }
   }
+  const float unit = 1.0f / static_cast<float>(Matvec::kSteps * args.steps);
   with_type(args.dtype, args.out, [&](auto* out) {
     for (int o = 0; o < kOutputs; o++) {
       const float offset = args.bias ? args.bias[output + o] : 0.0f;
       for (int r = 0; r < kRows; r++) {
-        store_partial(out + (row + r) * args.n + output + o,
-                      f32(sum_lanes(totals[o][r]) * args.unit + offset), 1);
+        store_partial(out + (row + r) * args.n + output + o, f32(sum_lanes(totals[o][r]) * unit + offset), 1);
       }
     }
   });

@@ -14,14 +14,18 @@ namespace {
 
 // float32 activations, weights as float32 levels.
 struct FloatProduct {
-  using Vector = F32;
+  using Sum = F32;
+  using Operand = F32;
   using Element = float;
   static constexpr int kDepth = 1;  // members of K in 4 bytes
   static constexpr int64_t kTileMembers = 128;
+  static constexpr bool kIntegers = false;
+  static constexpr int kSteps = 1;  // of the weights in their clip
 
   Table16 levels;
   explicit FloatProduct(const ProductArgs& args) : levels(levels_of(args.codebook)) {}
 
+  static F32 start(const int32_t*) { return f32(0); }
   static F32 broadcast_at(const float* p) { return f32(*p); }
   static F32 add_product(F32 sum, F32 activations, F32 weights) { return muladd(activations, weights, sum); }
   static F32 sum_in_float(F32 sum) { return sum; }
@@ -33,15 +37,19 @@ struct FloatProduct {
 
 // Activations as codes, weights as twice their levels in steps: see dot_common.h.
 struct IntegerProduct {
-  using Vector = I32;
+  using Sum = I32;
+  using Operand = I32;
   using Element = uint8_t;
   static constexpr int kDepth = 4;
   static constexpr int64_t kTileMembers = 256;
+  static constexpr bool kIntegers = true;
+  static constexpr int kSteps = 15;
 
   ByteTable table;
   int zero;
   explicit IntegerProduct(const ProductArgs& args) : table(twice_levels(args.codebook)), zero(args.zero) {}
 
+  static I32 start(const int32_t* p) { return load_lanes(p); }
   static I32 broadcast_at(const uint8_t* p) { return broadcast(p); }
   static I32 add_product(I32 sum, I32 activations, I32 weights) { return dot(sum, activations, weights); }
   static F32 sum_in_float(I32 sum) { return to_float(sum); }
@@ -127,7 +135,7 @@ inline void decode_segment(const ProductArgs& args, const Product& product, cons
       load_columns_of(args.weight, args.n, bytes, row, at, columns);
       const int64_t eights = smaller((segment.length - i + 7) / 8, 4);
       for (int64_t j = 0; j < eights; j++) {
-        typename Product::Vector steps[kSteps];
+        typename Product::Operand steps[kSteps];
         product.decode(columns[j], steps);
         auto* out = tile + ((i / 8 + j) * kSteps * kVectors + v) * kVectorElements;
         for (int step = 0; step < kSteps; step++) {
@@ -138,16 +146,16 @@ inline void decode_segment(const ProductArgs& args, const Product& product, cons
   }
 }
 
-// The clips of a panel as factors on levels in steps: scales [groups, 16 kVectors].
-template <int kVectors>
+// The clips of a panel as factors on sums: scales [groups, 16 kVectors].
+template <class Product, int kVectors>
 inline void decode_clips(const ProductArgs& args, int64_t first, float* scales) {
+  const F32 unit = f32(1.0f / static_cast<float>(Product::kSteps * args.steps));
   for (int64_t group = 0; group < args.weight_groups; group += 4) {
     for (int v = 0; v < kVectors; v++) {
       I32 columns[4];
       load_columns_of(args.clips, args.n, args.weight_groups * 4, first + 16 * v, group * 4, columns);
       for (int64_t j = 0; j < smaller(args.weight_groups - group, 4); j++) {
-        store(scales + ((group + j) * kVectors + v) * 16,
-              mul(value_scale(as_float(columns[j])), f32(args.unit)));
+        store(scales + ((group + j) * kVectors + v) * 16, mul(value_scale(as_float(columns[j])), unit));
       }
     }
   }
@@ -160,31 +168,32 @@ inline void decode_clips(const ProductArgs& args, int64_t first, float* scales) 
 template <class Product, int kRows, int kVectors>
 inline void add_block(const ProductArgs& args, const Segment* first, const Segment* last, int64_t row,
                       const ProductScratch& scratch, float* totals) {
-  using Vector = typename Product::Vector;
+  using Sum = typename Product::Sum;
+  using Operand = typename Product::Operand;
   using Element = typename Product::Element;
   constexpr int64_t kVectorElements = 16 * Product::kDepth;
   const auto* tile = static_cast<const Element*>(scratch.tile);
-  const auto* start = static_cast<const Element*>(scratch.starts);
+  const int32_t* starts = scratch.starts;
   for (const Segment* segment = first; segment < last; segment++) {
     const int64_t padded = segment->padded();
     const Element* x =
         static_cast<const Element*>(args.x) + segment->offset * args.packed_rows + row * padded;
-    Vector sums[kRows][kVectors];
+    Sum sums[kRows][kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
-      sums[0][v] = load_vector(start + v * kVectorElements);
+      sums[0][v] = Product::start(starts + 16 * v);
 #pragma GCC unroll 8
       for (int r = 1; r < kRows; r++) sums[r][v] = sums[0][v];
     }
-    start += kVectors * kVectorElements;
+    starts += 16 * kVectors;
     for (int64_t i = 0; i < padded; i += Product::kDepth) {
-      Vector weights[kVectors];
+      Operand weights[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) weights[v] = load_vector(tile + v * kVectorElements);
       tile += kVectors * kVectorElements;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
-        const Vector activations = Product::broadcast_at(x + r * padded + i);
+        const Operand activations = Product::broadcast_at(x + r * padded + i);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) {
           sums[r][v] = Product::add_product(sums[r][v], activations, weights[v]);
@@ -198,7 +207,7 @@ inline void add_block(const ProductArgs& args, const Segment* first, const Segme
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) {
         F32 scale = load(scales + 16 * v);
-        if constexpr (Product::kDepth == 4) scale = mul(scale, f32(clips[r * args.activation_groups]));
+        if constexpr (Product::kIntegers) scale = mul(scale, f32(clips[r * args.activation_groups]));
         float* total = totals + (r * kVectors + v) * 16;
         store(total, muladd(Product::sum_in_float(sums[r][v]), scale, load(total)));
       }
@@ -221,18 +230,18 @@ inline void multiply_panel(const ProductArgs& args, const Product& product, int6
   using Element = typename Product::Element;
   constexpr int64_t kWidth = 16 * kVectors;
   constexpr int64_t kVectorElements = 16 * Product::kDepth;
-  decode_clips<kVectors>(args, first, scratch.scales);
+  decode_clips<Product, kVectors>(args, first, scratch.scales);
   const int64_t outputs = smaller(args.n - first, kWidth);
   __builtin_memset(scratch.totals, 0, static_cast<size_t>((row_end - row_begin) * kWidth) * sizeof(float));
   const Segment* const end = args.segments + args.segment_count;
   for (const Segment *segment = args.segments, *next = segment; segment < end; segment = next) {
     auto* tile = static_cast<Element*>(scratch.tile);
-    auto* start = static_cast<Element*>(scratch.starts);
+    int32_t* starts = scratch.starts;
     for (; next < end && next->offset + next->padded() - segment->offset <= Product::kTileMembers; next++) {
       decode_segment<Product, kVectors>(args, product, *next, first, tile);
-      typename Product::Vector sums[kVectors];
-      for (auto& sum : sums) sum = zeros(sum);
-      if constexpr (Product::kDepth == 4) {
+      if constexpr (Product::kIntegers) {
+        I32 sums[kVectors];
+        for (I32& sum : sums) sum = zeros(sum);
         const Element* ones = static_cast<const Element*>(args.x) + next->offset * args.packed_rows +
                               args.rows * next->padded();
         for (int64_t i = 0; i < next->padded(); i += 4) {
@@ -240,10 +249,9 @@ inline void multiply_panel(const ProductArgs& args, const Product& product, int6
             sums[v] = dot(sums[v], broadcast(ones + i), load_vector(tile + (i / 4 * kVectors + v) * 64));
           }
         }
-        for (auto& sum : sums) sum = half_times(sum, -product.zero);
+        for (int v = 0; v < kVectors; v++) store(starts + 16 * v, half_times(sums[v], -product.zero));
+        starts += 16 * kVectors;
       }
-      for (int v = 0; v < kVectors; v++) store_vector(start + v * kVectorElements, sums[v]);
-      start += kVectors * kVectorElements;
       tile += next->padded() / Product::kDepth * kVectors * kVectorElements;
     }
     for (int64_t row = row_begin; row < row_end; row += kBlockRows) {

@@ -18,6 +18,7 @@ constexpr Product product(void (*arrange)(const ArrangeArgs&, int64_t, int64_t),
           16 * kPanelVectors,
           kBlockRows};
 }
+constexpr Product float_product() { return product<FloatProduct, FloatMatvec>(arrange_floats, pack_floats); }
 constexpr Product integer_product() {
   return product<IntegerProduct, IntegerMatvec>(arrange_codes, pack_codes);
 }

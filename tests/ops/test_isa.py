@@ -21,6 +21,7 @@ FLAGS = {
     "AVX-VNNI": {"avx_vnni"},
     "AVX-512 F, BW, VL, DQ": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "AVX-512 VNNI": {"avx512_vnni"},
+    "AVX-512 BF16": {"avx512_bf16"},
 }
 
 
@@ -41,7 +42,7 @@ def needed(isa: str) -> set[str]:
 def test_the_table_names_every_instruction_set():
     sources = "".join(path.read_text("utf-8") for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))
     named = set(re.findall(r'#define LA_ACIQ_ISA "(\w+)"', sources))
-    named |= set(re.findall(r'= with\(\w+, "(\w+)"', sources))
+    named |= set(re.findall(r'=\s+with\(\w+, "(\w+)"', sources))
     assert named == set(DOCUMENTED)
 
 

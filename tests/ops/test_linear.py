@@ -83,9 +83,38 @@ def test_floats_are_as_good_as_those_of_torch(isa, rows, k, n, group_size, gener
     assert ours.sqrt() <= 2 * torchs.sqrt()
 
 
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 33])
+@pytest.mark.parametrize(("k", "n", "group_size"), [(100, 7, 32), (576, 70, 64), (1030, 17, None), (96, 33, 2)])
+def test_bfloat16_is_as_good_as_rounding_the_float32_product_of_torch(isa, rows, k, n, group_size, codebook, generator):
+    """An element is the bfloat16 nearest to a number that is as near to float64 as twice the largest error of
+    PyTorch's float32 product of the same values."""
+    x = torch.randn(rows, k, generator=generator).bfloat16()
+    weight = torch.randint(0, 256, (n, (k + 1) // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(n, groups_of(k, group_size), generator=generator)
+    options = {"k": k, "group_size": group_size or 0, "codebook": codebook, "per_row": True}
+    dense = reference.dequantize(weight, scale, dtype=torch.float64, **options)
+    exact = x.double() @ dense.T
+    allowed = 2 * (torch.nn.functional.linear(x.float(), dense.float()).double() - exact).abs().max()
+    y = la_aciq.linear(x, weight, scale, group_size=group_size, weight_codebook=codebook)
+    assert y.dtype == torch.bfloat16
+    assert ((exact - allowed).bfloat16() <= y).all()
+    assert (y <= (exact + allowed).bfloat16()).all()
+
+
 @pytest.mark.parametrize("rows", [3, 20])
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_bfloat16_that_is_not_finite_stays_in_its_row(isa, rows, generator):
+    x = torch.randn(rows, 192, generator=generator).bfloat16()
+    x[0, 5], x[1, 100] = float("nan"), float("inf")
+    weight = torch.randint(0, 256, (21, 96), generator=generator, dtype=torch.uint8)
+    y = la_aciq.linear(x, weight, torch.rand(21, 3, generator=generator) + 0.5, group_size=64)
+    assert y[0].isnan().all()
+    assert y[1].isinf().all()
+    assert y[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 16), *((d, b) for d in DTYPES[1:] for b in (4, 8))])
 def test_narrow_types_are_rounded_once(isa, dtype, bits, rows, generator):
     x = torch.randn(rows, 200, generator=generator).to(dtype)
     weight = torch.randint(0, 256, (21, 100), generator=generator, dtype=torch.uint8)
@@ -112,8 +141,12 @@ def test_threads_and_neighbours_change_nothing(isa, rows, generator):
     weight = torch.randint(0, 256, (333, 512), generator=generator, dtype=torch.uint8)
     scale = torch.rand(333, 16, generator=generator)
     before = torch.get_num_threads()
-    for options in ({}, {"activation_bits": 8, "clip": 3.0}):
-        results = []
+    for dtype, options in (
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"activation_bits": 8, "clip": 3.0}),
+    ):
+        x, results = x.to(dtype), []
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

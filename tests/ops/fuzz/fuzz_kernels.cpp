@@ -634,12 +634,13 @@ void check_product(Random& random) {
   const bool few = rows <= 9 && (groups == 1 || size % 8 == 0) &&
                    (shape.groups == 1 || shape.group_size % 8 == 0) && random.once_in(2);
   const int levels = 1 << bits, zero = activation_codebook == Codebook::kMidrise ? levels - 1 : levels;
-  const float unit = codes ? 1.0f / static_cast<float>(15 * (levels - 1)) : 1.0f;
   const void* input = codes ? static_cast<void*>(bytes.data()) : x.data();
   const DType input_dtype = codes ? DType::kFloat32 : x.dtype;
 
   for (const Kernels* kernels : available_kernels()) {
-    const Product& product = codes ? kernels->integer_product : kernels->float_product;
+    const Product& product = codes                         ? kernels->integer_product
+                             : x.dtype == DType::kBFloat16 ? kernels->bfloat16_product
+                                                           : kernels->float_product;
     Elements out(random, dtype, rows * n);
     if (few) {
       const int64_t width = (k + kMatvecChunk - 1) / kMatvecChunk * kMatvecChunk, eights = width / 8;
@@ -665,7 +666,7 @@ void check_product(Random& random) {
           .clips = clips.data(),
           .weight_groups = shape.groups,
           .lane_groups = lane_groups.data(),
-          .unit = unit,
+          .steps = codes ? levels - 1 : 1,
           .bias = with_bias ? bias.data() : nullptr,
           .codebook = codebook,
           .out = out.data(),
@@ -704,7 +705,7 @@ void check_product(Random& random) {
           .weight = weight.data(),
           .clips = clips.data(),
           .weight_groups = shape.groups,
-          .unit = unit,
+          .steps = codes ? levels - 1 : 1,
           .bias = with_bias ? bias.data() : nullptr,
           .codebook = codebook,
           .out = out.data(),
