@@ -1,9 +1,10 @@
 """What each configuration costs each language on the embedded model, beside what others do at the same bits.
 
-    python -m benchmarks.evaluation [--only NAME ...] [--tokens N] [--languages TAG ...] [--speed]
+    python -m benchmarks.evaluation [--only NAME ...] [--tokens N] [--skip N] [--languages TAG ...] [--speed]
 
 Writes results/evaluation-embedded.json after every configuration, so that an interrupted run, or one of a few
-configurations, keeps the others' rows as long as the settings are the same. The change in bits per byte is against the
+configurations, keeps the others' rows as long as the settings and the versions are the same; after a change of the
+code itself: --again. The change in bits per byte is against the
 model in float32; everything else runs in bfloat16. Rows of a package that is not installed are passed over. Profiles
 and the float32 model's losses are kept in build/evaluation.
 """
@@ -159,16 +160,16 @@ COMPARISONS = (
 class Bench:
     """The model, the texts and what is made of them on demand."""
 
-    def __init__(self, languages: tuple[str, ...], tokens: int, folder: Path) -> None:
+    def __init__(self, languages: tuple[str, ...], tokens: int, folder: Path, skip: int = CALIBRATION) -> None:
         self.languages, self.folder = languages, folder
         full, tokenizer = embedded.load_model()
         self.texts = tokenize(embedded.load_texts(languages), tokenizer)
         self.windows = {
-            tag: text.windows(tag, tokens=tokens, seqlen=SEQLEN, skip=CALIBRATION) for tag, text in self.texts.items()
+            tag: text.windows(tag, tokens=tokens, seqlen=SEQLEN, skip=skip) for tag, text in self.texts.items()
         }
         self.bytes = {tag: segment_sums([w.byte_counts for w in own]) for tag, own in self.windows.items()}
         self.tokens = {tag: segment_sums([np.ones(len(w.ids) - 1) for w in own]) for tag, own in self.windows.items()}
-        self.reference = self._kept("reference", tokens, lambda: self.losses(full)[0])
+        self.reference = self._kept(f"reference-{skip}", tokens, lambda: self.losses(full)[0])
         self.model = full.to(torch.bfloat16)
         self._previous: nn.Module | None = None
         self._statistics: baselines.InputStatistics | None = None
@@ -305,6 +306,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows only; a name may end with *")
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of each language (default: 4096)")
+    parser.add_argument(
+        "--skip", type=int, default=CALIBRATION, help="tokens between a text's beginning and what is read (%(default)s)"
+    )
     parser.add_argument("--languages", nargs="+", default=LANGUAGES, metavar="TAG")
     parser.add_argument("--speed", action="store_true", help="keep the tokens per second: for a machine that is quiet")
     parser.add_argument("--again", action="store_true", help="also rows that are in the file already")
@@ -319,18 +323,24 @@ def main() -> None:
         if arguments.only is None
         or any(name == given or (given.endswith("*") and name.startswith(given[:-1])) for given in arguments.only)
     ]
-    bench = Bench(tuple(arguments.languages), arguments.tokens, folder)
+    bench = Bench(tuple(arguments.languages), arguments.tokens, folder, arguments.skip)
     settings = {
         "model": embedded.MODEL_NAME,
         "languages": list(bench.languages),
         "tokens": arguments.tokens,
         "calibration_tokens": CALIBRATION,
+        "skipped_tokens": arguments.skip,
         "seqlen": SEQLEN,
+    }
+    versions = {
+        "la_aciq": la_aciq.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
     rows: dict[str, dict[str, Any]] = {}
     if arguments.output.exists():
         before = json.loads(arguments.output.read_text())
-        if before["settings"] == settings:
+        if before["settings"] == settings and before["versions"] == versions:
             rows = {row["name"]: row for row in before["configurations"] if row["name"] in table}
     for name in wanted:
         config = table[name].config
@@ -357,11 +367,7 @@ def main() -> None:
         ordered = {name: rows[name] for name in table if name in rows}
         result = {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {
-                "la_aciq": la_aciq.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions,
             "settings": settings,
             "configurations": list(ordered.values()),
             "comparisons": [

@@ -22,6 +22,7 @@ README_ROWS = (
     "W4A16 awq",
     "W4A16 gptq",
     "W4A16 nearest",
+    "W4A16 feedback",
     "W4A16 feedback, centers pooled",
     "W4A16 feedback, centers by language",
     "W4A8 gptq, absmax per token",
@@ -131,8 +132,8 @@ def embedded_rows(results: dict) -> str:
     lines = [
         f"Change in bits per byte against the model in float32, {settings['tokens']} held-out tokens in each of "
         f"{len(tags)} languages ({', '.join(tags)}), {settings['model']}; calibrated on "
-        f"{settings['calibration_tokens']} tokens of each. torch {results['versions']['torch']}, "
-        f"{results['created'][:10]}.",
+        f"the first {settings['calibration_tokens']} tokens of each text, read after {settings['skipped_tokens']}. "
+        f"torch {results['versions']['torch']}, {results['created'][:10]}.",
         "",
         "| configuration | bits/weight | mean | worst | gap | tail | tokens/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
