@@ -28,6 +28,7 @@ from benchmarks import tables
 from benchmarks.__main__ import cpu_name
 from la_aciq import embedded
 from la_aciq.nn import QuantConfig, quantize_model
+from la_aciq.nn.attention import use_attention
 
 TAGS = ["en", "sw", "th", "ko", "ar", "de", "ru", "zh", "fi", "hi", "ja", "es", "fr", "vi", "tr", "pl"]
 ROWS = (1, 4, 16)
@@ -85,6 +86,12 @@ def torchao_int4(model: Any) -> Any:
     return made
 
 
+def with_our_attention(model: Any) -> Any:
+    made = copy.deepcopy(model)
+    use_attention(made)
+    return made
+
+
 def installed(package: str) -> str | None:
     try:
         return version(package)
@@ -121,14 +128,15 @@ def main() -> None:
     profile = la_aciq.calibrate(model, few, tokenizer, tokens=64, seqlen=64, group_size=GROUP, progress=False)
     ids = torch.stack([torch.tensor(tokenizer(texts[tag])["input_ids"][1000 : 1000 + PROMPT]) for tag in TAGS])
 
+    models: dict[str, Any] = {}
     makers: dict[str, Callable[[], Any]] = {
         "float32": lambda: model,
         "bfloat16": lambda: copy.deepcopy(model).to(torch.bfloat16),
         "torch int4": lambda: torch_int4(model),
+        "torch int4, our attention": lambda: with_our_attention(models["torch int4"]),
     }
     if installed("torchao"):
         makers["torchao int4"] = lambda: torchao_int4(model)
-    models: dict[str, Any] = {}
     for name, config in OURS.items():
         makers[name] = lambda config=config: quantize_model(
             model, profile, config, like=models.get("la_aciq W4A16"), progress=False

@@ -213,8 +213,10 @@ def adopt(model: nn.Module, done: Quantization) -> None:
     add_language_to_generate(model)
     if hasattr(model, "save_pretrained"):
         from ..integrations.transformers import prepare_for_saving
+        from .attention import use_attention
 
         prepare_for_saving(model, done)
+        use_attention(model)
 
 
 def add_cache_tables(model: nn.Module, done: Quantization, device: torch.device | str | None = None) -> KeyValueClips:
