@@ -11,10 +11,10 @@ SERVE_OUTPUT ?= serve-demo-output
 SOAK_MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve-demo serve-model soak test bench lint format clean
+.PHONY: help setup demo serve-demo serve-model soak test bench bench-serve lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: setup ## calibrate and quantize the embedded model, report the cost of INT4 per language
 	$(VENV)/bin/la-aciq demo --output_dir $(DEMO_OUTPUT) --force
@@ -40,6 +40,9 @@ bench: setup $(VENV)/.peers ## measure the CPU operations beside the hardware li
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.bench_model
 
+bench-serve: setup $(VLLM)/.ready ## measure latencies of the embedded model served by vLLM, by language (8 minutes)
+	$(PY) -m benchmarks.bench_serve --python $(VLLM)/bin/python
+
 lint: setup ## ruff, mypy, clang-format, cppcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -55,7 +58,7 @@ format: setup ## rewrite the sources in the project's format
 
 clean: ## remove the virtual environments and everything built
 	rm -rf $(VENV) $(VLLM) build dist python/*.egg-info python/la_aciq/_C*.so
-	rm -rf demo-output serve-demo-output demo-output.*partial .demo-output.*
+	rm -rf demo-output serve-demo-output bench-serve-models demo-output.*partial .demo-output.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(VENV)/.core $(VENV)/.data

@@ -21,17 +21,11 @@ import la_aciq
 from benchmarks import cpu_tables, measure, tables
 from benchmarks.results import from_json
 from la_aciq import _C
+from la_aciq.bench import cpu_name
 
 HERE = Path(__file__).parent
 SUITES = [HERE / "bench_cpu_streaming.py", HERE / "bench_cpu_linear.py"]
 PACKAGES = ["torch", "numpy", "scipy", "torchao", "bitsandbytes", "pypiquant", "llama-cpp-python"]
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -9,11 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import cpu_tables, plots
+from benchmarks import cpu_tables, plots, serve_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "kernels"
+SERVING_PLOTS = ROOT / "docs" / "serving"
 EMBEDDED = RESULTS / "evaluation-embedded.json"
 EXPERIMENTS = RESULTS / "experiments-embedded.json"
 # The README shows these rows, and the differences of any two of them; docs/evaluation.md shows all.
@@ -54,7 +55,7 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
 def pages() -> dict[Path, str]:
     """Every page with generated tables, as it should read."""
     readme, evaluation, kernels = ROOT / "README.md", ROOT / "docs" / "evaluation.md", ROOT / "docs" / "kernels.md"
-    speed = ROOT / "docs" / "speed.md"
+    speed, serving = ROOT / "docs" / "speed.md", ROOT / "docs" / "serving.md"
     models = sorted(RESULTS.glob("model-*.json"))
     whole = "\n".join(model_speed(json.loads(file.read_text(encoding="utf-8"))) for file in models)
     embedded = json.loads(EMBEDDED.read_text(encoding="utf-8"))
@@ -76,6 +77,7 @@ def pages() -> dict[Path, str]:
                 "experiments": experiments(json.loads(EXPERIMENTS.read_text(encoding="utf-8"))),
             },
         ),
+        serving: with_tables(serving.read_text(encoding="utf-8"), serve_tables.tables(serve_tables.latest(RESULTS))),
         kernels: with_tables(kernels.read_text(encoding="utf-8"), cpu_tables.cpu_tables(cpu_tables.latest(RESULTS))),
     }
 
@@ -110,11 +112,15 @@ def main(argv: list[str]) -> int:
         if not argv:
             path.write_text(text, encoding="utf-8")
     measured = cpu_tables.latest(RESULTS)
+    served = serve_tables.latest(RESULTS)
     drawn = plots.stale(measured, PLOTS) if measured else []
+    drawn += serve_tables.stale(served, SERVING_PLOTS) if served else []
     for path in drawn:
         print(f"{path.relative_to(ROOT)}: {'is of another result file' if argv else 'drawn'}")
     if drawn and measured and not argv:
         plots.draw(measured, PLOTS)
+    if drawn and served and not argv:
+        serve_tables.draw(served, SERVING_PLOTS)
     return 1 if argv and (stale or drawn) else 0
 
 

@@ -253,10 +253,17 @@ class TestCommands:
         assert asked == [{"device": "cpu", "dtype": "bfloat16"}]
 
     def test_bench_times_every_operation(self, run):
-        status, out, _ = run("bench", "--size_mib", "1")
+        status, out, _ = run("bench", "ops", "--size_mib", "1")
         assert status == 0
         for operation in ("read", "moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear"):
             assert re.search(rf"^{operation}\b.* ms .* GB/s .*%$", out, re.MULTILINE), out
+
+    def test_bench_times_a_layer(self, run, monkeypatch):
+        monkeypatch.setattr("la_aciq.bench.layer._BYTES", 1)
+        status, out, _ = run("bench", "layer", "--in_features", "128", "--out_features", "64")
+        assert status == 0
+        for layer in ("la_aciq W4A16", "la_aciq W4A8", "la_aciq W4A4", "la_aciq W4A4, static", "torch bfloat16"):
+            assert re.search(rf"^{layer}  .* MiB( +\d+ us \( *\d+\.\dx\)){{4}}$", out, re.MULTILINE), out
 
     def test_info(self, run):
         status, out, _ = run("info")

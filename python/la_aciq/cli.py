@@ -18,14 +18,16 @@ from .errors import LaAciqError
 
 EMBEDDED = "embedded"
 _SCHEMES = {"W4A16": 16, "W4A8": 8, "W4A4": 4}
+_VLLM_OPTIONS = "After --: options of vLLM's own server, such as -- --max-model-len 2048."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command with these arguments (None: the process's) and return the exit status."""
     try:
         given = list(sys.argv[1:] if argv is None else argv)
-        # What follows -- of `serve` is for vLLM.
-        end = given.index("--") if given[:1] == ["serve"] and "--" in given else len(given)
+        # What follows -- of `serve` and `bench serve` is for vLLM.
+        serves = "serve" in given[:2] and "--" in given
+        end = given.index("--") if serves else len(given)
         arguments = _parser().parse_args(_with_underscores(given[:end]), argparse.Namespace(vllm=given[end + 1 :]))
         _quiet_libraries()
         arguments.run(arguments)
@@ -201,19 +203,61 @@ def _report(arguments: argparse.Namespace) -> None:
     _say_where(file, illustrate(report, file.parent))
 
 
-def _bench(arguments: argparse.Namespace) -> None:
+def _bench_ops(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from . import bench
+    from .bench import ops
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     nbytes = None if arguments.size_mib is None else arguments.size_mib << 20
     with tqdm(total=7, desc="Timing", unit="op", leave=False) as bar:
-        timings = bench.measure(nbytes, step=bar.update)
+        timings = ops.measure(nbytes, step=bar.update)
     print(f"{timings[0].nbytes >> 20} MiB of float32, {torch.get_num_threads()} threads, {_core()}")
-    print(bench.table(timings))
+    print(ops.table(timings))
+
+
+def _bench_layer(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from .bench import layer
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    with tqdm(total=len(layer.ROWS), desc="Timing", unit="size", leave=False) as bar:
+        timings = layer.measure(arguments.in_features, arguments.out_features, step=bar.update)
+    print(f"{arguments.in_features} to {arguments.out_features}, {torch.get_num_threads()} threads, {_core()}")
+    print(layer.table(timings))
+
+
+def _bench_serve(arguments: argparse.Namespace) -> None:
+    import importlib.util
+    import json
+
+    from tqdm import tqdm
+
+    from .bench import data_plane, serve
+
+    if importlib.util.find_spec("vllm") is None:
+        raise LaAciqError("bench serve needs vLLM, which is not installed here; make bench-serve makes what it needs")
+    output = None if arguments.output is None else Path(arguments.output)
+    if output is not None and not output.parent.is_dir():
+        raise LaAciqError(f"--output {str(output)!r} is in a folder that does not exist")
+    load = serve.Load(arguments.num_prompts, arguments.input_len, arguments.output_len, arguments.max_concurrency)
+    texts = _texts(arguments)
+    folders = [arguments.model, *arguments.against]
+    with tqdm(total=len(folders) * (len(texts) + 1), desc="Serving", unit="run", leave=False) as bar:
+        results = serve.measure(folders, texts, load, arguments.vllm, step=bar.update)
+    print(serve.table(results))
+    print(f"\n{data_plane.table(results['data_plane'])}")
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        print(f"\nResults  {output}")
+        if importlib.util.find_spec("matplotlib"):
+            serve.plot(results).savefig(output.with_suffix(".png"), dpi=120)
+            print(f"Plot     {output.with_suffix('.png')}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -359,8 +403,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"la-aciq {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, formatter_class=_Help, allow_abbrev=False)
+    def command(name: str, run: Any, text: str, among: Any = None) -> argparse.ArgumentParser:
+        added = (among or commands).add_parser(
+            name, help=text, description=text, formatter_class=_Help, allow_abbrev=False
+        )
         added.set_defaults(run=run)
         return added
 
@@ -444,9 +490,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("report", help="folder with a report.json, or the file")
 
-    bench = command("bench", _bench, "time each operation beside a pure read of memory, in half a minute")
-    bench.add_argument("--size_mib", type=_positive, help="size of the input in MiB (256 with the compiled core)")
-    bench.add_argument("--threads", type=_positive, help="threads to use")
+    bench = commands.add_parser("bench", help="how fast operations, layers and servers are on this machine")
+    benches = bench.add_subparsers(title="what", required=True, metavar="WHAT")
+    bench_ops = command(
+        "ops", _bench_ops, "time each operation beside a pure read of memory, in half a minute", benches
+    )
+    bench_ops.add_argument("--size_mib", type=_positive, help="size of the input in MiB (256 with the compiled core)")
+    bench_layer = command("layer", _bench_layer, "time one quantized linear layer beside torch's, by rows", benches)
+    bench_layer.add_argument("--in_features", type=_positive, default=4096, help="inputs of the layer")
+    bench_layer.add_argument("--out_features", type=_positive, default=4096, help="outputs of the layer")
+    for parser_ in (bench_ops, bench_layer):
+        parser_.add_argument("--threads", type=_positive, help="threads to use")
+    bench_serve = command(
+        "serve", _bench_serve, "measure latencies of a model served by vLLM, by language, beside other models", benches
+    )
+    bench_serve.add_argument("model", help="folder that quantize wrote")
+    bench_serve.add_argument(
+        "--against", nargs="*", default=[], metavar="FOLDER", help="models to measure under the same load"
+    )
+    _add_texts(bench_serve, EMBEDDED)
+    bench_serve.add_argument("--num_prompts", type=_positive, default=24, help="prompts of a run")
+    bench_serve.add_argument("--input_len", type=_positive, default=128, help="tokens of a prompt")
+    bench_serve.add_argument("--output_len", type=_positive, default=32, help="tokens of an answer")
+    bench_serve.add_argument("--max_concurrency", type=_positive, default=8, help="requests at a time")
+    bench_serve.add_argument("--output", help="JSON file to write")
+    bench_serve.epilog = _VLLM_OPTIONS
 
     demo = command("demo", _demo, "calibrate, quantize and report on a real model in twelve languages")
     demo.add_argument("--quick", action="store_true", help="three languages and little text, to see that it works")
@@ -466,7 +534,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--batch_invariant", action="store_true", help="bit-identical outputs whatever else is served (CPU, slower)"
     )
-    serve.epilog = "After --: options of vLLM's own server, such as -- --max-model-len 2048."
+    serve.epilog = _VLLM_OPTIONS
 
     command("info", _info, "versions, backends and CPU features")
     return parser

@@ -32,7 +32,8 @@ def served_rows(rows=ROWS):
 
 @settings(deadline=None, max_examples=100)
 @given(
-    steps=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=SLOTS),
+    steps=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=SLOTS)
+    | st.lists(st.tuples(st.just(1), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=SLOTS),
     padding=st.integers(0, 5),
     sink=st.booleans(),
 )
@@ -47,7 +48,7 @@ def test_rows_of_tokens(steps, padding, sink):
     starts = torch.tensor(np.cumsum([0] + [count for count, _, _ in steps]), dtype=torch.int32)
     lengths = torch.tensor([count + before for count, before, _ in steps], dtype=torch.int32)
     rows.tokens.fill_(-1)
-    rows.begin(starts, lengths, len(expected) + padding)
+    rows.begin(starts, lengths, len(expected) + padding, max(count for count, _, _ in steps))
     assert rows.tokens[: len(expected)].tolist() == expected
     # Padding of a graph may have any row that exists; what lies behind is not touched.
     assert set(rows.tokens[len(expected) : len(expected) + padding].tolist()) <= set(range(len(rows.rows)))
@@ -97,7 +98,7 @@ def test_tensors_stay_where_they_are():
     addresses = rows.slots.data_ptr(), rows.tokens.data_ptr()
     rows.host_slots[0] = 2
     rows.publish()
-    rows.begin(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([9], dtype=torch.int32), 4)
+    rows.begin(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([9], dtype=torch.int32), 4, 4)
     assert (rows.slots.data_ptr(), rows.tokens.data_ptr()) == addresses
     assert rows.tokens[:4].tolist() == [2] * 4
 

@@ -14,10 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from byte_llama import byte_tokenizer, sentences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these in .venv-vllm")
+
+from la_aciq.bench import serve as bench
 
 PROMPT = "The committee met on Tuesday, and nobody could say why the river had risen."
 START_SECONDS = 400
@@ -188,6 +191,22 @@ def test_metrics_by_language(server):
 def test_metrics_name_the_tables(server, served_folder):
     checksum = json.loads((served_folder / "config.json").read_text())["quantization_config"]["checksum"]
     assert server.metric(f'la_aciq_table_info{{version="{checksum[:16]}"}}') == 1
+
+
+def test_a_run_of_the_benchmark(server):
+    """vLLM's client sends each request under its language, and the results have the names of `vllm bench serve`."""
+    load = bench.Load(num_prompts=6, input_len=16, output_len=3, max_concurrency=4)
+    tokenizer = byte_tokenizer()
+    _, prompts = bench._prompts(tokenizer, {tag: sentences(tag) * 9 for tag in ("sw", "th")}, load)
+    names = {tag: f'la_aciq_requests_total{{row="{tag}"}}' for tag in ("sw", "th")}
+    before = {tag: server.metric(name) for tag, name in names.items()}
+    result = bench._run(bench.contender(server.model), server.address, tokenizer, prompts["mixed"], load)
+    assert {tag: server.metric(name) - before[tag] for tag, name in names.items()} == {"sw": 3, "th": 3}
+    assert (result["completed"], result["total_input_tokens"], result["total_output_tokens"]) == (6, 96, 18)
+    for metric in ("ttft", "tpot", "itl", "e2el"):
+        assert 0 < result[f"median_{metric}_ms"] == result[f"p50_{metric}_ms"] <= result[f"p99_{metric}_ms"]
+        assert result[f"mean_{metric}_ms"] > 0
+    assert result["request_throughput"] > 0
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(server):

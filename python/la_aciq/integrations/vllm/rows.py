@@ -34,13 +34,20 @@ class ServedRows(LanguageState):
         # From a tensor of its own: nothing else is written to it while the copy may still be under way.
         self.slots.copy_(torch.tensor(self.host_slots, dtype=torch.int32))
 
-    def begin(self, starts: torch.Tensor, lengths: torch.Tensor, count: int) -> None:
+    def begin(self, starts: torch.Tensor, lengths: torch.Tensor, count: int, longest: int) -> None:
         """Fill `tokens` for a step, without waiting for the device.
 
         starts: int32 [requests + 1], where each request's tokens begin in the step. lengths: int32 [>= requests], the
-        tokens of each request up to and with this step. count: the tokens of the step.
+        tokens of each request up to and with this step. count: the tokens of the step. longest: the most tokens that a
+        request has in it.
         """
         requests = starts.shape[0] - 1
+        if longest == 1 and requests == count:  # one token each: decoding
+            tokens = self.tokens[:count]
+            tokens.copy_(self.slots[:count])
+            if self._sink_row is not None:
+                tokens.masked_fill_(lengths[:count] == 1, self._sink_row)
+            return
         order = self._order[:count]
         request = torch.bucketize(order, starts[1:], right=True).clamp_(max=requests - 1)
         rows = self.slots[request]
@@ -70,7 +77,9 @@ def fill_before_each_step(quantization: Callable[[VllmConfig], Any]) -> None:
         config = quantization(vllm_config)
         if config is not None and config.rows is not None and attn_metadata:
             metadata = next(iter(attn_metadata.values()))
-            config.rows.begin(metadata.query_start_loc, metadata.seq_lens, metadata.num_actual_tokens)
+            config.rows.begin(
+                metadata.query_start_loc, metadata.seq_lens, metadata.num_actual_tokens, metadata.max_query_len
+            )
         result: dict[str, Any] = original(*args, attn_metadata=attn_metadata, vllm_config=vllm_config, **kwargs)
         return result
 

@@ -22,6 +22,15 @@ from ...tags import UND
 BATCH_INVARIANT = "LA_ACIQ_BATCH_INVARIANT"  # environment: "1" for the same bits whatever the batch, on a CPU, slower
 DETECT = "LA_ACIQ_DETECT_LANGUAGE"  # environment: "1" detects the language of requests that name none
 
+ENVIRONMENT = {  # of vLLM's processes, where the user's does not say otherwise
+    "HF_HUB_OFFLINE": "1",  # the model is a folder
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner whose batch the plugin follows
+    "VLLM_USE_RUST_FRONTEND": "0",  # the server whose requests it checks
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
 
 def run(
     folder: str, *, host: str, port: int, detect: bool, batch_invariant: bool, vllm_arguments: Sequence[str]
@@ -36,16 +45,8 @@ def run(
     rows = config["quantization_config"]["rows"]
     # The dtype the model was saved in: vLLM would take bfloat16 for float32.
     dtype = config.get("dtype") or "auto"
-    environment = {
-        "HF_HUB_OFFLINE": "1",  # the model is a folder
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner whose batch the plugin follows
-        "VLLM_USE_RUST_FRONTEND": "0",  # the server whose requests it checks
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
     arguments = ["--model", folder, "--host", host, "--port", str(port), "--dtype", dtype, *vllm_arguments]
-    for name, value in environment.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # before vLLM is imported, which reads them
     if batch_invariant:
         os.environ |= {BATCH_INVARIANT: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}

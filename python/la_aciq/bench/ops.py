@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import ops
+from .. import ops
 
 _GROUP = 64
 _LANGUAGES = 12

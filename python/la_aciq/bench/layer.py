@@ -1,0 +1,123 @@
+"""How long one quantized linear layer takes by the number of rows, beside `torch.nn.Linear`; under a minute.
+
+Every row is in another language, as in a served batch. The layers of a contender are several copies that take turns, so
+that their weights come from memory and not from the cache, as those of a model do.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..nn import LanguageAwareLinear, QuantConfig
+from ..nn.context import LanguageState
+
+_LANGUAGES = 12
+ROWS = (1, 4, 16, 128)
+# What the copies of a contender's weights take together, at the least.
+_BYTES = 128 << 20
+
+CONFIGURATIONS = {
+    "la_aciq W4A16": QuantConfig(activations=16, center=True),
+    "la_aciq W4A8": QuantConfig(activations=8, center=True),
+    "la_aciq W4A4": QuantConfig(center=True),
+    "la_aciq W4A4, static": QuantConfig(clip="static", center=True),
+}
+_DTYPES = {"torch bfloat16": torch.bfloat16, "torch float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """Median seconds of one call of a layer by its number of rows, and the bytes of its weights."""
+
+    layer: str
+    nbytes: int
+    seconds: dict[int, float]
+
+
+class _Rows(LanguageState):
+    """Every row of an input in another language."""
+
+    def __init__(self) -> None:
+        super().__init__(("und", *(f"x-{i}" for i in range(_LANGUAGES))))
+        self._row_ids = 1 + torch.arange(max(ROWS), dtype=torch.int32) % _LANGUAGES
+
+    def ids_for(self, x: torch.Tensor) -> torch.Tensor:
+        return self._row_ids[: x.shape[0]]
+
+
+def measure(
+    in_features: int = 4096,
+    out_features: int = 4096,
+    *,
+    rows: Sequence[int] = ROWS,
+    rounds: int = 7,
+    step: Callable[[], object] | None = None,
+) -> list[LayerTiming]:
+    """Time each contender for each number of rows, in rounds that all of them take turns in.
+
+    rows: at most `max(ROWS)` each. Quantized layers get bfloat16 inputs, as `torch bfloat16` does. step: called after
+    each number of rows, for progress.
+    """
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(in_features, out_features, bias=False)
+    nn.init.normal_(linear.weight, std=in_features**-0.5, generator=generator)
+    contenders: dict[str, tuple[list[nn.Module], torch.dtype, int]] = {}
+    for name, config in CONFIGURATIONS.items():
+        quantized = _quantized(linear, config, generator)
+        scale = quantized.weight_scale
+        packed = quantized.weight.nbytes + (0 if scale is None else scale.nbytes)
+        contenders[name] = _copies(quantized, packed), torch.bfloat16, packed
+    for name, dtype in _DTYPES.items():
+        plain = copy.deepcopy(linear).to(dtype)
+        contenders[name] = _copies(plain, plain.weight.nbytes), dtype, plain.weight.nbytes
+
+    seconds: dict[str, dict[int, float]] = {name: {} for name in contenders}
+    with torch.inference_mode():
+        for count in rows:
+            x = torch.randn(count, in_features, generator=generator)
+            times: dict[str, list[float]] = {name: [] for name in contenders}
+            for _ in range(rounds + 1):  # the first warms up
+                for name, (layers, dtype, _) in contenders.items():
+                    given = x.to(dtype)
+                    start = time.perf_counter()
+                    for layer in layers:
+                        layer(given)
+                    times[name].append((time.perf_counter() - start) / len(layers))
+            for name, found in times.items():
+                seconds[name][count] = statistics.median(found[1:])
+            if step is not None:
+                step()
+    return [LayerTiming(name, nbytes, seconds[name]) for name, (_, _, nbytes) in contenders.items()]
+
+
+def _quantized(linear: nn.Linear, config: QuantConfig, generator: torch.Generator) -> LanguageAwareLinear:
+    state, k = _Rows(), linear.in_features
+    clip = None
+    if config.activations < 16:
+        clip = torch.rand(len(state.rows), config.groups(k), generator=generator) + 2
+    center = torch.randn(len(state.rows), k, generator=generator) / 10
+    return LanguageAwareLinear.from_linear(linear, config, state, clip, center=center).to(torch.bfloat16)
+
+
+def _copies(layer: nn.Module, nbytes: int) -> list[nn.Module]:
+    return [layer, *(copy.deepcopy(layer) for _ in range(-(-_BYTES // nbytes) - 1))]
+
+
+def table(timings: Sequence[LayerTiming]) -> str:
+    """The timings as text: microseconds, and how many times as fast as `torch bfloat16`, by rows."""
+    counts = list(timings[0].seconds)
+    usual = next(timing for timing in timings if timing.layer == "torch bfloat16")
+    heads = "".join(f"  {f'{count} row' + 's' * (count > 1):>20}" for count in counts)
+    lines = [f"{'layer':<22}  {'weights':>9}{heads}"]
+    for timing in timings:
+        cells = [
+            f"  {timing.seconds[count] * 1e6:>9.0f} us ({usual.seconds[count] / timing.seconds[count]:>4.1f}x)"
+            for count in counts
+        ]
+        lines.append(f"{timing.layer:<22}  {timing.nbytes / 2**20:>5.1f} MiB{''.join(cells)}")
+    return "\n".join(lines)
