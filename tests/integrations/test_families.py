@@ -9,9 +9,11 @@ import torch
 from scipy.linalg import hadamard
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
 )
 
@@ -80,6 +82,13 @@ ENCODER_DECODERS = [
     ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 54, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}, 28),
 ]
 ENCODERS = [("bert", {}, 13), ("xlm-roberta", {}, 13)]
+# Models that compute one vector for each row of the batch, and how many layers are quantized, that vector's included.
+POOLING = [
+    (AutoModel, "bert", {}, 13),
+    (AutoModel, "xlm-roberta", {}, 13),
+    (AutoModelForSequenceClassification, "bert", {}, 14),
+    (AutoModelForSequenceClassification, "xlm-roberta", {}, 14),
+]
 FAMILIES = [
     *(pytest.param(AutoModelForCausalLM, *family, id=family[0]) for family in DECODERS),
     *(pytest.param(AutoModelForSeq2SeqLM, *family, id=family[0]) for family in ENCODER_DECODERS),
@@ -221,3 +230,28 @@ def generated(model, given):
         made = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     assert len(made) == 3
     return made
+
+
+@pytest.mark.parametrize(("auto", "family", "settings", "layers"), POOLING, ids=lambda x: getattr(x, "__name__", None))
+def test_a_vector_for_each_row_of_the_batch_has_its_language(auto, family, settings, layers):
+    model = tiny(auto, family, settings)
+    given = {"input_ids": torch.tensor([[5, 9, 12, 31, 3]]).expand(3, -1)}
+    profile = la_aciq.calibrate(model, texts(family), seqlen=32, tokens=96, group_size=GROUP, progress=False)
+
+    def pooled(of, tags):
+        with torch.no_grad(), la_aciq.languages(tags):
+            out = of(**given)
+        return out.logits if hasattr(out, "logits") else out.pooler_output
+
+    out, plain = (
+        la_aciq.quantize_model(model, profile, QuantConfig(group_size=GROUP, **changes), progress=False)
+        for changes in ({}, {"activations": 16, "center": False})
+    )
+    assert len(out.la_aciq.layers) == layers, out.la_aciq
+    tags = ("en", "sw", "th")
+    assert relative_error(pooled(plain, tags), pooled(with_weights_of(model, plain), tags)) < 1e-5
+    found = pooled(out, tags)
+    assert all(not torch.equal(found[i], found[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+    # Neither its neighbours nor the class of first tokens: the same as in a batch of one language.
+    for i, tag in enumerate(tags):
+        torch.testing.assert_close(pooled(out, (tag,) * 3)[i], found[i], rtol=1e-5, atol=1e-5)

@@ -139,10 +139,10 @@ def test_ids_of_a_shape_keep_their_address():
     first = {shape: model(ids(*shape)) for shape in [(1, 4), (2, 9), (1, 700)]}
     with language("sw"):
         assert {shape: model(ids(*shape)) for shape in reversed(first)} == first
-    # Many lengths share few buffers: at most two entries per token of the longest.
+    # Many lengths share few buffers: at most two entries per token of the longest, and per row of the largest batch.
     for tokens in range(1, 300):
         model(ids(1, tokens))
-    assert sum(buffer.numel() for buffer in state._buffers.values()) <= 2 * 1024
+    assert sum(buffer.numel() for buffer in state._buffers.values()) <= 2 * (1024 + 2)
 
 
 def test_passes_in_and_out_of_inference_mode_share_the_buffer():

@@ -109,6 +109,7 @@ class LanguageState:
         self._model: nn.Module | None = None
         self._cached: tuple[nn.Module, nn.Module] | None = None
         self._batch_rows: list[int] = []
+        self._of_batch: torch.Tensor | None = None  # the same, int32 [batch] in a persistent buffer
         self._mask: torch.Tensor | None = None
         self._lock = threading.Lock()
 
@@ -119,6 +120,7 @@ class LanguageState:
         return state | {
             "_buffers": {},
             "_ids": None,
+            "_of_batch": None,
             "_memory": None,
             "common_row": None,
             "_owner": None,
@@ -169,8 +171,9 @@ class LanguageState:
         """The row ids (int32) for a layer's input x [..., K]: they match x's leading dimensions from the left.
 
         None, the pooled row, outside a forward pass of the model. x has the pass's [batch, tokens] positions, the same
-        positions flattened, only the last ones of each row (a head under `logits_to_keep`), or those of the encoder
-        that a decoder's cross-attention reads; anything else raises `RuntimeError`, because it cannot be known which
+        positions flattened, only the last ones of each row (a head under `logits_to_keep`), those of the encoder that a
+        decoder's cross-attention reads, or one row for each of the batch (a pooler, a classifier's head), which has its
+        language's row whichever token it was; anything else raises `RuntimeError`, because it cannot be known which
         token is whose.
         """
         ids = self._ids
@@ -182,6 +185,8 @@ class LanguageState:
         ):
             ids = memory[1]
         found = _matching(ids, x)
+        if found is None and self._of_batch is not None and x.ndim == 2 and len(x) == len(self._of_batch):
+            found = self._of_batch
         if found is None:
             raise RuntimeError(
                 f"a quantized layer got an input of shape {list(x.shape)} in a forward pass over [batch, tokens] = "
@@ -333,20 +338,15 @@ class LanguageState:
                 del self._running[self._running.index(model) :]
                 if not self._running:
                     self._whole = False
-                    self._owner = self._ids = self._memory = self._mask = self.common_row = None
+                    self._owner = self._mask = self.common_row = None
+                    self._ids = self._of_batch = self._memory = None
 
     def _write(
         self, role: str, shape: tuple[int, ...], device: torch.device, first: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Ids of this shape, [batch, tokens] or [batch], in their role's persistent buffer; `first` get the sink's."""
-        batch, number = shape[0], math.prod(shape)
-        size = 1 << max(number - 1, 0).bit_length()
-        key = (role, device, size)
-        if key not in self._buffers:
-            # Made in inference mode, the buffer could not be written in place outside of it.
-            with torch.inference_mode(False):
-                self._buffers[key] = torch.zeros(size, dtype=torch.int32, device=device)
-        ids = self._buffers[key][:number].view(shape)
+        batch = shape[0]
+        ids, of_batch = self._buffer(role, shape, device), self._buffer(f"{role} batch", (batch,), device)
         requested = _requested.get()
         if isinstance(requested, tuple):
             # `_generate` has compared the tags with the inputs; what is more now are their beams, side by side.
@@ -356,8 +356,8 @@ class LanguageState:
                     f"languages() has {len(requested)} tags for a batch of {batch} rows; expected one tag per row"
                 )
             self._batch_rows = [self._count(tag) for tag in requested for _ in range(repeats)]
-            rows = torch.tensor(self._batch_rows, dtype=torch.int32)
-            ids.copy_(rows.view(-1, *[1] * (len(shape) - 1)))
+            of_batch.copy_(torch.tensor(self._batch_rows, dtype=torch.int32))
+            ids.copy_(of_batch.view(-1, *[1] * (len(shape) - 1)))
         else:
             if requested is None and self._warn:
                 self._warn = False
@@ -368,11 +368,24 @@ class LanguageState:
                 )
             row = 0 if requested is None else self._count(requested, batch)
             self._batch_rows = [row] * batch
+            of_batch.fill_(row)
             ids.fill_(row)
+        self._of_batch = of_batch
         self._counted = True
-        if self._sink is not None and first is not None and number:
+        if self._sink is not None and first is not None and ids.numel():
             ids.masked_fill_(first, self._sink)
         return ids
+
+    def _buffer(self, role: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """The persistent buffer of a role, int32 of this shape, as it was left."""
+        number = math.prod(shape)
+        size = 1 << max(number - 1, 0).bit_length()
+        key = (role, device, size)
+        if key not in self._buffers:
+            # Made in inference mode, the buffer could not be written in place outside of it.
+            with torch.inference_mode(False):
+                self._buffers[key] = torch.zeros(size, dtype=torch.int32, device=device)
+        return self._buffers[key][:number].view(shape)
 
     def _count(self, tag: str, batch: int = 1) -> int:
         row = self.row(tag)
