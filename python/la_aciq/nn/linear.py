@@ -139,9 +139,10 @@ class LanguageAwareLinear(LanguageAwareModule):
         activations.
         center: float32 [rows, K], the mean input of each row, with `config.center`; otherwise not used.
         seed: of the rotation's signs, the profile's. name: for messages. second_moments: [K, K], the sum of x x^T over
-        the layer's inputs, rotated as the layer rotates them; needed unless `config.rounding` is "nearest" or weights
-        have 16 bits. like: this layer as it was quantized before; its weights are shared instead of made again where
-        they would come out the same. Raises `LaAciqError` when the weight has NaN or Inf, or when the clips, the
+        the layer's inputs, rotated as the layer rotates them; needed where `config.rounding` is "feedback" and weights
+        have 4 bits, used with "auto", which rounds to nearest without them, and not with "nearest". like: this
+        layer as it was quantized before; its weights are shared instead of made again where they would come out the
+        same. Raises `LaAciqError` when the weight has NaN or Inf, or when the clips, the
         centers or the second moments do not fit.
         """
         weight = check_weight(linear, name)
