@@ -71,7 +71,8 @@ def export_compressed_tensors(
                 f"group_size = {group}"
             )
         del tensors[f"{name}.weight"]
-        tensors[f"{name}.weight_packed"] = layer.weight.view(torch.int32)
+        # A copy: weights of layers that share their input lie in one storage, which safetensors refuses.
+        tensors[f"{name}.weight_packed"] = layer.weight.clone().view(torch.int32)
         tensors[f"{name}.weight_scale"] = (layer.weight_scale * (2 / 15)).to(hugging_face.dtype)
         tensors[f"{name}.weight_shape"] = torch.tensor([layer.out_features, k])
     config = copy.deepcopy(hugging_face.config)
