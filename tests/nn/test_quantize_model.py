@@ -12,6 +12,7 @@ import torch
 from tiny_llama import random_texts, tiny_llama
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import la_aciq
 from la_aciq import clipping
@@ -426,6 +427,21 @@ def test_a_model_like_another_shares_its_weights_and_nothing_else(model, profile
         assert layer.weight is other.weight
     with la_aciq.language("sw"):
         torch.testing.assert_close(logits(second, IDS), logits(alone, IDS), rtol=0, atol=0)
+
+
+def test_experts_like_those_of_a_model_that_left_them_alone():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    mixture = MixtralForCausalLM._from_config(MixtralConfig(**sizes)).eval()
+    profile = calibrated(mixture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the router is left alone, and named
+        first = quantized(mixture, profile, weights=16, activations=16, kv=4)
+        second = quantize_model(mixture, profile, config_of(), like=first, progress=False)
+        alone = quantized(mixture, profile)
+    with la_aciq.language("sw"):
+        assert torch.equal(logits(second, IDS), logits(alone, IDS))
 
 
 def test_other_weights_are_not_shared(model, profile):

@@ -135,7 +135,7 @@ class Plan:
         """What takes the place of a layer."""
         config, state = self.done.config, self.done.state
         if is_experts(original):
-            before: Any = None if like is None else like.get_submodule(name)
+            before = None if like is None else like.get_submodule(name)
             experts: nn.Module = LanguageAwareExperts.from_experts(
                 original,
                 config,
@@ -145,7 +145,7 @@ class Plan:
                 seed=self._seed,
                 name=name,
                 second_moments={part: self._second_moments(f"{name}.{part}") for part in EXPERT_WEIGHTS},
-                like=before,
+                like=before if isinstance(before, LanguageAwareExperts) else None,
             )
             return experts
         return LanguageAwareLinear.from_linear(
