@@ -1,5 +1,6 @@
 """The INT4 key and value cache: what it gives back, against its definition in float64, and what generation does."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -359,6 +360,43 @@ def test_padding_changes_nothing_that_is_read(model, profile):
         model_keys(ids, attention_mask=mask, past_key_values=plain)
     got = cache.layers[0]._read(0)[9 : 9 + SINKS, 0, :16]
     torch.testing.assert_close(got, plain.layers[0].keys[0, :, 9 : 9 + SINKS].transpose(0, 1).flatten(1))
+
+
+def test_sequences_that_begin_after_the_first_chunk_keep_their_first_tokens(model, profile):
+    ids = torch.cat([torch.zeros(3, 90, dtype=IDS.dtype), IDS], dim=1)
+    starts = [90, 55, 0]
+    settings = {"attention_mask": (torch.arange(240) >= torch.tensor(starts)[:, None]).long(), "language": "sw"}
+    pieces = generate(quantized(model, profile), ids, prefill_chunk_size=40, **settings).past_key_values.layers[0]
+    exact = generate(quantized(model, profile, kv=16), ids, **settings).past_key_values.layers[0]
+    assert pieces._starts.tolist() == starts
+    for row, first in enumerate(starts):
+        kept = slice(first, first + SINKS)
+        torch.testing.assert_close(pieces.keys[row, :, kept], exact.keys[row, :, kept], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pieces.values[row, :, kept], exact.values[row, :, kept], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_copied_cache_belongs_to_the_same_model_and_is_its_own(model, profile, filled):
+    out = quantized(model, profile, kv_clip="static")
+
+    def read(cache, first, last, tag="sw"):
+        with torch.no_grad(), la_aciq.language(tag):
+            return out(IDS[:1, first:last], past_key_values=cache).logits
+
+    begun, start = LanguageAwareCache(out), 110 if filled else 0
+    if filled:
+        read(begun, 0, start)
+    copied = copy.deepcopy(begun)
+    assert all(layer._state is out.la_aciq.state for layer in copied.layers)
+    assert all(layer._tables is out.la_aciq_cache for layer in copied.layers)
+    found = read(copied, start, 140)
+    assert begun.get_seq_length() == start
+    assert torch.equal(found, read(begun, start, 140))
+    for one, other in zip(begun.layers, copied.layers, strict=True):
+        assert one._rows.tolist() == other._rows.tolist() == [out.la_aciq.state.row("sw")]
+        assert one._codes.data_ptr() != other._codes.data_ptr()
+    with pytest.raises(LaAciqError, match="languages of the batch changed"):
+        read(copied, 140, 141, "th")
 
 
 def test_beams_return_sequences_and_prompt_lookup(model, profile):

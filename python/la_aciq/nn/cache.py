@@ -12,6 +12,7 @@ The first tokens of every sequence (attention sinks) and the latest ones keep th
 and means, heads of 64 channels take 4.5 bits per element of a key and 4.25 of a value.
 """
 
+import copy
 from collections.abc import Callable
 from math import gcd
 from typing import Any
@@ -107,6 +108,15 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         self._index, self._tables, self._state, self._config = index, clips, state, config
         self._length = self._first = self._coded = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LanguageAwareLayer":
+        """A layer with tensors of its own, of the same model: a prompt's cache is copied to be gone on with twice."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        own = self.__dict__.copy()
+        models = {name: own.pop(name) for name in ("_tables", "_state", "_config")}
+        made.__dict__.update(copy.deepcopy(own, memo) | models)
+        return made
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the shapes, the languages and the padding of the first tokens' pass."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -128,8 +138,8 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         else:
             self._table = self._tables.table(self._index, self._heads, self._key_dim, self._value_dim).to(self.device)
             self._rows = self._state.rows_of_batch(self.batch_size, self.device)
-        self._starts = self._state.starts_of_batch(self.batch_size, self.device)
-        self._last_start = 0 if self._starts is None else int(self._starts.max())
+        self._starts: Tensor | None = None
+        self._last_start = 0
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
@@ -151,6 +161,8 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states)
+        if self._last_start >= self._length:  # until every sequence has begun
+            self._find_starts()
         new = key_states.shape[-2]
         before = self._length
         held = before if self.sliding_window is None else min(before, self.sliding_window - 1)
@@ -199,6 +211,13 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if self._rows is not None:
             self._state.check_rows(self._rows)
+
+    def _find_starts(self) -> None:
+        """Where the sequences begin after left padding, as far as the running pass's mask tells."""
+        starts = self._state.starts_of_batch(self.batch_size, self.device)
+        if starts is not None:
+            self._last_start = int(starts.max())
+            self._starts = starts if self._last_start else None
 
     def _read(self, low: int) -> Tensor:
         """Tokens from number `low` on, [tokens, batch, elements] in the model's dtype."""

@@ -324,11 +324,14 @@ class LanguageState:
             )
 
     def starts_of_batch(self, batch: int, device: torch.device) -> torch.Tensor | None:
-        """The number of each sequence's first token after left padding, int64 [batch]; None when all are 0."""
+        """The number of each sequence's first token after left padding, int64 [batch]: that of the next token where
+        the mask has none yet. None without a mask.
+        """
         if self._mask is None or self._ids is None or self._mask.shape[0] != batch:
             return None
-        starts = (self._mask != 0).to(torch.uint8).argmax(dim=1).to(device)
-        return starts if bool(starts.any()) else None
+        seen = self._mask.to(device) != 0
+        starts = seen.to(torch.uint8).argmax(dim=1)
+        return torch.where(seen.any(dim=1), starts, seen.shape[1])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
