@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import la_aciq
+from la_aciq.errors import LaAciqError
 from la_aciq.integrations.transformers import LaAciqConfig
 from la_aciq.nn import LanguageAwareExperts, QuantConfig, load_quantized
 
@@ -255,3 +256,19 @@ def test_a_vector_for_each_row_of_the_batch_has_its_language(auto, family, setti
     # Neither its neighbours nor the class of first tokens: the same as in a batch of one language.
     for i, tag in enumerate(tags):
         torch.testing.assert_close(pooled(out, (tag,) * 3)[i], found[i], rtol=1e-5, atol=1e-5)
+
+
+def test_beams_of_speech_have_the_language_of_their_row():
+    model = tiny(AutoModelForSpeechSeq2Seq, "whisper", BART | WHISPER)
+    profile = la_aciq.calibrate(model, texts("whisper"), seqlen=32, tokens=96, group_size=GROUP, progress=False)
+    out = la_aciq.quantize_model(model, profile, QuantConfig(group_size=GROUP), progress=False)
+    heard = {"input_features": spectrogram(5).expand(3, -1, -1), "max_new_tokens": 4, "num_beams": 2}
+    heard |= {"return_dict_in_generate": True, "output_scores": True}
+    with la_aciq.languages(["en", "sw", "th"]):
+        together = out.generate(**heard).sequences_scores
+    for i, tag in enumerate(("en", "sw", "th")):
+        with la_aciq.language(tag):
+            torch.testing.assert_close(out.generate(**heard).sequences_scores[i], together[i], rtol=1e-5, atol=1e-5)
+    assert (together - together.roll(1)).abs().min() > 1e-3
+    with la_aciq.languages(["en", "sw"]), pytest.raises(LaAciqError, match="2 tags for 3 rows"):
+        out.generate(**heard)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     DynamicCache,
     MistralConfig,
     MistralForCausalLM,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -431,6 +433,18 @@ def test_an_empty_cache_of_transformers_becomes_int4_in_place(model, profile):
     assert isinstance(again.past_key_values, LanguageAwareCache)
     plain = generate(quantized(model, profile, kv=16))
     assert type(plain.past_key_values) is DynamicCache
+
+
+def test_a_cache_that_is_not_int4_is_named_once(model, profile):
+    out = quantized(model, profile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(out, past_key_values=LanguageAwareCache(out), language="sw")
+        generate(out, language="sw")
+    with pytest.warns(UserWarning, match="kv = 4, but the StaticCache given keeps keys and values") as caught:
+        made = generate(out, language="sw", cache_implementation="static")
+    assert type(made.past_key_values) is StaticCache
+    assert sum("kv = 4" in str(one.message) for one in caught) == 1
 
 
 def test_a_language_that_changes_under_its_cache(model, profile):

@@ -108,6 +108,7 @@ class LanguageState:
         # and its attention mask.
         self._model: nn.Module | None = None
         self._cached: tuple[nn.Module, nn.Module] | None = None
+        self._warn_cache = True
         self._batch_rows: list[int] = []
         self._of_batch: torch.Tensor | None = None  # the same, int32 [batch] in a persistent buffer
         self._mask: torch.Tensor | None = None
@@ -306,6 +307,13 @@ class LanguageState:
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if type(own) is DynamicCache and not own.offloading and own.get_seq_length() == 0:
             LanguageAwareCache.take_over(own, whole)
+        elif not isinstance(own, LanguageAwareCache) and self._warn_cache:
+            self._warn_cache = False
+            warnings.warn(
+                f"kv = 4, but the {type(own).__name__} given keeps keys and values as they are; expected none, an "
+                "empty DynamicCache without offloading, or a LanguageAwareCache",
+                stacklevel=2,
+            )
         return None
 
     def rows_of_batch(self, batch: int, device: torch.device) -> torch.Tensor:
@@ -352,7 +360,7 @@ class LanguageState:
         ids, of_batch = self._buffer(role, shape, device), self._buffer(f"{role} batch", (batch,), device)
         requested = _requested.get()
         if isinstance(requested, tuple):
-            # `_generate` has compared the tags with the inputs; what is more now are their beams, side by side.
+            # `generate` has compared the tags with the inputs; what is more now are their beams, side by side.
             repeats = batch // len(requested) if _generating.get() and requested else 1
             if len(requested) * repeats != batch:
                 raise LaAciqError(
@@ -429,11 +437,13 @@ def _matching(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
 def add_language_to_generate(model: nn.Module) -> None:
     """Give a model's `generate` the argument `language`: one tag, or a list with one per row of the inputs.
 
-    Where it has an argument of that name already, as Whisper's has, that keeps its meaning.
+    Where it has an argument of that name already, as Whisper's has, that keeps its meaning, and `la_aciq.language` or
+    `languages` around the call says the language.
     """
     generate = getattr(type(model), "generate", None)
-    if generate is not None and "language" not in inspect.signature(generate).parameters:
-        model.generate = MethodType(_generate, model)  # type: ignore[assignment]
+    if generate is not None:
+        own = "language" in inspect.signature(generate).parameters
+        model.generate = MethodType(_generate_in_context if own else _generate, model)  # type: ignore[assignment]
 
 
 def _generate(model: Any, *args: Any, language: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -451,17 +461,24 @@ def _generate(model: Any, *args: Any, language: str | Sequence[str] | None = Non
         else languages(language)
     )
     with context:
-        tags = _requested.get()
-        inputs = args[0] if args else None
-        for name in ("inputs", "input_ids", "inputs_embeds", getattr(model, "main_input_name", "input_ids")):
-            inputs = kwargs.get(name) if inputs is None else inputs
-        if isinstance(tags, tuple) and isinstance(inputs, torch.Tensor) and len(inputs) != len(tags):
-            raise LaAciqError(f"language has {len(tags)} tags for {len(inputs)} rows of inputs; expected one per row")
-        token = _generating.set(True)
-        try:
-            return type(model).generate(model, *args, **kwargs)
-        finally:
-            _generating.reset(token)
+        return _generate_in_context(model, *args, **kwargs)
+
+
+def _generate_in_context(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of a quantized model: the class's own, in whose passes beams and return sequences have the language of
+    their input. Raises `LaAciqError` when `languages` around it has another number of tags than the inputs have rows.
+    """
+    tags = _requested.get()
+    inputs = args[0] if args else None
+    for name in ("inputs", "input_ids", "inputs_embeds", getattr(model, "main_input_name", "input_ids")):
+        inputs = kwargs.get(name) if inputs is None else inputs
+    if isinstance(tags, tuple) and isinstance(inputs, torch.Tensor) and len(inputs) != len(tags):
+        raise LaAciqError(f"language has {len(tags)} tags for {len(inputs)} rows of inputs; expected one per row")
+    token = _generating.set(True)
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        _generating.reset(token)
 
 
 language_context = language  # by a name that `_generate`'s argument does not hide
