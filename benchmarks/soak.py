@@ -57,7 +57,7 @@ Request = tuple[str | None, str, int]  # tag, prompt, tokens
 class Server:
     """`la-aciq serve` in a process group of its own."""
 
-    def __init__(self, model: str, log: Path, options: list[str]) -> None:
+    def __init__(self, model: str, log: Path, options: list[str], cores: str = "nobind") -> None:
         self.model, self.log = model, log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -74,7 +74,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=environment | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+                env=environment | {"VLLM_CPU_OMP_THREADS_BIND": cores},
             )
 
     def wait(self) -> None:

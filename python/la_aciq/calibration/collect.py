@@ -183,15 +183,10 @@ class Calibration:
                 yield collector.end_language(tag)
             bar.set_description("calibrated")
 
-    def profile(self, parts: Parts, second_moments: SecondMoments | None = None) -> Profile:
-        """Of the languages in `parts`. second_moments: theirs, where other processes measured too."""
-        if second_moments is None and self.second_moments is not None:
-            second_moments = SecondMoments.of(self.second_moments)
-        languages = [tag for tag in self.languages if tag in parts.languages]
-        metadata = self.metadata
-        for key in ("tokens", "texts"):
-            metadata[key] = {tag: metadata[key][tag] for tag in languages}
-        return parts.profile(languages, metadata, second_moments, self._center)
+    def profile(self, parts: Parts) -> Profile:
+        """Of the languages in `parts`, all of them measured here."""
+        matrices = None if self.second_moments is None else SecondMoments.of(self.second_moments)
+        return parts.profile(self.metadata, matrices)
 
     def continued(self, folder: Path) -> Parts:
         """What an earlier run measured that was to be this one, from the folder in which it kept it."""

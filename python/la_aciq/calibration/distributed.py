@@ -63,7 +63,7 @@ def calibrate_distributed(
         _agree({"sha256": hashlib.sha256(described.encode()).hexdigest()}, group)
         parts = _gathered(calibration.languages, measured, group)
         products = _summed(calibration.second_moments, group)
-        return calibration.profile(parts, products) if parts is not None else None
+        return None if parts is None else parts.profile(calibration.metadata, products)
     finally:
         dist.destroy_process_group(group)
 

@@ -126,18 +126,14 @@ class Parts:
         for site, moments in part.first.items():
             self._sink[site] = self._sink[site] + moments if site in self._sink else moments
 
-    def profile(
-        self,
-        languages: Sequence[str],
-        metadata: Mapping[str, Any],
-        second_moments: SecondMoments | None,
-        center: bool,
-    ) -> Profile:
-        """A profile of these languages, in this order."""
+    def profile(self, metadata: Mapping[str, Any], second_moments: SecondMoments | None) -> Profile:
+        """The profile of the languages so far. metadata: that of all languages, which are in its order."""
+        languages = [tag for tag in metadata["tokens"] if tag in self.languages]
+        own = {key: {tag: metadata[key][tag] for tag in languages} for key in ("tokens", "texts")}
         measured = {tag: self.languages[tag] for tag in languages}
-        centers = self._centers(languages) if center else {}
+        centers = self._centers(languages) if metadata["center"] else {}
         return Profile.from_languages(
-            measured, self._sink, self._sites, self._layers, metadata, second_moments, centers
+            measured, self._sink, self._sites, self._layers, {**metadata, **own}, second_moments, centers
         )
 
     def _centers(self, languages: Sequence[str]) -> dict[str, NDArray[np.float32]]:

@@ -1,0 +1,62 @@
+"""Ray on one machine with more than one worker process."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("ray", reason="Ray is in the environment of vLLM: make test runs these in .venv-vllm")
+
+import ray
+from byte_llama import SENTENCES, byte_llama, byte_tokenizer, sentences
+
+import la_aciq
+from la_aciq import models
+from la_aciq.errors import LaAciqError
+from la_aciq.integrations import ray as la_aciq_ray
+
+TEXTS = {tag: sentences(tag) for tag in SENTENCES}
+SETTINGS = {"seqlen": 64, "tokens": 192, "group_size": 16}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    byte_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return functools.partial(models.load_model, str(folder), device="cpu", dtype="float32")
+
+
+def test_calibration_is_that_of_one_process(cluster, load, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, tokenizer = load()
+        single = la_aciq.calibrate(model, TEXTS, tokenizer, progress=False, **SETTINGS)
+    finally:
+        torch.set_num_threads(threads)
+    found = la_aciq_ray.calibrate(load, TEXTS, workers=2, **SETTINGS)
+    single.save(tmp_path / "single")
+    found.save(tmp_path / "ray")
+    name = "profile.safetensors"
+    assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "single" / name).read_bytes()
+    assert (found.rows, found.layers, found.metadata) == (single.rows, single.layers, single.metadata)
+    assert list(found.second_moments) == list(single.second_moments)
+    for site, matrix in single.second_moments.items():
+        scale = np.sqrt(np.outer(matrix.diagonal(), matrix.diagonal()))
+        assert np.all(np.abs(found.second_moments[site] - matrix) <= 1e-6 * scale)
+
+
+def test_errors_of_workers_are_those_of_calibrate(cluster, load):
+    with pytest.raises(LaAciqError, match="seqlen = 513 is longer than the 512 positions"):
+        la_aciq_ray.calibrate(load, TEXTS, workers=1, seqlen=513)
+    with pytest.raises(LaAciqError, match="workers = 0; expected at least 1"):
+        la_aciq_ray.calibrate(load, TEXTS, workers=0)
