@@ -174,6 +174,12 @@ inline void add_block(const ProductArgs& args, const Segment* first, const Segme
   constexpr int64_t kVectorElements = 16 * Product::kDepth;
   const auto* tile = static_cast<const Element*>(scratch.tile);
   const int32_t* starts = scratch.starts;
+  F32 scaled[kRows][kVectors];  // sums times the clips of the weights, over a group of the activations
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) scaled[r][v] = f32(0);
+  }
   for (const Segment* segment = first; segment < last; segment++) {
     const int64_t padded = segment->padded();
     const Element* x =
@@ -201,15 +207,23 @@ inline void add_block(const ProductArgs& args, const Segment* first, const Segme
       }
     }
     const float* scales = scratch.scales + segment->weight_group * kVectors * 16;
-    const float* clips = args.scales + row * args.activation_groups + segment->activation_group;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) {
-        F32 scale = load(scales + 16 * v);
-        if constexpr (Product::kIntegers) scale = mul(scale, f32(clips[r * args.activation_groups]));
+        scaled[r][v] = muladd(Product::sum_in_float(sums[r][v]), load(scales + 16 * v), scaled[r][v]);
+      }
+    }
+    if (segment + 1 < last && segment[1].activation_group == segment->activation_group) continue;
+    const float* clips = args.scales + row * args.activation_groups + segment->activation_group;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      const F32 clip = f32(Product::kIntegers ? clips[r * args.activation_groups] : 1.0f);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) {
         float* total = totals + (r * kVectors + v) * 16;
-        store(total, muladd(Product::sum_in_float(sums[r][v]), scale, load(total)));
+        store(total, muladd(scaled[r][v], clip, load(total)));
+        scaled[r][v] = f32(0);
       }
     }
   }
