@@ -284,6 +284,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         port=arguments.port,
         detect=arguments.detect_language,
         batch_invariant=arguments.batch_invariant,
+        adapt=arguments.adapt,
+        max_requests=arguments.max_requests,
         vllm_arguments=arguments.vllm,
     )
 
@@ -534,6 +536,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--batch_invariant", action="store_true", help="bit-identical outputs whatever else is served (CPU, slower)"
     )
+    serve.add_argument(
+        "--adapt", metavar="PROFILE", help="let static clips follow what is served, from those of this profile folder"
+    )
+    serve.add_argument("--max_requests", type=_positive, default=1024, help="more at a time are refused with HTTP 503")
     serve.epilog = _VLLM_OPTIONS
 
     command("info", _info, "versions, backends and CPU features")

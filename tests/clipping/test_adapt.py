@@ -87,6 +87,48 @@ def test_sums_of_the_kernel_move_the_clips_of_their_language_alone():
     assert update(now, served.numpy(), rows=[0, 2], rule=AdaptationRule(minimum=1000)) is now
 
 
+def served(adversary):
+    """30 updates of a table's clips by what four rows are served, from samples of a Gaussian law as calibrated: it
+    drifts, attacks (where `adversary`, else is not served), and stays in rows 1 to 3. Returns the clips after each."""
+    best = float(clipping.optimal(clipping.Gaussian(sigma=1.0), bits=4).alpha)
+    clips = np.full((4, 2), best)
+    sizes = {1: [DRIFT] * 30, 2: [1e-3, 1e4] * 15 if adversary else [], 3: [1.0] * 30}
+    draw = {row: np.random.default_rng(row) for row in sizes}
+    gauss = torch.from_numpy(np.random.default_rng(9).normal(size=(8192, 16)).astype(np.float32))
+    _, sums = la_aciq.quantize(gauss, best, group_size=8, tail_sums=True)
+    now = start(clips, sums.numpy().repeat(4, axis=0))
+    history = []
+    for i in range(30):
+        rows = [row for row, steps in sizes.items() if i < len(steps)]
+        x = np.concatenate([draw[row].normal(scale=sizes[row][i], size=(4096, 16)) for row in rows])
+        ids = torch.tensor(rows, dtype=torch.int32).repeat_interleave(4096)
+        table = torch.from_numpy(now.alpha).float()
+        _, sums = la_aciq.quantize(torch.from_numpy(x).float(), table, ids, group_size=8, tail_sums=True)
+        now = update(now, sums.numpy())
+        history.append(now.alpha)
+    return np.array(history)
+
+
+DRIFT = 1.7
+
+
+def test_drift_converges_and_an_adversary_moves_its_own_clips_alone():
+    quiet, attacked = served(adversary=False), served(adversary=True)
+    np.testing.assert_array_equal(attacked[:, [0, 1, 3]], quiet[:, [0, 1, 3]])
+    law = clipping.Gaussian(sigma=DRIFT)
+    best = clipping.optimal(law, bits=4)
+    assert abs(quiet[0, 1, 0] / best.alpha - 1) > 0.2  # it starts elsewhere
+    np.testing.assert_allclose(quiet[-10:, 1], float(best.alpha), rtol=0.03)
+    for alpha in quiet[-1, 1]:
+        assert float(clipping.mse(law, alpha, bits=4)) < 1.01 * float(best.mse)
+    steady = float(clipping.optimal(clipping.Gaussian(sigma=1.0), bits=4).alpha)
+    np.testing.assert_allclose(quiet[:, 3], steady, rtol=0.03)
+    np.testing.assert_array_equal(quiet[:, [0, 2]], np.full((30, 2, 2), steady))
+    own = attacked[:, 2] / steady
+    assert not np.array_equal(attacked[:, 2], quiet[:, 2])
+    assert ((own >= 1 / AdaptationRule().span - 1e-9) & (own <= AdaptationRule().span + 1e-9)).all()
+
+
 def test_too_few_values_move_nothing():
     now = start([[2.5]], [[sums_of(stats.norm(), 2.5)]])
     few = [[[100, 50, 500.0]]]

@@ -26,11 +26,21 @@ if importlib.util.find_spec("vllm"):
 
 
 @pytest.fixture(scope="session")
-def quantized():
-    """A random Llama over bytes, with heads of a size that vLLM has kernels for, quantized by language."""
-    model = byte_llama(hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.1)
+def model():
+    """A random Llama over bytes, with heads of a size that vLLM has kernels for."""
+    return byte_llama(hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.1)
+
+
+@pytest.fixture(scope="session")
+def profile(model):
+    """Of that model, in three languages."""
     texts = {tag: [sentences(tag)] for tag in SENTENCES}
-    profile = la_aciq.calibrate(model, texts, byte_tokenizer(), seqlen=128, tokens=512)
+    return la_aciq.calibrate(model, texts, byte_tokenizer(), seqlen=128, tokens=512)
+
+
+@pytest.fixture(scope="session")
+def quantized(model, profile):
+    """That model quantized by language."""
     return la_aciq.quantize_model(model, profile, la_aciq.QuantConfig(), progress=False)
 
 

@@ -1,8 +1,11 @@
 """`la-aciq serve` as a user runs it: requests good and bad over HTTP, metrics, and Ctrl-C."""
 
+import asyncio
+import collections
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -34,7 +37,18 @@ class Server:
         # The engine of the server is a process of its own, with vLLM's usual settings.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "LA_ACIQ_"))}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        options = ["--batch_invariant", "--", "--max-model-len", "256", "--max-num-seqs", "8", "--dtype", "float32"]
+        options = [
+            "--batch_invariant",
+            "--max_requests",
+            "64",
+            "--",
+            "--max-model-len",
+            "256",
+            "--max-num-seqs",
+            "8",
+            "--dtype",
+            "float32",
+        ]
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -214,10 +228,69 @@ def test_the_dashboard_asks_for_metrics_that_there_are(server):
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     server.text("sw")
     with urllib.request.urlopen(server.address + "/metrics", timeout=30) as answer:
-        exported = set(re.findall(r"^([a-z0-9_:]+)", answer.read().decode(), re.MULTILINE))
+        exported = set(re.findall(r"^(?:# TYPE )?([a-z0-9_:]+)", answer.read().decode(), re.MULTILINE))
     asked = {name for query in queries for name in re.findall(r"(?:vllm:|la_aciq_)[a-z0-9_]+", query)}
     assert len(asked) > 10
     assert asked <= exported
+
+
+def test_more_requests_at_once_than_there_may_be(server):
+    """Thousands of connections, all at once: those beyond the limit get HTTP 503, the others their answer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    count = min(2000, hard - 200)
+    body = json.dumps({"model": server.model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    host, port = server.address.removeprefix("http://").split(":")
+
+    async def ask(together):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        await together.wait()  # all are connected before the first asks
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = await reader.read()
+        writer.close()
+        return int(answer.split()[1]), json.loads(answer[answer.index(b"\r\n\r\n") :])
+
+    async def ask_all():
+        together = asyncio.Event()
+        asked = [asyncio.ensure_future(ask(together)) for _ in range(count)]
+        await asyncio.sleep(2)
+        together.set()
+        return await asyncio.gather(*asked)
+
+    expected = server.text()
+    try:
+        answers = asyncio.run(ask_all())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    statuses = collections.Counter(status for status, _ in answers)
+    assert set(statuses) == {200, 503}, statuses
+    assert statuses[200] >= 64
+    assert all(answer["choices"][0]["text"] == expected for status, answer in answers if status == 200)
+    assert all("error" in answer for status, answer in answers if status == 503)
+    assert server.text() == expected
+
+
+def test_a_signal_for_clips_that_do_not_move_is_harmless(server):
+    os.kill(server.process.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + 30
+    while "la-aciq: the checkpoint's clips are served" not in server.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert server.text("sw") != server.text("th")
+
+
+def test_a_table_replaced_while_serving_is_not_picked_up(server, served_folder):
+    before = [server.text("sw"), server.text("th")]
+    kept = {name: (served_folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    try:
+        for name in kept:
+            (served_folder / "new").write_bytes(b"{}")
+            os.replace(served_folder / "new", served_folder / name)
+        assert [server.text("sw"), server.text("th")] == before
+    finally:
+        for name, content in kept.items():
+            (served_folder / name).write_bytes(content)
 
 
 def test_the_folder_may_vanish_while_serving(server, served_folder):

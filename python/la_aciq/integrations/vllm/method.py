@@ -4,7 +4,9 @@ vLLM fuses layers that share an input (q, k and v; gate and up). Their codes and
 the table of input clips and the signs of the rotation belong to the input and must be the same in all of them.
 """
 
+import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
 from ... import rotation
+from ...calibration import Profile
 from ...errors import LaAciqError
-from ...nn.checkpoint import METHOD, read_description
+from ...nn.checkpoint import METHOD, check_tensors, read_description
 from ...nn.linear import LanguageAwareLinear, check_clips
 from ...ops import FEW_ROWS
-from . import metrics
+from . import adapt, metrics
 from .rows import ServedRows
-from .serve import BATCH_INVARIANT
+from .serve import ADAPT, BATCH_INVARIANT
 
 _NAMES = {"bias": "row_bias"}  # of our tensors in vLLM's layers, where they are others
 
@@ -40,11 +43,32 @@ class LaAciqConfig(QuantizationConfig):
     def __init__(self, description: dict[str, Any]) -> None:
         super().__init__()
         self.description = description
-        self.done, _ = read_description(description)
+        self.done, self._sha256 = read_description(description)
+        self._files: dict[str, tuple[int, ...]] | None = None  # of the folder, when loading began
+        self._folder: Path | None = None
         self.version: str = description["checksum"][:16]
         self.rows: ServedRows | None = None  # made by the worker that runs the model
+        self.tail_sums: list[adapt.TailSums] = []  # of the worker's layers, where they are sampled
+        self.moves = adapt.Moves([0] * len(self.done.state.rows))
         LaAciqConfig.in_use = True
         metrics.TABLE.labels(self.version).set(1)
+
+    def check_loaded(self) -> None:
+        """Once: raises `LaAciqError` unless what was loaded are the tensors described, all of one state of the folder,
+        which may have been replaced meanwhile. A model that is no folder has no files, and is not checked.
+        """
+        if self._files and self._folder is not None:
+            before, self._files = self._files, {}
+            if _tensor_files(self._folder) != before:
+                raise LaAciqError(f"{str(self._folder)!r} was changed while it was loaded; start again")
+            check_tensors(self._folder, self._sha256)
+
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """The profile that the clips move from, checked."""
+        profile = Profile.load(os.environ[ADAPT])
+        adapt.check_adaptable(self.done, profile)
+        return profile
 
     def row(self, tag: str) -> int:
         """The row of the tables that serves a canonical tag; one for all when the languages share their clips."""
@@ -85,7 +109,11 @@ class LaAciqConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How vLLM's layer of this name is computed; None for layers that are never quantized."""
-        check_supported(get_current_vllm_config(), self)
+        vllm_config = get_current_vllm_config()
+        check_supported(vllm_config, self)
+        if self._files is None:
+            self._folder = Path(vllm_config.model_config.model)
+            self._files = _tensor_files(self._folder)
         if not isinstance(layer, LinearBase):
             if any(name == prefix or name.startswith(prefix + ".") for name in self.done.layers):
                 raise LaAciqError(
@@ -153,6 +181,7 @@ class LanguageLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded, and make the layer of it."""
         rows = self.config.rows
+        self.config.check_loaded()
         if rows is None:
             raise LaAciqError("vLLM loads the model before its request hook: the entry point vllm.logits_processors")
         config = self.config.done.config
@@ -174,12 +203,30 @@ class LanguageLinearMethod(LinearMethodBase):
             if k != layer.input_size and layer.tp_rank > 0:
                 made.bias.zero_()  # the ranks' results are added
         layer.quantized = made
+        layer.tail_sums = None
+        if adapt.sampled(self.config.done):
+            layer.tail_sums = self._sampled(layer, made)
+
+    def _sampled(self, layer: Any, made: LanguageAwareLinear) -> adapt.TailSums:
+        whole = made.in_features == layer.input_size
+        size = self.config.done.config.activation_group_size
+        first = 0 if whole or not size else layer.tp_rank * made.in_features // size
+        last = self.prefix.rpartition(".")[2]
+        name = self.prefix.removesuffix(last) + self.config.packed_modules_mapping.get(last, [last])[0]
+        sums = adapt.TailSums(name, made, first, whole)
+        if ADAPT in os.environ:
+            sums.calibrate(self.config.profile)
+        self.config.tail_sums.append(sums)
+        return sums
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, K] -> [tokens, N], each token under the clips of its request's language."""
         y: torch.Tensor
+        rows = layer.quantized.state
+        # Never in a compiled graph, which a step that is a sample does not run.
+        if not torch.compiler.is_compiling() and layer.tail_sums is not None and rows.sampling:
+            layer.tail_sums.add(x[: rows.count], rows.tokens[: rows.count])
         if batch_invariant():
-            rows = layer.quantized.state
             parts = []
             for rows.first in range(0, x.shape[0], FEW_ROWS):
                 parts.append(layer.quantized(x[rows.first : rows.first + FEW_ROWS]))
@@ -188,6 +235,12 @@ class LanguageLinearMethod(LinearMethodBase):
         else:
             y = layer.quantized(x)
         return y if bias is None else y + bias
+
+
+def _tensor_files(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What tells the files of a folder from those that replace them."""
+    states = {file.name: file.stat() for file in folder.glob("*.safetensors")}
+    return {name: (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states.items()}
 
 
 class _LinearByToken(UnquantizedLinearMethod):

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 
 from ...errors import LaAciqError
 from ...tags import UND, canonical
-from . import metrics
+from . import adapt, metrics
 from .method import LaAciqConfig, check_supported, quantization
 from .rows import ServedRows, fill_before_each_step
 from .serve import DETECT
@@ -94,6 +94,7 @@ def register() -> None:
     process_inputs = InputProcessor.process_inputs
     resolve_watermarking = InputProcessor.resolve_watermarking
     preprocess_add_request = EngineCore.preprocess_add_request
+    post_step = EngineCore.post_step
 
     @functools.wraps(process_inputs)
     def process_and_count(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,11 +116,30 @@ def register() -> None:
         config = quantization(self.vllm_config)
         if config is not None:
             # In the engine, which no client gets around: blocks computed under one row's clips serve that row alone.
-            row = config.done.state.rows[config.row(tag_of(request.sampling_params))]
-            request.cache_salt = f"la_aciq:{config.version}:{row}:{request.cache_salt or ''}"
+            row = config.row(tag_of(request.sampling_params))
+            version = f"{config.version}:{config.done.state.rows[row]}:{config.moves.moves[row]}"
+            request.cache_salt = f"la_aciq:{version}:{request.cache_salt or ''}"
         return preprocess_add_request(self, request)
 
+    @functools.wraps(post_step)
+    def adapt_after_step(self: Any, model_executed: bool) -> None:
+        post_step(self, model_executed)
+        config = quantization(self.vllm_config)
+        if config is not None and model_executed and adapt.sampled(config.done):
+            adapt.after_step(self, config)
+
+    def report(self: Any) -> dict[str, list[Any]]:
+        config = quantization(self.vllm_config)
+        return {} if config is None or not adapt.sampled(config.done) else adapt.report(self, config)
+
+    def roll_back(self: Any) -> list[str]:
+        config = quantization(self.vllm_config)
+        return [] if config is None else adapt.roll_back(self, config)
+
     salt_and_add.la_aciq = True  # type: ignore[attr-defined]
+    EngineCore.post_step = adapt_after_step
+    EngineCore.la_aciq_report = report
+    EngineCore.la_aciq_roll_back = roll_back
     InputProcessor.process_inputs = process_and_count
     InputProcessor.resolve_watermarking = refuse_beams
     EngineCore.preprocess_add_request = salt_and_add

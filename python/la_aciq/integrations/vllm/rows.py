@@ -26,6 +26,11 @@ class ServedRows(LanguageState):
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
         self._order = torch.arange(tokens, dtype=torch.int32, device=device)
         self.first = 0
+        # Whether the running step is a sample (`adapt`), one step in `sample_steps`; 0: none is. count: of its tokens.
+        self.sampling = False
+        self.sample_steps = 0
+        self.count = 0
+        self._steps = 0
         self.host_slots = [0] * scheduler.max_num_seqs
         self._sink_row = self.rows.index(SINK) if SINK in self.rows else None
 
@@ -41,6 +46,9 @@ class ServedRows(LanguageState):
         tokens of each request up to and with this step. count: the tokens of the step. longest: the most tokens that a
         request has in it.
         """
+        self._steps += 1
+        self.sampling = self.sample_steps > 0 and self._steps % self.sample_steps == 0
+        self.count = count
         requests = starts.shape[0] - 1
         if longest == 1 and requests == count:  # one token each: decoding
             tokens = self.tokens[:count]

@@ -8,19 +8,26 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from ...calibration import Profile
 from ...errors import LaAciqError
-from ...nn.checkpoint import check_tensors, read_folder
+from ...nn.checkpoint import check_tensors, read_description, read_folder
 from ...nn.context import SINK
 from ...tags import UND
 
 BATCH_INVARIANT = "LA_ACIQ_BATCH_INVARIANT"  # environment: "1" for the same bits whatever the batch, on a CPU, slower
+ADAPT = "LA_ACIQ_ADAPT"  # environment: the profile folder that static clips move from, with what is served
+SAMPLE_STEPS = "LA_ACIQ_SAMPLE_STEPS"  # environment: static clips: one step in so many is sampled (64); 0: none
 DETECT = "LA_ACIQ_DETECT_LANGUAGE"  # environment: "1" detects the language of requests that name none
+
+_MIDDLEWARE = "la_aciq.integrations.vllm.http.Operations"
 
 ENVIRONMENT = {  # of vLLM's processes, where the user's does not say otherwise
     "HF_HUB_OFFLINE": "1",  # the model is a folder
@@ -33,9 +40,21 @@ ENVIRONMENT = {  # of vLLM's processes, where the user's does not say otherwise
 
 
 def run(
-    folder: str, *, host: str, port: int, detect: bool, batch_invariant: bool, vllm_arguments: Sequence[str]
+    folder: str,
+    *,
+    host: str,
+    port: int,
+    detect: bool,
+    batch_invariant: bool,
+    adapt: str | None,
+    max_requests: int,
+    vllm_arguments: Sequence[str],
 ) -> None:
-    """Serve until Ctrl-C. vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "2048"]."""
+    """Serve until Ctrl-C; SIGUSR1 takes the checkpoint's clips again.
+
+    adapt: the profile folder that the clips move from; None: they do not move. max_requests: more at a time are
+    refused with HTTP 503. vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "2048"].
+    """
     if importlib.util.find_spec("vllm") is None:
         raise LaAciqError(
             "serving needs vLLM, which is not installed here; make serve-demo makes a .venv-vllm that has"
@@ -45,12 +64,20 @@ def run(
     rows = config["quantization_config"]["rows"]
     # The dtype the model was saved in: vLLM would take bfloat16 for float32.
     dtype = config.get("dtype") or "auto"
-    arguments = ["--model", folder, "--host", host, "--port", str(port), "--dtype", dtype, *vllm_arguments]
+    done, _ = read_description(config["quantization_config"])
+    arguments = ["--model", folder, "--host", host, "--port", str(port), "--dtype", dtype]
+    arguments += ["--max-num-queued-reqs", str(max_requests), "--middleware", _MIDDLEWARE, *vllm_arguments]
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # before vLLM is imported, which reads them
     if batch_invariant:
         os.environ |= {BATCH_INVARIANT: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
         arguments.append("--enforce-eager")
+    if adapt is not None:
+        from .adapt import check_adaptable
+
+        check_adaptable(done, Profile.load(adapt))
+        os.environ[ADAPT] = str(Path(adapt).absolute())
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the server is up
     if detect:
         os.environ[DETECT] = "1"
         from .requests import detected
@@ -82,7 +109,7 @@ def run(
                 stops.append(sig)
                 callback(*args)
 
-            super().add_signal_handler(sig, noted)
+            super().add_signal_handler(sig, *((callback, *args) if sig == signal.SIGUSR1 else (noted,)))
 
     try:
         uvloop.run(run_server(parsed), loop_factory=Loop)
