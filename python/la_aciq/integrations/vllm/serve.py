@@ -50,49 +50,19 @@ def run(
     max_requests: int,
     vllm_arguments: Sequence[str],
 ) -> None:
-    """Serve until Ctrl-C; SIGUSR1 takes the checkpoint's clips again.
-
-    adapt: the profile folder that the clips move from; None: they do not move. max_requests: more at a time are
-    refused with HTTP 503. vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "2048"].
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise LaAciqError(
-            "serving needs vLLM, which is not installed here; make serve-demo makes a .venv-vllm that has"
-        )
-    config, sha256 = read_folder(folder)
-    check_tensors(folder, sha256)
-    rows = config["quantization_config"]["rows"]
-    # The dtype the model was saved in: vLLM would take bfloat16 for float32.
-    dtype = config.get("dtype") or "auto"
-    done, _ = read_description(config["quantization_config"])
-    arguments = ["--model", folder, "--host", host, "--port", str(port), "--dtype", dtype]
-    arguments += ["--max-num-queued-reqs", str(max_requests), "--middleware", _MIDDLEWARE, *vllm_arguments]
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)  # before vLLM is imported, which reads them
-    if batch_invariant:
-        os.environ |= {BATCH_INVARIANT: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
-        arguments.append("--enforce-eager")
-    if adapt is not None:
-        from .adapt import check_adaptable
-
-        check_adaptable(done, Profile.load(adapt))
-        os.environ[ADAPT] = str(Path(adapt).absolute())
+    """Serve until Ctrl-C; SIGUSR1 takes the checkpoint's clips again. What is not said here is of `prepared`."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the server is up
-    if detect:
-        os.environ[DETECT] = "1"
-        from .requests import detected
-
-        detected("Is there a detector?")  # else every request would say that there is none
-
+    parsed, rows = prepared(
+        folder,
+        ["--host", host, "--port", str(port), "--middleware", _MIDDLEWARE, *vllm_arguments],
+        detect=detect,
+        batch_invariant=batch_invariant,
+        adapt=adapt,
+        max_requests=max_requests,
+    )
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
-    parsed = make_arg_parser(FlexibleArgumentParser(prog="la-aciq serve MODEL --")).parse_args(arguments)
-    validate_parsed_serve_args(parsed)
     languages = [row for row in rows if row not in (UND, SINK)]
     address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{parsed.port}"
     print(f"Loading {folder} (rows of the tables: {', '.join(rows)})", flush=True)
@@ -118,6 +88,57 @@ def run(
     if not stops:
         raise LaAciqError("the engine died (what vLLM said of it is above); requests under way have failed")
     print("la-aciq: stopped", flush=True)
+
+
+def prepared(
+    folder: str,
+    vllm_arguments: Sequence[str],
+    *,
+    detect: bool,
+    batch_invariant: bool,
+    adapt: str | None,
+    max_requests: int,
+) -> tuple[Any, tuple[str, ...]]:
+    """Check the folder, set up this process for vLLM, which must not have been imported before, and parse the options
+    of vLLM's server: the parsed options, and the rows of the model's tables.
+
+    vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "2048"]. adapt: the profile folder that
+    the clips move from; None: they do not move. max_requests: more at a time are refused with HTTP 503.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise LaAciqError(
+            "serving needs vLLM, which is not installed here; make serve-demo makes a .venv-vllm that has"
+        )
+    config, sha256 = read_folder(folder)
+    check_tensors(folder, sha256)
+    # The dtype the model was saved in: vLLM would take bfloat16 for float32.
+    dtype = config.get("dtype") or "auto"
+    done, _ = read_description(config["quantization_config"])
+    arguments = ["--model", folder, "--dtype", dtype, "--max-num-queued-reqs", str(max_requests), *vllm_arguments]
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if batch_invariant:
+        os.environ |= {BATCH_INVARIANT: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
+        arguments.append("--enforce-eager")
+    if adapt is not None:
+        from .adapt import check_adaptable
+
+        check_adaptable(done, Profile.load(adapt))
+        os.environ[ADAPT] = str(Path(adapt).absolute())
+    if detect:
+        os.environ[DETECT] = "1"
+        from .requests import detected
+
+        detected("Is there a detector?")  # else every request would say that there is none
+
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parsed = make_arg_parser(FlexibleArgumentParser(prog="la-aciq serve MODEL --")).parse_args(arguments)
+    validate_parsed_serve_args(parsed)
+    return parsed, tuple(config["quantization_config"]["rows"])
 
 
 def _announce(address: str, model: str | list[str], languages: Sequence[str]) -> None:
