@@ -1,6 +1,6 @@
 """What other ways of choosing clips would change on the embedded model, each against the way it would replace.
 
-    python -m benchmarks.experiments [--only NAME ...] [--again]
+    python -m benchmarks.experiments [--only NAME ...] [--again] [--output FILE]
 
 Writes results/experiments-embedded.json after every row, so that an interrupted run continues. Rows are as in
 `benchmarks.evaluation`, of fewer languages and less text. But for two rows of the package's own kernels and those of
@@ -78,12 +78,11 @@ def rounded(x: Tensor, clip: Tensor, bits: int) -> Tensor:
 
 @dataclass
 class Watched:
-    """Of what was served: the sum of the inputs [K] (rotated, not centered), their number, and by group the values,
-    those above the clip and the latter's magnitudes [groups, 3].
+    """Of a window: the sum of the inputs [K] (rotated, not centered), and by group the number of values, of those above
+    the clip, and the latter's sum of magnitudes [groups, 3].
     """
 
     total: Tensor
-    tokens: int
     tails: Tensor
 
 
@@ -147,10 +146,7 @@ class Simulated:
         above = size > clip.unsqueeze(-1)
         counts = torch.full((groups.shape[1],), float(len(groups) * GROUP))
         tails = torch.stack([counts, above.sum((0, 2)).float(), (size * above).sum((0, 2))], dim=-1).double()
-        own = self.watched.setdefault(site, Watched(torch.zeros(values.shape[1]), 0, torch.zeros_like(tails)))
-        own.total += values.sum(0)
-        own.tokens += len(values)
-        own.tails += tails
+        self.watched[site] = Watched(values.sum(0), tails)
 
 
 class Lab:
@@ -166,6 +162,7 @@ class Lab:
         self.sites = {name: site for name, site in first.layers.items() if first.sites[site].kind == "input"}
         self.seed = int(first.metadata["rotation"]["seed"])
         self.profile = self.merged(LANGUAGES)
+        self.followed: dict[tuple[str, bool], tuple[Row, dict[str, Tensor]]] = {}  # of `follow`
 
     def _calibrated(self, tag: str) -> Profile:
         """A language's own profile, with its second moments."""
@@ -396,46 +393,34 @@ def left_out(lab: Lab, how: str, absmax: float | None = None, english: bool = Fa
     """
     found = {}
     for tag in LANGUAGES:
-        others = ("en",) if english else tuple(other for other in LANGUAGES if other != tag)
-        profile = lab.merged(others)
-        row = lab.row(profile, clipping.table(profile), "und", absmax=absmax)
-        within = lab.row(profile, lab.table(profile), "und", absmax=absmax)
+        profile = without(lab, tag, english)
+        row = lab.row(profile, clipping.table(profile), "und")
         if how == "neighbour":
-            row = lab.row(profile, lab.table(profile), NEIGHBOUR[tag], absmax=absmax)
+            row = lab.row(profile, lab.table(profile), NEIGHBOUR[tag])
         elif how == "clips":
-            row = follow(lab, profile, tag, row, within)
+            row = follow(lab, tag, english)[0]
         elif how == "centers":
-            watched = serve(lab, tag, row)[-1]
-            centers = {site: own.total / own.tokens for site, own in watched.items()}
-            row = dataclasses.replace(within, centers=centers)
+            row = dataclasses.replace(lab.row(profile, lab.table(profile), "und"), centers=follow(lab, tag, english)[1])
+        row = dataclasses.replace(row, absmax=absmax)
         found |= lab.simulated.losses({tag: lab.bench.windows[tag]}, {tag: row})
     return found
 
 
-def served(lab: Lab, tag: str) -> list[Any]:
-    """Windows of a language's text that neither calibration nor evaluation reads."""
-    return lab.bench.texts[tag].windows(tag, tokens=TOKENS, seqlen=SEQLEN, skip=CALIBRATION + TOKENS)
+def without(lab: Lab, tag: str, english: bool) -> Profile:
+    """The profile of the other languages, or of English alone."""
+    return lab.merged(("en",) if english else tuple(other for other in LANGUAGES if other != tag))
 
 
-def serve(lab: Lab, tag: str, row: Row, moved: Callable[[Row, dict[str, Watched]], Row] | None = None) -> list[Any]:
-    """What was seen when those windows were served; after each, `moved` gives the row for the next."""
-    simulated, seen = lab.simulated, []
-    total: dict[str, Watched] = {}
-    for window in served(lab, tag):
-        simulated.row, simulated.watched = row, {} if moved else total
-        token_losses(simulated.model, [window], tag)
-        if moved:
-            row = moved(row, simulated.watched)
-            seen.append(row)
-    simulated.watched = None
-    return seen or [total]
+def follow(lab: Lab, tag: str, english: bool) -> tuple[Row, dict[str, Tensor]]:
+    """What serving text of a language under the pooled row leads to: the row with the clips that `clipping.adapt`
+    moved window by window, and the mean inputs. The text is neither calibration's nor evaluation's.
 
-
-def follow(lab: Lab, profile: Profile, tag: str, row: Row, within: Row) -> Row:
-    """The row after `clipping.adapt` moved its clips window by window. Its balance is that of the calibration data,
-    which is about the languages' own centers (`within`).
+    The balance of the clips is that of the calibration data about the languages' own centers.
     """
-    rule = adapt.AdaptationRule()
+    if (tag, english) in lab.followed:
+        return lab.followed[tag, english]
+    profile = without(lab, tag, english)
+    row, within = (lab.row(profile, table, "und") for table in (clipping.table(profile), lab.table(profile)))
     now = {}
     for site, clip in row.clips.items():
         alpha = within.clips[site].double().numpy()[None]
@@ -444,13 +429,20 @@ def follow(lab: Lab, profile: Profile, tag: str, row: Row, within: Row) -> Row:
         sums = np.stack([stats.moments.count[:1], clipped, total], axis=-1)
         wide = clip.double().numpy()[None]
         now[site] = dataclasses.replace(adapt.start(alpha, sums), alpha=wide, calibrated=wide.copy())
-
-    def moved(row: Row, watched: dict[str, Watched]) -> Row:
-        for site, own in watched.items():
-            now[site] = adapt.update(now[site], own.tails.numpy()[None], rule=rule)
-        return dataclasses.replace(row, clips={site: torch.from_numpy(a.alpha[0]).float() for site, a in now.items()})
-
-    return serve(lab, tag, row, moved)[-1]
+    simulated = lab.simulated
+    totals = {site: torch.zeros_like(center) for site, center in row.centers.items()}
+    tokens = 0
+    for window in lab.bench.texts[tag].windows(tag, tokens=TOKENS, seqlen=SEQLEN, skip=CALIBRATION + TOKENS):
+        simulated.row, simulated.watched = row, {}
+        token_losses(simulated.model, [window], tag)
+        for site, own in simulated.watched.items():
+            now[site] = adapt.update(now[site], own.tails.numpy()[None])
+            totals[site] += own.total
+        tokens += len(window.ids) - 1
+        row = dataclasses.replace(row, clips={site: torch.from_numpy(a.alpha[0]).float() for site, a in now.items()})
+    simulated.watched = None
+    lab.followed[tag, english] = row, {site: total / tokens for site, total in totals.items()}
+    return lab.followed[tag, english]
 
 
 def capped(lab: Lab, rows: dict[str, Row], cap: float | None) -> Losses:
@@ -467,34 +459,30 @@ def product(lab: Lab, config: QuantConfig) -> Losses:
     return lab.bench.losses(quantize_model(lab.bench.model, lab.profile, config, progress=False))[0]
 
 
-def weighted(lab: Lab, weights: dict[str, float], windows: dict[str, Any]) -> Losses:
+def weighted(lab: Lab, weights: dict[str, float]) -> nn.Module:
     """Weights rounded with feedback on second moments in which each language has a weight, centers by language."""
     total: dict[str, np.ndarray] = {}
     for tag, weight in weights.items():
         for site, products in (lab.alone[tag].second_moments or {}).items():
             total[site] = total.get(site, 0) + np.float32(weight) * products
     profile = dataclasses.replace(lab.profile, second_moments=SecondMoments.of(total))
-    made = quantize_model(lab.bench.model, profile, QuantConfig(activations=16), progress=False)
-    return {tag: segment_sums(token_losses(made.eval(), own, tag)) for tag, own in windows.items()}
+    return quantize_model(lab.bench.model, profile, QuantConfig(activations=16), progress=False).eval()
 
 
-EQUAL = dict.fromkeys(LANGUAGES, 1.0)
-
-
-def by_harm(lab: Lab, power: float) -> Losses:
-    """Language weights in proportion to a power of what equal weights cost each language on the calibration text: one
-    step of the multiplicative update for the minimax problem.
+def by_harm(lab: Lab) -> Losses:
+    """Languages weigh in proportion to what equal weights cost each on the calibration text, in bits per byte: one step
+    of the multiplicative update for the minimax problem.
     """
-    file = lab.folder / "harm.json"
-    if not file.exists():
-        text = {tag: text.windows(tag, tokens=CALIBRATION, seqlen=SEQLEN) for tag, text in lab.bench.texts.items()}
-        before = {tag: segment_sums(token_losses(lab.bench.model, own, tag)).sum() for tag, own in text.items()}
-        after = {tag: own.sum() for tag, own in weighted(lab, EQUAL, text).items()}
-        bytes_ = {tag: sum(window.byte_counts.sum() for window in own) for tag, own in text.items()}
-        file.write_text(json.dumps({tag: float((after[tag] - before[tag]) / bytes_[tag]) for tag in LANGUAGES}))
-    harm = {tag: max(value, 0.0) ** power for tag, value in json.loads(file.read_text()).items()}
+    text = {tag: text.windows(tag, tokens=CALIBRATION, seqlen=SEQLEN) for tag, text in lab.bench.texts.items()}
+    equal = weighted(lab, dict.fromkeys(LANGUAGES, 1.0))
+    harm = {}
+    for tag, own in text.items():
+        before, after = (np.concatenate(token_losses(m, own, tag)).sum() for m in (lab.bench.model, equal))
+        harm[tag] = max(float(after - before) / sum(window.byte_counts.sum() for window in own), 0.0)
     mean = float(np.mean(list(harm.values())))
-    return weighted(lab, {tag: value / mean for tag, value in harm.items()}, lab.bench.windows)
+    shares = {tag: value / mean for tag, value in harm.items()}
+    print("weights of the languages:", {tag: round(share, 2) for tag, share in shares.items()}, flush=True)
+    return lab.bench.losses(weighted(lab, shares))[0]
 
 
 def experiments() -> dict[str, Experiment]:
@@ -527,8 +515,8 @@ def experiments() -> dict[str, Experiment]:
             table[f"{name}, by language"], against=(own, f"{name}, pooled")
         )
 
-    question = "a penalty on what is clipped"
-    for times, extra in (("twice", 1), ("five times", 4)):
+    question = "a penalty on what is clipped, or a discount"
+    for times, extra in (("half", -0.5), ("twice", 1), ("five times", 4)):
         add(
             f"clipped part counted {times}",
             lambda lab, extra=extra: lab.run(
@@ -553,9 +541,8 @@ def experiments() -> dict[str, Experiment]:
         pool,
     )
     equal = "W4A16, languages weigh the same"
-    add(equal, lambda lab: weighted(lab, EQUAL, lab.bench.windows))
-    add("W4A16, languages weigh as they lose", lambda lab: by_harm(lab, 1.0), equal)
-    add("W4A16, languages weigh as their loss squared", lambda lab: by_harm(lab, 2.0), equal)
+    add(equal, lambda lab: lab.bench.losses(weighted(lab, dict.fromkeys(LANGUAGES, 1.0)))[0])
+    add("W4A16, languages weigh as they lose", by_harm, equal)
 
     for english, short, what in (
         (False, "left out", "each language left out of calibration"),
@@ -628,6 +615,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows only; a name may end with *")
     parser.add_argument("--again", action="store_true", help="also rows that are in the file already")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     table = experiments()
     wanted = [
@@ -637,8 +625,8 @@ def main() -> None:
         or any(name == given or (given.endswith("*") and name.startswith(given[:-1])) for given in arguments.only)
     ]
     rows: dict[str, dict[str, Any]] = {}
-    if RESULTS.exists():
-        before = json.loads(RESULTS.read_text())["configurations"]
+    if arguments.output.exists():
+        before = json.loads(arguments.output.read_text())["configurations"]
         rows = {row["name"]: row for row in before if row["name"] in table}
     lab = Lab()
     for name in wanted:
@@ -648,8 +636,8 @@ def main() -> None:
         rows[name] = {"name": name, "question": table[name].question} | summary(lab.bench, table[name].make(lab))
         made = results(lab.bench, rows, table)
         text = json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False)
-        RESULTS.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
-        RESULTS.with_suffix(".tmp").replace(RESULTS)
+        arguments.output.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
+        arguments.output.with_suffix(".tmp").replace(arguments.output)
         print(f"{name:45} {rows[name]['mean']:+.4f} gap {rows[name]['gap']:.3f}  {time.monotonic() - start:.0f} s")
         for pair in made["comparisons"]:
             if name in (pair["name"], pair["baseline"]):
