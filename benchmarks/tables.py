@@ -22,6 +22,8 @@ README_ROWS = (
     "bfloat16",
     "W4A16 awq",
     "W4A16 gptq",
+    "W4A16 torchao int4 hqq",
+    "W4A16 bitsandbytes nf4",
     "W4A16 nearest",
     "W4A16 feedback",
     "W4A16 feedback, centers pooled",

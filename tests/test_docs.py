@@ -34,6 +34,43 @@ def test_what_the_readme_says_of_the_embedded_model_holds():
     assert own["W4A4 absmax per group by language"]["gap_low"] > 0
 
 
+def test_what_the_docs_say_of_ways_to_choose_clips_holds():
+    found = json.loads(tables.EXPERIMENTS.read_text(encoding="utf-8"))["comparisons"]
+    pairs = {(pair["name"], pair["baseline"]): pair for pair in found}
+
+    def verdict(name, against):
+        pair = pairs[name, against]
+        return "better" if pair["mean_high"] < 0 else "worse" if pair["mean_low"] > 0 else "open"
+
+    own, pooled, absmax = "clips by language", "clips pooled", "absmax per group"
+    capped = "absmax, at most 1.25 x the"
+    better = [(pooled, f"centers and {pooled}"), (own, pooled), (absmax, own)]
+    better += [(f"INT3, {pooled}", f"INT3, centers and {pooled}"), (f"INT3, {own}", f"INT3, {pooled}")]
+    better += [
+        (f"{who}, {how}", f"{who}, as und")
+        for who in ("left out", "English only")
+        for how in ("clips adapted", "centers followed")
+    ]
+    better += [("left out, absmax, centers followed", "left out, absmax, as und")]
+    worse = [(f"Fisher by {what}, by language", own) for what in ("value", "token")]
+    worse += [(f"clipped part counted {times}", own) for times in ("twice", "five times")]
+    worse += [("clips of 256 tokens", own), ("clips pooled, minimax", pooled), (f"{capped} pooled clip", absmax)]
+    worse += [
+        ("left out, a neighbour's row", "left out, as und"),
+        ("left out, as und", own),
+        ("English only, as und", own),
+    ]
+    same = [("clipped part counted half", own), ("clips shrunk", own), ("centers of 256 tokens", own)]
+    same += [("clips of 256 tokens, shrunk", "clips of 256 tokens"), (f"{capped} language's clip", absmax)]
+    same += [("left out, absmax, centers followed", absmax), (f"{own}, the package's kernels", own)]
+    for expected, said in (("better", better), ("worse", worse), ("open", same)):
+        assert {pair: verdict(*pair) for pair in said} == dict.fromkeys(said, expected)
+    assert verdict("output error, by language", own) != "better"
+    assert verdict("output error, pooled", pooled) != "better"
+    gaps = [pair["gap_low"] <= 0 <= pair["gap_high"] for pair in found]
+    assert sum(gaps) > len(gaps) / 2
+
+
 def test_a_table_without_its_place_is_refused():
     with pytest.raises(ValueError, match="no markers <!-- other -->"):
         tables.with_table("<!-- one -->\n<!-- /one -->", "other", "| a |")
