@@ -89,6 +89,9 @@ inline LanguageIds checked_language(const optional<Tensor>& language, at::IntArr
   TORCH_CHECK_VALUE(matches, "language: expected a shape that matches the leading dimensions ", lead,
                     " from the left, got ", language->sizes());
   int64_t used = language->dim();
+  if (language->is_contiguous() && language->sizes() == lead.slice(0, used)) {
+    return {*language, std::max<int64_t>(product(lead.slice(used)), 1)};
+  }
   while (used > 0 && language->size(used - 1) == 1) used--;
   const auto prefix = lead.slice(0, used);
   const Tensor ids = language->reshape(language->sizes().slice(0, used)).expand(prefix).contiguous();

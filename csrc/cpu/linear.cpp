@@ -216,7 +216,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   if (rows == 0 || n == 0) return y;
   Tensor activations = input;
   if (rotation.data()) {
-    activations = at::empty({rows, k}, at::kFloat);
+    activations = at::empty({rows, k}, input.options());
     rotate_rows(input, rotation, activations);
   }
   const Product& product =

@@ -58,7 +58,19 @@ struct Rotation {
 inline Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_size, int64_t k) {
   if (!signs) return {};
   const int64_t block = checked_block(*signs, block_size, k);
-  return {signs->to(at::kFloat).mul(1.0 / std::sqrt(static_cast<double>(block))).contiguous(), block};
+  // In a loop of its own: two operations of PyTorch take a quarter of a small linear layer's time.
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+  const Tensor scaled = at::empty({k}, at::kFloat), given = signs->contiguous();
+  float* out = scaled.mutable_data_ptr<float>();
+  const auto fill = [&](const auto* sign) {
+    for (int64_t i = 0; i < k; i++) out[i] = static_cast<float>(sign[i]) * scale;
+  };
+  if (given.scalar_type() == at::kChar) {
+    fill(given.const_data_ptr<int8_t>());
+  } else {
+    fill(given.const_data_ptr<float>());
+  }
+  return {scaled, block};
 }
 
 // x [rows, k] rotated into out [rows, k].

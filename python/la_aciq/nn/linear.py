@@ -242,22 +242,22 @@ class LanguageAwareLinear(LanguageAwareModule):
         if row is None and (clip is not None or table is not None):
             language = self.state.ids_for(x)
         if row is not None and clip is not None:
-            clip = clip[row : row + 1]
+            clip = self._row("clip", clip, row)
         if center is not None:
             own = row_of_each(center, language, x) if row is None else self._row("center", center, row)
-            x = x - own.to(x.dtype)
+            x = x - (own if own.dtype == x.dtype else own.to(x.dtype))
         y = self._product(x, weight, weight_scale, clip, None if table is not None else bias, language)
         if table is not None:
             # Here with one language as with several, or a row's rounding would depend on its neighbours' languages.
             own = row_of_each(table, language, y) if row is None else self._row("bias", table, row)
-            y.add_(own.to(y.dtype))
+            y.add_(own if own.dtype == y.dtype else own.to(y.dtype))
         return y
 
     def _row(self, name: str, table: torch.Tensor, row: int) -> torch.Tensor:
-        """A row of a table, a view that is made once."""
+        """A row of a table, for "clip" a table of that row, as a view that is made once."""
         known = self._views.get(name)
         if known is None or known[0] is not table:
-            known = self._views[name] = table, table.unbind()
+            known = self._views[name] = table, torch.split(table, 1) if name == "clip" else table.unbind()
         return known[1][row]
 
     def _product(
