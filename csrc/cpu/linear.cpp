@@ -216,7 +216,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   if (rows == 0 || n == 0) return y;
   Tensor activations = input;
   if (rotation.data()) {
-    activations = at::empty({rows, k}, input.options());
+    // bfloat16 stays what it is, for its product; float16's range is not enough for sums of a block.
+    activations = at::empty({rows, k}, dtype == DType::kBFloat16 ? at::kBFloat16 : at::kFloat);
     rotate_rows(input, rotation, activations);
   }
   const Product& product =
