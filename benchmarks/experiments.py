@@ -481,7 +481,7 @@ def by_harm(lab: Lab) -> Losses:
         harm[tag] = max(float(after - before) / sum(window.byte_counts.sum() for window in own), 0.0)
     mean = float(np.mean(list(harm.values())))
     shares = {tag: value / mean for tag, value in harm.items()}
-    print("weights of the languages:", {tag: round(share, 2) for tag, share in shares.items()}, flush=True)
+    print("weights of the languages:", {tag: round(float(share), 2) for tag, share in shares.items()}, flush=True)
     return lab.bench.losses(weighted(lab, shares))[0]
 
 

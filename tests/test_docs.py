@@ -22,7 +22,8 @@ def test_what_the_readme_says_of_the_embedded_model_holds():
     nearest, feedback = rows["W4A16 nearest"], rows["W4A16 feedback"]
     assert 5 * feedback["mean"] < nearest["mean"]
     assert 5 * feedback["gap"] < nearest["gap"]
-    assert all(feedback["mean_high"] < rows[f"W4A16 {other}"]["mean_low"] for other in ("awq", "gptq"))
+    others = ("awq", "gptq", "torchao int4", "torchao int4 hqq", "bitsandbytes nf4")
+    assert all(feedback["mean_high"] < rows[f"W4A16 {other}"]["mean_low"] for other in others)
     own = {
         pair["name"]: pair
         for pair in results["comparisons"]
@@ -51,7 +52,7 @@ def test_what_the_docs_say_of_ways_to_choose_clips_holds():
         for who in ("left out", "English only")
         for how in ("clips adapted", "centers followed")
     ]
-    better += [("left out, absmax, centers followed", "left out, absmax, as und")]
+    better += [(f"{who}, absmax, centers followed", f"{who}, absmax, as und") for who in ("left out", "English only")]
     worse = [(f"Fisher by {what}, by language", own) for what in ("value", "token")]
     worse += [(f"clipped part counted {times}", own) for times in ("twice", "five times")]
     worse += [("clips of 256 tokens", own), ("clips pooled, minimax", pooled), (f"{capped} pooled clip", absmax)]
@@ -63,10 +64,16 @@ def test_what_the_docs_say_of_ways_to_choose_clips_holds():
     same = [("clipped part counted half", own), ("clips shrunk", own), ("centers of 256 tokens", own)]
     same += [("clips of 256 tokens, shrunk", "clips of 256 tokens"), (f"{capped} language's clip", absmax)]
     same += [("left out, absmax, centers followed", absmax), (f"{own}, the package's kernels", own)]
+    same += [
+        ("W4A16, languages weigh as they lose", "W4A16, languages weigh the same"),
+        ("English only, absmax, centers followed", absmax),
+    ]
     for expected, said in (("better", better), ("worse", worse), ("open", same)):
         assert {pair: verdict(*pair) for pair in said} == dict.fromkeys(said, expected)
     assert verdict("output error, by language", own) != "better"
     assert verdict("output error, pooled", pooled) != "better"
+    three, four = ((f"{bits}{pooled}", f"{bits}centers and {pooled}") for bits in ("INT3, ", ""))
+    assert pairs[three]["mean_high"] < 2 * pairs[four]["mean_low"]
     gaps = [pair["gap_low"] <= 0 <= pair["gap_high"] for pair in found]
     assert sum(gaps) > len(gaps) / 2
 
