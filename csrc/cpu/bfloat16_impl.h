@@ -61,6 +61,7 @@ struct BFloat16Product {
 struct BFloat16Matvec {
   using Element = uint16_t;
   static constexpr int kSteps = 15;
+  static constexpr int kTogether = kMatvecOutputs;
   struct Weights {
     I32 codes;
   };

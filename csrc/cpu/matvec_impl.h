@@ -14,7 +14,8 @@ namespace {
 
 struct FloatMatvec {
   using Element = float;
-  static constexpr int kSteps = 1;  // of the weights in their clip
+  static constexpr int kSteps = 1;                  // of the weights in their clip
+  static constexpr int kTogether = kMatvecOutputs;  // outputs that share a load of activations
   using Sum = F32;
   struct Weights {
     I32 codes;
@@ -53,6 +54,7 @@ struct FloatMatvec {
 struct IntegerMatvec {
   using Element = uint8_t;
   static constexpr int kSteps = 15;
+  static constexpr int kTogether = 1;  // more would need more registers of sums than there are
   struct Weights {
     I32 even, odd, start;
   };
@@ -150,29 +152,33 @@ inline void multiply_block(const MatvecArgs& args, const Matvec& matvec, int64_t
     for (F32& total : of_output) total = f32(0);
   }
   for (int64_t chunk = 0; chunk < args.width / kMatvecChunk; chunk++) {
-    typename Matvec::Weights weights[kOutputs];
+    constexpr int kTogether = kOutputs < Matvec::kTogether ? kOutputs : Matvec::kTogether;
     const int64_t at = chunk * kMatvecChunk / 2, left = bytes - at;
 #pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; o++) {
-      const uint8_t* codes = weight + o * bytes + at;
-      __builtin_prefetch(codes + kOutputs * bytes);
-      uint8_t last[64] = {};
-      if (left < 64) {
-        __builtin_memcpy(last, codes, static_cast<size_t>(left));
-        codes = last;
+    for (int first = 0; first < kOutputs; first += kTogether) {
+      typename Matvec::Weights weights[kTogether];
+#pragma GCC unroll 4
+      for (int o = 0; o < kTogether; o++) {
+        const uint8_t* codes = weight + (first + o) * bytes + at;
+        __builtin_prefetch(codes + kOutputs * bytes);
+        uint8_t last[64] = {};
+        if (left < 64) {
+          __builtin_memcpy(last, codes, static_cast<size_t>(left));
+          codes = last;
+        }
+        weights[o] = matvec.decode(load_vector(codes), ones + chunk * kMatvecChunk);
       }
-      weights[o] = matvec.decode(load_vector(codes), ones + chunk * kMatvecChunk);
-    }
-    F32 sums[kOutputs][kRows];
-    matvec.template multiply<kOutputs, kRows>(weights, x + chunk * kMatvecChunk, args.width, sums);
+      F32 sums[kTogether][kRows];
+      matvec.template multiply<kTogether, kRows>(weights, x + chunk * kMatvecChunk, args.width, sums);
 #pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; o++) {
-      const F32 clips = clips_of_lanes(args, output + o, args.lane_groups + 16 * chunk);
+      for (int o = 0; o < kTogether; o++) {
+        const F32 clips = clips_of_lanes(args, output + first + o, args.lane_groups + 16 * chunk);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; r++) {
-        const F32 scale =
-            args.scales ? mul(clips, load(args.scales + ((row + r) * args.width / 8 + 16 * chunk))) : clips;
-        totals[o][r] = muladd(sums[o][r], scale, totals[o][r]);
+        for (int r = 0; r < kRows; r++) {
+          const F32 scale =
+              args.scales ? mul(clips, load(args.scales + ((row + r) * args.width / 8 + 16 * chunk))) : clips;
+          totals[first + o][r] = muladd(sums[o][r], scale, totals[first + o][r]);
+        }
       }
     }
   }
