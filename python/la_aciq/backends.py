@@ -173,7 +173,7 @@ def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
             source = " (of LA_ACIQ_BACKEND)" if forced == _FROM_ENVIRONMENT else ""
             raise RuntimeError(f"backend {forced!r}{source} is not available: {reason}")
         return forced
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return "cpu" if WHY_NO_CORE is None else "reference"
     if x.device.type != "cuda":
         return "reference"

@@ -401,7 +401,7 @@ def _checked_language(language: Tensor | None, languages: int, lead: torch.Size,
         raise TypeError(f"language: expected int32, got {_name(language.dtype)}")
     _check_device("language", language, device)
     shape = language.shape
-    if shape != lead[: len(shape)] and (
+    if shape != lead and (
         len(shape) > len(lead) or any(n not in (1, size) for n, size in zip(shape, lead, strict=False))
     ):
         raise ValueError(
@@ -409,8 +409,8 @@ def _checked_language(language: Tensor | None, languages: int, lead: torch.Size,
             f"got {list(language.shape)}"
         )
     if (
-        language.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and language.is_cpu
         and type(language) is Tensor
         and (count := language.numel())
     ):
