@@ -16,6 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import la_aciq
 from la_aciq import clipping
+from la_aciq.calibration.second_moments import SecondMoments
 from la_aciq.errors import LaAciqError
 from la_aciq.models import fingerprint
 from la_aciq.nn import LanguageAwareLinear, QuantConfig, bits_per_weight, languages, quantize_model
@@ -180,22 +181,27 @@ def test_without_a_sink_row_the_first_token_has_its_languages(model, profile):
 
 
 def test_the_sink_row_is_used_for_the_first_token_only(model, profile):
-    out = quantized(model, profile)
-    sink = len(profile.rows) - 1
-    with la_aciq.language("en"):
-        before = logits(out, IDS[:1])
-        for module in out.modules():
-            if isinstance(module, LanguageAwareLinear):
-                module.clip[sink] *= 0.2
-        after = logits(out, IDS[:1])
-        decoded = logits(out, IDS[:1, :1], past_key_values=out(input_ids=IDS[:1, :3], use_cache=True).past_key_values)
-        for module in out.modules():
-            if isinstance(module, LanguageAwareLinear):
-                module.clip[sink] *= 25
-        assert not torch.allclose(before[:, 0], after[:, 0], atol=1e-2)
-        cache = out(input_ids=IDS[:1, :3], use_cache=True).past_key_values
-    assert torch.isfinite(decoded).all()
-    assert cache.get_seq_length() == 3
+    usual = quantized(model, profile)
+    changed = copy.deepcopy(usual)
+    # The first projections see embeddings, and no token the others: what changes there is a token's own row.
+    for layer in (getattr(changed.model.layers[0].self_attn, name) for name in ("q_proj", "k_proj", "v_proj")):
+        layer.clip[-1] *= 0.2
+
+    def projected(of):
+        """What the first value projection gives for a prompt, and for a token decoded after it."""
+        kept = []
+        handle = of.model.layers[0].self_attn.v_proj.register_forward_hook(lambda _, __, out: kept.append(out.clone()))
+        with la_aciq.language("en"), torch.no_grad():
+            cache = of(input_ids=IDS, use_cache=True).past_key_values
+            of(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True)
+        handle.remove()
+        return kept
+
+    (prompt, decoded), (prompt_after, decoded_after) = projected(usual), projected(changed)
+    differs = (prompt != prompt_after).any(dim=-1)
+    assert differs[:, 0].all()
+    assert not differs[:, 1:].any()
+    assert torch.equal(decoded, decoded_after)
 
 
 def test_generate_under_a_language(model, profile):
@@ -413,6 +419,22 @@ def test_a_broken_weight_is_found_before_anything_is_changed(model):
     assert not any(isinstance(module, LanguageAwareLinear) for module in target.modules())
 
 
+@pytest.mark.parametrize("fault", ["nan", "indefinite"])
+def test_broken_second_moments_are_found_before_anything_is_changed(model, profile, fault):
+    last = "model.layers.1.mlp.down_proj"
+    matrices = dict(profile.second_moments)
+    site = profile.layers[last]
+    matrices[site] = matrices[site].copy()
+    matrices[site][0, 1] = matrices[site][1, 0] = np.nan if fault == "nan" else 1e9
+    broken = dataclasses.replace(profile, second_moments=SecondMoments.of(matrices))
+    target = copy.deepcopy(model)
+    with pytest.raises(LaAciqError, match=r"second moments of site|down_proj.*semidefinite"):
+        quantize_model(target, broken, config_of(), inplace=True, progress=False)
+    assert not any(isinstance(module, LanguageAwareLinear) for module in target.modules())
+    # It can still be quantized.
+    quantize_model(target, profile, config_of(), inplace=True, progress=False)
+
+
 def test_nothing_left_to_quantize(model, profile):
     with pytest.raises(LaAciqError, match="no layer to quantize"):
         quantized(model, profile, ignore=("*",))
@@ -429,17 +451,30 @@ def test_a_model_like_another_shares_its_weights_and_nothing_else(model, profile
         torch.testing.assert_close(logits(second, IDS), logits(alone, IDS), rtol=0, atol=0)
 
 
-def test_experts_like_those_of_a_model_that_left_them_alone():
+@pytest.fixture(scope="module")
+def mixture():
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    mixture = MixtralForCausalLM._from_config(MixtralConfig(**sizes)).eval()
-    profile = calibrated(mixture)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the router is left alone, and named
-        first = quantized(mixture, profile, weights=16, activations=16, kv=4)
-        second = quantize_model(mixture, profile, config_of(), like=first, progress=False)
-        alone = quantized(mixture, profile)
+    made = MixtralForCausalLM._from_config(MixtralConfig(**sizes)).eval()
+    return made, calibrated(made)
+
+
+@pytest.mark.filterwarnings("ignore:1 layers are left")  # the router
+def test_second_moments_are_factorized_once_for_all_that_read_an_input(mixture, monkeypatch):
+    model, profile = mixture
+    calls, inverse = [], torch.cholesky_inverse
+    monkeypatch.setattr(torch, "cholesky_inverse", lambda *x, **how: calls.append(1) or inverse(*x, **how))
+    out = quantized(model, profile)
+    assert len(out.la_aciq.layers) == 5
+    assert len(calls) == len(profile.second_moments) == 4  # of q, k and v; o; gate_up_proj; down_proj
+
+
+@pytest.mark.filterwarnings("ignore:1 layers are left")
+def test_experts_like_those_of_a_model_that_left_them_alone(mixture):
+    first = quantized(*mixture, weights=16, activations=16, kv=4)
+    second = quantize_model(*mixture, config_of(), like=first, progress=False)
+    alone = quantized(*mixture)
     with la_aciq.language("sw"):
         assert torch.equal(logits(second, IDS), logits(alone, IDS))
 

@@ -161,6 +161,10 @@ def test_the_scale_of_the_inputs_does_not_matter_and_the_result_repeats():
         assert torch.equal(first[1], again[1])
 
 
+INDEFINITE = torch.eye(32)
+INDEFINITE[0, 1] = INDEFINITE[1, 0] = 5
+
+
 def test_second_moments_that_do_not_fit():
     with pytest.raises(ValueError, match=r"second_moments: expected finite values of shape \[32, 32\]"):
         quantize_weight(weights(4, 32), 16, "midrise", torch.eye(16))
@@ -168,6 +172,8 @@ def test_second_moments_that_do_not_fit():
     broken[3, 3] = torch.nan
     with pytest.raises(ValueError, match="1 not finite"):
         quantize_weight(weights(4, 32), 16, "midrise", broken)
+    with pytest.raises(ValueError, match=r"second_moments: .* not positive semidefinite"):
+        quantize_weight(weights(4, 32), 16, "midrise", INDEFINITE)
 
 
 class TestLayer:
@@ -194,8 +200,10 @@ class TestLayer:
         config = QuantConfig(activations=16, group_size=16, rounding="feedback")
         with pytest.raises(LaAciqError, match=r"layer 'a\.b': rounding = 'feedback' needs second moments"):
             LanguageAwareLinear.from_linear(linear, config, state, None, name="a.b")
-        for broken in (torch.eye(16), torch.full((32, 32), torch.inf)):
-            with pytest.raises(LaAciqError, match=r"layer 'a\.b': expected finite second moments of shape \[32, 32\]"):
+        for broken in (torch.eye(16), torch.full((32, 32), torch.inf), INDEFINITE):
+            with pytest.raises(
+                LaAciqError, match=r"layer 'a\.b': second_moments: (expected finite values of shape|.*semidefinite)"
+            ):
                 LanguageAwareLinear.from_linear(linear, config, state, None, name="a.b", second_moments=broken)
 
     def test_weights_are_shared_only_when_rounded_by_the_same_second_moments(self):

@@ -9,6 +9,7 @@ from ..models import EXPERT_WEIGHTS
 from .config import QuantConfig
 from .context import LanguageState
 from .linear import LanguageAwareLinear
+from .weights import Rounding
 
 
 class LanguageAwareExperts(nn.Module):
@@ -47,7 +48,7 @@ class LanguageAwareExperts(nn.Module):
         centers: dict[str, torch.Tensor | None],
         seed: int = 0,
         name: str = "experts",
-        second_moments: dict[str, torch.Tensor | None] | None = None,
+        second_moments: dict[str, Rounding | None] | None = None,
         like: "LanguageAwareExperts | None" = None,
     ) -> "LanguageAwareExperts":
         """Quantize trained experts (see `models.is_experts`), which are left as they are.

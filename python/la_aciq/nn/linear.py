@@ -1,6 +1,5 @@
 """The quantized linear layer: INT4 weights, and an activation clip looked up by the language of each token."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -13,7 +12,7 @@ from ..models import linear_weight
 from .config import QuantConfig
 from .context import SINK, LanguageState
 from .shared import SharedInput
-from .weights import quantize_weight
+from .weights import Rounding, quantize_weight
 
 
 class LanguageAwareModule(nn.Module):
@@ -130,7 +129,7 @@ class LanguageAwareLinear(LanguageAwareModule):
         center: torch.Tensor | None = None,
         seed: int = 0,
         name: str = "linear",
-        second_moments: torch.Tensor | None = None,
+        second_moments: torch.Tensor | Rounding | None = None,
         like: "LanguageAwareLinear | None" = None,
     ) -> "LanguageAwareLinear":
         """Quantize a trained layer (see `models.linear_weight`), which is left as it is.
@@ -139,24 +138,26 @@ class LanguageAwareLinear(LanguageAwareModule):
         activations.
         center: float32 [rows, K], the mean input of each row, with `config.center`; otherwise not used.
         seed: of the rotation's signs, the profile's. name: for messages. second_moments: [K, K], the sum of x x^T over
-        the layer's inputs, rotated as the layer rotates them; needed where `config.rounding` is "feedback" and weights
-        have 4 bits, used with "auto", which rounds to nearest without them, and not with "nearest". like: this
-        layer as it was quantized before; its weights are shared instead of made again where they would come out the
-        same. Raises `LaAciqError` when the weight has NaN or Inf, or when the clips, the
-        centers or the second moments do not fit.
+        the layer's inputs, rotated as the layer rotates them, or the `Rounding` made of them; needed where
+        `config.rounding` is "feedback" and weights have 4 bits, used with "auto", which rounds to nearest without them,
+        and not with "nearest". like: this layer as it was quantized before; its weights are shared instead of made
+        again where they would come out the same. Raises `LaAciqError` when the weight has NaN or Inf, or when the
+        clips, the centers or the second moments do not fit.
         """
         weight = check_weight(linear, name)
         n, k = weight.shape
         layer = cls(k, n, linear.bias is not None, config, state, dtype=weight.dtype, device=weight.device)
         if layer.signs is not None:
             layer.signs.copy_(torch.from_numpy(rotation.signs(k, seed)))
-        second_moments = layer._checked_second_moments(second_moments, name)
-        if second_moments is not None:
-            layer.rounded_by = hashlib.sha256(second_moments.cpu().contiguous().numpy().data).hexdigest()
+        rounding = layer._rounding(second_moments, name)
+        layer.rounded_by = None if rounding is None else rounding.digest
         if like is not None and layer._same_weights(like):
             layer.weight, layer.weight_scale = like.weight, like.weight_scale
         else:
-            layer._set_weights(weight, second_moments)
+            try:
+                layer._set_weights(weight, rounding)
+            except ValueError as error:
+                raise LaAciqError(f"layer {name!r}: {error}") from error
         if layer.bias is not None:
             layer.bias.zero_()
         if layer.bias is not None and linear.bias is not None:
@@ -167,29 +168,27 @@ class LanguageAwareLinear(LanguageAwareModule):
             layer.clip.copy_(check_clips(clip, tuple(layer.clip.shape), name))
         return layer
 
-    def _checked_second_moments(self, given: torch.Tensor | None, name: str) -> torch.Tensor | None:
-        """Those that the weights are to be rounded by; None for rounding to nearest."""
+    def _rounding(self, given: torch.Tensor | Rounding | None, name: str) -> Rounding | None:
+        """What the weights are to be rounded by; None for rounding to nearest."""
         if self.config.rounding == "nearest" or self.weight_scale is None:
             return None
-        k = self.in_features
         if given is None:
             if self.config.rounding == "auto":
                 return None
             raise LaAciqError(f"layer {name!r}: rounding = 'feedback' needs second moments of its input, got none")
-        if tuple(given.shape) != (k, k) or not bool(torch.isfinite(given).all()):
-            raise LaAciqError(
-                f"layer {name!r}: expected finite second moments of shape {[k, k]}, got {list(given.shape)}"
-            )
-        return given.float()
+        try:
+            return given if isinstance(given, Rounding) else Rounding(given)
+        except ValueError as error:
+            raise LaAciqError(f"layer {name!r}: {error}") from error
 
-    def _set_weights(self, weight: torch.Tensor, second_moments: torch.Tensor | None) -> None:
+    def _set_weights(self, weight: torch.Tensor, rounding: Rounding | None) -> None:
         """Fill the weight buffers from the trained weight [N, K], rotated first where the layer has signs."""
         if self.signs is not None:
             weight = ops.rotate(weight.float(), self.signs, self.block_size)
         if self.weight_scale is None:
             self.weight.copy_(weight)
             return
-        codes, clips = quantize_weight(weight, self.config.group_size, self.config.codebook, second_moments)
+        codes, clips = quantize_weight(weight, self.config.group_size, self.config.codebook, rounding)
         self.weight.copy_(codes)
         self.weight_scale.copy_(clips)
 

@@ -22,6 +22,7 @@ from .experts import LanguageAwareExperts
 from .kv import KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
 from .shared import SharedInput
+from .weights import Rounding
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def quantize_model(
     for name in plan.layers:
         for parameter in model.get_submodule(name).parameters():
             check_finite(parameter, name)  # all of them before the first is changed
+    if inplace:
+        plan.check_second_moments(model)
     # A module that is replaced is never copied: the copy finds its replacement in place of it.
     replaced: dict[int, Any] = {}
     for name in tqdm(plan.names, desc="Quantizing", unit="layer", disable=not progress):
@@ -119,6 +122,7 @@ class Plan:
         if config.kv < 16 and not (generates is not None and generates()):
             raise LaAciqError(f"kv = {config.kv}, but {type(model).__name__} does not generate; expected kv = 16")
         self._cache_clips = _cache_clips(profile, config)
+        self._rounding: tuple[str, Rounding] | None = None  # of the last site: layers that share an input come together
         self._seed = int(profile.metadata["rotation"]["seed"])
         self.done = Quantization(
             config=config,
@@ -160,12 +164,26 @@ class Plan:
             like=_quantized_layer(like, name),
         )
 
-    def _second_moments(self, name: str) -> torch.Tensor | None:
+    def check_second_moments(self, model: nn.Module) -> None:
+        """Raises `LaAciqError` when weights cannot be rounded by some layer's: before the first layer is changed."""
+        device = next(model.parameters()).device
+        for name in self.names:
+            for one in inputs_of(name, model.get_submodule(name)):
+                rounding = self._second_moments(one)
+                if rounding is not None:
+                    try:
+                        rounding.check(device)
+                    except ValueError as error:
+                        raise LaAciqError(f"layer {one!r}: {error}") from error
+
+    def _second_moments(self, name: str) -> Rounding | None:
         """Those of a layer's input, where its weights are to be rounded by them."""
         config, second_moments = self.done.config, self._profile.second_moments
         if config.weights == 16 or config.rounding == "nearest" or second_moments is None:
             return None
         site = self._profile.layers[name]
+        if self._rounding is not None and self._rounding[0] == site:
+            return self._rounding[1]
         products = torch.from_numpy(second_moments[site])
         if self._profile.centers and not config.center:
             # They were measured less the mean of each language.
@@ -177,7 +195,8 @@ class Plan:
             stats = self._profile.sites[site]
             tokens = torch.from_numpy(stats.moments.count[rows, 0] / stats.group_size).float()
             products = products + (means * tokens[:, None]).T @ means
-        return products
+        self._rounding = site, Rounding(products)
+        return self._rounding[1]
 
     def _center(self, name: str) -> torch.Tensor | None:
         """The mean inputs of a layer by row: each row's own, or with shared ones the pooled row's for all languages."""

@@ -19,6 +19,9 @@ H is damped: a small share of its mean diagonal is added to the diagonal, so tha
 few of them, leave the weights they touch rounded to nearest.
 """
 
+import hashlib
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -94,14 +97,61 @@ _BLOCK = 128
 _AT_ONCE = 1 << 24
 
 
+class Rounding:
+    """Second moments that weights are rounded by: one input's, made ready once for all the weights that read it.
+
+    second_moments: [K, K], the sum (or any multiple) of x x^T over inputs x, symmetric. digest: its SHA-256 as float32.
+    Raises `ValueError` for another shape and for values that are not finite.
+    """
+
+    def __init__(self, second_moments: Tensor) -> None:
+        shape = list(second_moments.shape)
+        bad = int((~torch.isfinite(second_moments)).sum())
+        if len(shape) != 2 or shape[0] != shape[1] or bad:
+            raise ValueError(
+                f"second_moments: expected finite values of shape [K, K], got {shape} with {bad} not finite"
+            )
+        self.k: int = shape[0]
+        self._second_moments = second_moments
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self._second_moments.float().cpu().contiguous().numpy().data).hexdigest()
+
+    def _cholesky(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The damped second moments H and their lower Cholesky factor, float64 [K, K]."""
+        damped = _damped(self._second_moments.to(device, torch.float64))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed):
+            raise ValueError(
+                "second_moments: expected those of some inputs, got a matrix that is not positive semidefinite"
+            )
+        return damped, lower
+
+    def check(self, device: torch.device) -> None:
+        """Raises `ValueError` when the second moments cannot be any inputs': when they are indefinite."""
+        if self._factors is None:
+            self._cholesky(device)
+
+    def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """H, damped, and U, upper triangular with U^T U = H^-1: float32 [K, K]. Raises `ValueError` as `check` does."""
+        if self._factors is None or self._factors[0].device != device:
+            # Of the two Cholesky decompositions the first is of a matrix with the damping on its diagonal.
+            damped, lower = self._cholesky(device)
+            upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            self._factors = damped.float(), upper.float()
+        return self._factors
+
+
 def quantize_weight(
-    weight: Tensor, group_size: int, codebook: Codebook = "midrise", second_moments: Tensor | None = None
+    weight: Tensor, group_size: int, codebook: Codebook = "midrise", second_moments: Tensor | Rounding | None = None
 ) -> tuple[Tensor, Tensor]:
     """INT4 codes uint8 [N, ceil(K / 2)] and clips float32 [N, groups] of a weight [N, K], each group with its own
     clip.
 
-    second_moments: [K, K], the sum (or any multiple) of x x^T over inputs x of the layer, symmetric and finite; with
-    it the weights are rounded with error feedback, without it to nearest.
+    second_moments: [K, K], the sum (or any multiple) of x x^T over inputs x of the layer, symmetric and finite, or the
+    `Rounding` made of them; with it the weights are rounded with error feedback, without it to nearest.
     """
     if second_moments is None:
         values, clips = weight.float(), weight_clips(weight, group_size, codebook)
@@ -115,7 +165,7 @@ def quantize_weight(
 
 
 def feedback(
-    weight: Tensor, second_moments: Tensor, group_size: int, codebook: Codebook = "midrise"
+    weight: Tensor, second_moments: Tensor | Rounding, group_size: int, codebook: Codebook = "midrise"
 ) -> tuple[Tensor, Tensor]:
     """Values of the codebook, float32 [N, K], and clips, float32 [N, groups], with a small error of the layer's output.
 
@@ -123,20 +173,13 @@ def feedback(
     6 float64 matrices [K, K].
     """
     n, k = weight.shape
-    if tuple(second_moments.shape) != (k, k) or not bool(torch.isfinite(second_moments).all()):
+    rounding = second_moments if isinstance(second_moments, Rounding) else Rounding(second_moments)
+    if rounding.k != k:
         raise ValueError(
-            f"second_moments: expected finite values of shape {[k, k]} for a weight of shape {[n, k]}, got "
-            f"shape {list(second_moments.shape)} with {int((~torch.isfinite(second_moments)).sum())} not finite"
+            f"second_moments: expected finite values of shape {[k, k]} for a weight of shape {[n, k]}, got shape "
+            f"{[rounding.k, rounding.k]}"
         )
-    damped = _damped(second_moments.to(weight.device, torch.float64))
-    # U with U^T U = H^-1. Of the two Cholesky decompositions the first is of a matrix with the damping on its diagonal.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    problem = _Problem(
-        damped.float(),
-        torch.linalg.cholesky(inverse, upper=True).float(),
-        group_size or k,
-        0.5 * (codebook == "midrise"),
-    )
+    problem = _Problem(*rounding.factors(weight.device), group_size or k, 0.5 * (codebook == "midrise"))
     values = torch.empty((n, k), dtype=torch.float32, device=weight.device)
     clips = torch.empty((n, -(-k // problem.group)), dtype=torch.float32, device=weight.device)
     rows_at_once = max(_AT_ONCE // max(k, 1), 1)
