@@ -305,6 +305,8 @@ class TestCommands:
 
 
 class TestBadInput:
+    """One sentence, a non-zero status, no traceback, and nothing half-written."""
+
     def test_what_compressed_tensors_cannot_hold(self, refused, model_folder, profile_folder, tmp_path):
         refused(
             "needs a profile without rotation; calibrate with --no_rotate",
@@ -312,7 +314,25 @@ class TestBadInput:
             *("--output_dir", tmp_path / "ct"),
         )
 
-    """One sentence, a non-zero status, no traceback, and nothing half-written."""
+    def test_compressed_tensors_by_the_default_scheme_before_a_model_is_loaded(
+        self, run, refused, model_folder, texts_folder, tmp_path, monkeypatch
+    ):
+        status, _, _ = run(
+            *("calibrate", "--model", model_folder, "--texts", texts_folder, "--no_rotate", *SMALL),
+            *("--output_dir", tmp_path / "profile"),
+        )
+        assert status == 0
+        monkeypatch.setattr(cli, "_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        refused(
+            "compressed-tensors needs activations = 16, got 4: use --scheme W4A16 --codebook midtread",
+            *("quantize", "--model", model_folder, "--profile", tmp_path / "profile"),
+            *("--format", "compressed-tensors", "--output_dir", tmp_path / "ct"),
+        )
+        refused(
+            "compressed-tensors needs codebook = 'midtread', got 'midrise': use --scheme W4A16 --codebook midtread",
+            *("quantize", "--model", model_folder, "--profile", tmp_path / "profile", "--scheme", "W4A16"),
+            *("--format", "compressed-tensors", "--output_dir", tmp_path / "ct"),
+        )
 
     @pytest.fixture
     def calibrate(self, model_folder, texts_folder, tmp_path):

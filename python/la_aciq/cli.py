@@ -132,11 +132,17 @@ def _quantize(arguments: argparse.Namespace) -> None:
         center=False if exported else None,  # stock kernels have no bias by language
         ignore=tuple(profile.metadata["ignore"] if arguments.ignore is None else arguments.ignore),
     )
+    if exported:  # before the model is loaded
+        from .integrations.compressed_tensors import check_configuration, export_compressed_tensors
+
+        try:
+            check_configuration(config)
+        except LaAciqError as error:
+            raise LaAciqError(f"{error}: use --scheme W4A16 --codebook midtread --kv_bits 16") from error
     model, tokenizer = _model(arguments, causal=False)
     quantized = quantize_model(model, profile, config, inplace=True)
     if exported:
         from .clipping import table
-        from .integrations.compressed_tensors import export_compressed_tensors
 
         clips = table(profile, codebook=config.codebook, objective=config.objective, sharing=config.sharing)
         export_compressed_tensors(quantized, output, tokenizer, table=clips, force=arguments.force)

@@ -110,8 +110,8 @@ def test_ignored_layers_stay_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codebook": "midrise"}, "codebook = 'midtread'; the model has 'midrise'"),
-        ({"activations": 8}, "activations = 16; the model has 8"),
+        ({"codebook": "midrise"}, "codebook = 'midtread', got 'midrise'"),
+        ({"activations": 8}, "activations = 16, got 8"),
         ({"rotate": True}, "rotate = False"),
         ({"group_size": 0}, "one group per row"),
         ({"group_size": 36}, r"q_proj' has 64 inputs; .* group_size = 36"),

@@ -27,6 +27,7 @@ from .._files import new_folder
 from ..clipping import ClipTable
 from ..errors import LaAciqError
 from ..nn.checkpoint import stored_tensors
+from ..nn.config import QuantConfig
 from ..nn.linear import LanguageAwareLinear
 from ..nn.quantize import Quantization
 
@@ -55,7 +56,7 @@ def export_compressed_tensors(
     done = getattr(model, "la_aciq", None)
     if not isinstance(done, Quantization) or not hasattr(model, "save_pretrained"):
         raise LaAciqError("export_compressed_tensors needs a Hugging Face model that quantize_model returned")
-    _check_configuration(done)
+    check_configuration(done.config)
     hugging_face: Any = model
     tensors = stored_tensors(model)
     for name in done.layers:
@@ -119,14 +120,14 @@ def load_table(file: str | os.PathLike[str]) -> ClipTable:
         raise LaAciqError(f"{str(file)!r} is not a table of clips: {error}") from error
 
 
-def _check_configuration(done: Quantization) -> None:
-    config = done.config
+def check_configuration(config: QuantConfig) -> None:
+    """Raises `LaAciqError` for a configuration that the format cannot hold."""
     expected = {"weights": 4, "activations": 16, "kv": 16, "codebook": "midtread", "rotate": False, "center": False}
     for name, value in expected.items():
         if getattr(config, name) != value:
-            raise LaAciqError(f"compressed-tensors needs {name} = {value!r}; the model has {getattr(config, name)!r}")
+            raise LaAciqError(f"compressed-tensors needs {name} = {value!r}, got {getattr(config, name)!r}")
     if config.group_size == 0:
-        raise LaAciqError("compressed-tensors needs a group_size such as 64; the model has one group per row")
+        raise LaAciqError("compressed-tensors needs a group_size such as 64, got 0, one group per row")
 
 
 def _description(model: nn.Module, done: Quantization) -> dict[str, Any]:
