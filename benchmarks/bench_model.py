@@ -5,7 +5,8 @@ The embedded model decodes with 1, 4 and 16 rows, each in another language, afte
 float32 and bfloat16, with torch's INT4 matrix product (the one that torchao's INT4 weights use on a CPU) in place of
 its linear layers, with torchao itself where it is installed, and quantized by LA-ACIQ. All of them run on the same
 threads in turns, so that what disturbs the machine disturbs all. Before the timing each reads the same texts, and a
-loss far from float32's stops the run. The output head stays as it is in all of them.
+loss far from float32's stops the run. The output head stays as it is in all of them. A run that was broken off goes on
+with the numbers of rows that it had not finished, when the versions and the threads are still the same.
 """
 
 import copy
@@ -149,9 +150,25 @@ def main() -> None:
         if nats[name] - nats["float32"] > MOST_NATS:
             raise SystemExit(f"{name} loses {nats[name] - nats['float32']:.2f} nats: it was put together wrongly")
 
-    rows = []
+    results: dict[str, Any] = {
+        "schema": 1,
+        "device": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: installed(name) for name in ("la-aciq", "torch", "transformers", "torchao")},
+        "model": embedded.MODEL_NAME,
+        "prompt": PROMPT,
+    }
+    device = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    target = Path(__file__).parent / "results" / f"model-{device}.json"
+    partial = target.with_suffix(".partial")
+    same = {name: results[name] for name in ("threads", "versions", "prompt")} | {"names": list(models)}
+    before = json.loads(partial.read_text(encoding="utf-8")) if partial.exists() else {}
+    rows = before["rows"] if before.get("same") == same else []
     gc.disable()  # collected between the turns
     for count in ROWS:
+        if any(row["rows"] == count for row in rows):
+            continue
         prefills: dict[str, list[float]] = {name: [] for name in models}
         steps: dict[str, list[float]] = {name: [] for name in models}
         for turn in range(ROUNDS + 1):
@@ -174,19 +191,9 @@ def main() -> None:
                 }
             )
             print(f"{count:2d} rows, {name:28s} {count / step:8.1f} tokens/s, prefill {rows[-1]['prefill_s']:.3f} s")
-    results = {
-        "schema": 1,
-        "device": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: installed(name) for name in ("la-aciq", "torch", "transformers", "torchao")},
-        "model": embedded.MODEL_NAME,
-        "prompt": PROMPT,
-        "rows": rows,
-    }
-    device = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    target = Path(__file__).parent / "results" / f"model-{device}.json"
-    target.write_text(json.dumps(results, indent=1) + "\n")
+        partial.write_text(json.dumps({"same": same, "rows": rows}), encoding="utf-8")
+    target.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    partial.unlink()
     print(f"{target.name}: written")
     tables.main([])
 
