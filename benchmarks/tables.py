@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import cpu_tables, plots, serve_tables
+from benchmarks import cpu_tables, plots, scale, serve_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,7 +79,10 @@ def pages() -> dict[Path, str]:
                 "experiments": experiments(json.loads(EXPERIMENTS.read_text(encoding="utf-8"))),
             },
         ),
-        serving: with_tables(serving.read_text(encoding="utf-8"), serve_tables.tables(serve_tables.latest(RESULTS))),
+        serving: with_tables(
+            serving.read_text(encoding="utf-8"),
+            serve_tables.tables(serve_tables.latest(RESULTS)) | {"soak": soaks(RESULTS), "scale": scale.table()},
+        ),
         kernels: with_tables(kernels.read_text(encoding="utf-8"), cpu_tables.cpu_tables(cpu_tables.latest(RESULTS))),
     }
 
@@ -104,6 +107,22 @@ def model_speed(results: dict) -> str:
         rates = "".join(f" {count / rows[count]['step_s']:.1f} |" for count in counts)
         prefills = "".join(f" {rows[count]['prefill_s'] * 1e3:.0f} |" for count in counts)
         lines.append(f"| {name} | {rows[counts[0]]['nats']:.3f} |{rates}{prefills}")
+    return "\n".join(lines) + "\n"
+
+
+def soaks(folder: Path) -> str:
+    """What the soak of each machine found, from `make soak`."""
+    lines = ["| machine | minutes | completed | cancelled | preempted | wrong | failed | memory | its growth |"]
+    lines.append("|---|" + "--:|" * 8)
+    for path in sorted(folder.glob("soak-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        memory = found["memory"]
+        low, high = memory["mib_per_hour_95"]
+        lines.append(
+            f"| {found['device']}, {found['measured'][:10]} | {found['seconds'] / 60:.0f} | {found['completed']} | "
+            f"{found['cancelled']} | {found['preemptions']:.0f} | {found['wrong']} | {found['failed']} | "
+            f"{memory['median_mib']:.0f} MiB | {memory['mib_per_hour']:+.1f} MiB/h ({low:+.1f} to {high:+.1f}) |"
+        )
     return "\n".join(lines) + "\n"
 
 
