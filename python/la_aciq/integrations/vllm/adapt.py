@@ -12,7 +12,7 @@ the prefix cache's keys. Rows move by their own tokens alone. The sink's never d
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,7 +149,6 @@ class Moves:
     moves: list[int]
     adapting: bool | None = None
     steps: int = 0
-    ratios: list[float] = field(default_factory=list)
 
 
 # --- In the engine --------------------------------------------------------------------------------------------------

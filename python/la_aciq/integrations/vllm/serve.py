@@ -85,6 +85,10 @@ def run(
         uvloop.run(run_server(parsed), loop_factory=Loop)
     except KeyboardInterrupt as interrupt:
         stops.append(interrupt)
+    except RuntimeError as error:
+        if "Engine core initialization failed" not in str(error):
+            raise
+        raise LaAciqError(f"the engine for {folder!r} did not start; what vLLM said of it is above") from error
     if not stops:
         raise LaAciqError("the engine died (what vLLM said of it is above); requests under way have failed")
     print("la-aciq: stopped", flush=True)
