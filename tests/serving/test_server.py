@@ -29,11 +29,15 @@ PROMPT = "The committee met on Tuesday, and nobody could say why the river had r
 START_SECONDS = 400
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Server:
     def __init__(self, folder, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         # The engine of the server is a process of its own, with vLLM's usual settings.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "LA_ACIQ_"))}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -351,3 +355,23 @@ def test_a_folder_that_cannot_be_served(served_folder, tmp_path, broken):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("la-aciq: error: ")
     assert str(folder) in done.stderr or "quantization_config" in done.stderr or "tensors" in done.stderr
+
+
+def test_a_table_that_does_not_match_the_model(served_folder, tmp_path):
+    """A config.json of another size of model than its tensors: what is wrong, a sentence and status 2."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in served_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 320}))
+    done = subprocess.run(
+        [sys.executable, "-m", "la_aciq.cli", "serve", str(folder), "--port", str(free_port()), "--batch_invariant"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "shape" in done.stderr + done.stdout
+    assert done.stderr.strip().splitlines()[-1].startswith(f"la-aciq: error: the engine for {str(folder)!r} did not")
