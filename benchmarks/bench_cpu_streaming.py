@@ -4,6 +4,7 @@ Contenders get the same tensors and threads, and their outputs are compared with
 """
 
 import contextlib
+import ctypes
 from collections.abc import Callable
 
 import numpy as np
@@ -329,6 +330,52 @@ def bench_dequantize(benchmark, x, alpha, language):
         bytes=x.nbytes + codes.nbytes,
         limit="fresh write",
     )
+
+
+# --- outputs in memory that is in use already ---
+
+
+@contextlib.contextmanager
+def freed_memory_kept():
+    """glibc keeps what is freed and hands it out again, so that no output is in memory fresh from the system."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        pytest.skip("needs glibc's mallopt")
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**30)):
+        assert libc.mallopt(option, value) == 1
+    try:
+        yield
+    finally:
+        for option, value in ((mmap_max, 65536), (trim_threshold, 2**17), (top_pad, 2**17)):  # glibc's own
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
+
+
+def bench_in_use(benchmark, x, alpha, language):
+    signs, target, shape = torch.ones(K), torch.ones_like(x), torch.full((LANGUAGES, K // GROUP), 2.5)
+    codes = la_aciq.quantize(x, alpha, language, group_size=GROUP)
+    with freed_memory_kept():
+        compare(
+            benchmark,
+            {
+                "quantize": lambda: la_aciq.quantize(x, alpha, language, group_size=GROUP),
+                "quantize with tail sums": lambda: la_aciq.quantize(
+                    x, alpha, language, group_size=GROUP, tail_sums=True
+                ),
+                "quantize_dynamic, rms per row": lambda: la_aciq.quantize_dynamic(x, shape[:, :1], language),
+                f"quantize_dynamic, rms per group of {GROUP}": lambda: la_aciq.quantize_dynamic(
+                    x, shape, language, group_size=GROUP
+                ),
+                "quantize_dynamic, rms per row, rotated": lambda: la_aciq.quantize_dynamic(x, 2.5, signs=signs),
+                "rotate": lambda: la_aciq.rotate(x, signs),
+                "dequantize": lambda: la_aciq.dequantize(codes, alpha, language, k=K, group_size=GROUP),
+                **reads(x),
+                "limit: copy": roofline.copy(x, target),
+                "limit: write": roofline.write(target),
+            },
+            suite="in use",
+        )
 
 
 # --- by size, threads, and where neither matters ---

@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.results import Case, Results
 
-NAMES = ("machine", "limits", "streaming", "threads", "small-calls", "linear-float32", "linear-bfloat16")
+NAMES = ("machine", "limits", "streaming", "in-use", "threads", "small-calls", "linear-float32", "linear-bfloat16")
 
 
 def latest(folder: Path) -> Results | None:
@@ -48,6 +48,18 @@ def streaming(measured: Results) -> str:
         rows.append([case.operation, milliseconds(case, "la_aciq"), bandwidth, limits, share, peers or "–"])
     header = ["operation", "ms", "GB/s", "time", "share of limit", "time of peers, la_aciq = 1"]
     return table(header, rows)
+
+
+def in_use(measured: Results) -> str:
+    (case,) = measured.suite("in use")
+    limit = {"rotate": "copy", "dequantize": "write"}
+    rows = [
+        [name, milliseconds(case, name), f"{times(case.ratio(name, results.LIMIT + against))} x {against}"]
+        for name in case.times
+        if not name.startswith(results.LIMIT)
+        for against in [limit.get(name, "read")]
+    ]
+    return table(["operation, output in memory in use", "ms", "time"], rows)
 
 
 def threads(measured: Results) -> str:
@@ -124,6 +136,7 @@ def cpu_tables(measured: Results | None) -> dict[str, str]:
         limits(measured),
         f"{streaming(measured)}\n{plot('Share of the limit by operation', 'limits')}\n"
         + plot("Time of the peers relative to la_aciq", "peers"),
+        in_use(measured),
         f"{plot('Bandwidth by size of the input', 'sizes')}\n{threads(measured)}\n"
         + plot("Bandwidth by threads", "scaling"),
         small_calls(measured),
