@@ -30,6 +30,7 @@ import scipy
 
 import la_aciq
 from la_aciq import Moments, clipping
+from la_aciq.bench import cpu_name
 
 LAYERS, LANGUAGES = 200, 100
 CASES = {
@@ -72,13 +73,6 @@ def profile() -> SimpleNamespace:
 def bench_clip_table(benchmark, profile, case):
     benchmark.group = f"clip table, {LAYERS} layers x {LANGUAGES} languages"
     benchmark.pedantic(lambda: clipping.table(profile, granularity="layer", **CASES[case]), rounds=5, warmup_rounds=1)
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> int:

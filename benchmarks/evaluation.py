@@ -42,7 +42,7 @@ from . import baselines
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation-embedded.json"
 SEQLEN, CALIBRATION = 512, 1024  # tokens; calibration's are the first of each text
-_NATS = 1 / np.log(2)  # in bits
+_BITS_PER_NAT = 1 / np.log(2)
 OTHERS = ("nf4", "hqq", "awq", "gptq")  # weights of `baselines`
 
 
@@ -50,7 +50,7 @@ OTHERS = ("nf4", "hqq", "awq", "gptq")  # weights of `baselines`
 class Run:
     """One row of the table: a configuration of ours, or a baseline's weights with activations rounded as given.
 
-    profile: the name in `PROFILES` of the statistics it uses. languages: the tag of the language that every text is
+    profile: the name in `PROFILES` of the statistics it uses. tagged: the tag of the language that every text is
     tagged with instead of its own, or None.
     """
 
@@ -276,7 +276,7 @@ def summary(bench: Bench, losses: dict[str, Any]) -> dict[str, Any]:
 def estimates(bench: Bench, losses: dict[str, Any], other: dict[str, Any]) -> dict[str, Estimate]:
     """The difference of two rows in bits per byte, by language; every difference draws the same segments."""
     return {
-        tag: Estimate.ratio((np.asarray(losses[tag]) - other[tag]) * _NATS, bench.bytes[tag], seed=[0, place])
+        tag: Estimate.ratio((np.asarray(losses[tag]) - other[tag]) * _BITS_PER_NAT, bench.bytes[tag], seed=[0, place])
         for place, tag in enumerate(bench.languages)
     }
 

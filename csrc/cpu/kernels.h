@@ -168,12 +168,11 @@ struct Product {
   int64_t element_size;  // of packed activations and of a tile
   int64_t tile_members;  // of K, no segment is longer
   int64_t panel;         // outputs
-  int64_t block_rows;    // blocks of rows are multiples of it
 };
 
 // A language's counts on their way into its histogram. Elements side by side take turns with eight tables, so
 // that none waits for the one before it where both are in the same bin, and one addition counts an element
-// (from bit 44 on) and adds up bin_and_place (below), for which there is room until kMaxCounted elements are
+// (from bit 44 on) and adds up what bin_and_place gives, for which there is room until kMaxCounted elements are
 // counted.
 constexpr int kHistogramLanes = 8;
 constexpr int kCountShift = 44;

@@ -206,8 +206,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
     for_rows(rows, k, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(rotation.data() ? k : 0);
       kernels.quantize(args, begin, end, scratch.data(), nullptr);
-      float* clip = scales.mutable_data_ptr<float>();
-      for (int64_t i = begin * args.groups; i < end * args.groups; i++) clip[i] = value_scale(clip[i]);
+      float* scale = scales.mutable_data_ptr<float>();
+      for (int64_t i = begin * args.groups; i < end * args.groups; i++) scale[i] = value_scale(scale[i]);
     });
     multiply(kernels.integer_product, {codes, scales, activation_groups, args.bits, args.codebook}, packed,
              clips, groups, codebook, offsets, out);

@@ -15,8 +15,7 @@ constexpr Product product(void (*arrange)(const ArrangeArgs&, int64_t, int64_t),
           multiply<Many>,
           sizeof(typename Many::Element),
           Many::kTileMembers,
-          16 * kPanelVectors,
-          kBlockRows};
+          16 * kPanelVectors};
 }
 constexpr Product float_product() { return product<FloatProduct, FloatMatvec>(arrange_floats, pack_floats); }
 constexpr Product integer_product() {

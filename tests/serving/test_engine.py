@@ -112,7 +112,7 @@ def test_salt_of_the_client_still_separates(llm):
 
 
 def test_no_request_sees_another(llm):
-    """200 requests in six languages arrive and are cancelled at random in a full engine: each output is, token for
+    """200 requests with six tags arrive and are cancelled at random in a full engine: each output is, token for
     token, that of the request alone."""
     rng = random.Random(20)
     letters = "abcdefghijklmnopqrstuvwxyz ,."

@@ -6,11 +6,12 @@ import os
 import signal
 import time
 
-import aiohttp
-import psutil
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these in .venv-vllm")
+
+import aiohttp
+import psutil
 
 from benchmarks import soak
 

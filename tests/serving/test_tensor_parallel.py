@@ -3,12 +3,12 @@
 import asyncio
 import json
 
-import aiohttp
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these in .venv-vllm")
 
+import aiohttp
 import psutil
 from byte_llama import SENTENCES, byte_llama, byte_tokenizer, sentences
 
