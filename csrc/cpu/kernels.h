@@ -172,8 +172,8 @@ struct Product {
 
 // A language's counts on their way into its histogram. Elements side by side take turns with eight tables, so
 // that none waits for the one before it where both are in the same bin, and one addition counts an element
-// (from bit 44 on) and adds up what bin_and_place gives, for which there is room until kMaxCounted elements are
-// counted.
+// (from bit 44 on) and adds up what bin_and_place gives, for which there is room until kMaxCounted elements
+// are counted.
 constexpr int kHistogramLanes = 8;
 constexpr int kCountShift = 44;
 constexpr int64_t kMaxCounted = kHistogramLanes << 15;
