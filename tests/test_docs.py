@@ -28,11 +28,36 @@ def test_what_the_readme_says_of_the_embedded_model_holds():
         pair["name"]: pair
         for pair in results["comparisons"]
         if pair["name"].replace("by language", "pooled") == pair["baseline"]
+        and {pair["name"], pair["baseline"]} <= set(tables.README_ROWS)
     }
+    cache = own.pop("KV4 static by language")
+    assert cache["mean_low"] < 0 < cache["mean_high"]
     assert len(own) == 3
     assert all(pair["mean_high"] < 0 and pair["gap_high"] > 0 for pair in own.values())
     assert min(own, key=lambda name: own[name]["mean"]) == "W4A4 static by language"
     assert own["W4A4 absmax per group by language"]["gap_low"] > 0
+    of = {(pair["name"], pair["baseline"]): pair for pair in results["comparisons"]}
+    sink = of["W4A4 static by language", "W4A4 static by language, no sink row"]
+    assert sink["mean_high"] < own["W4A4 static by language"]["mean_low"]
+    assert of["KV4 absmax", "KV4 static by language"]["mean_high"] < 0
+    blind = [rows[f"W4A4 {other}, absmax per token"] for other in ("nf4", "hqq", "awq", "gptq")]
+    assert min(row["mean_low"] for row in blind) > 3
+
+
+def test_what_the_docs_say_of_distant_text_holds():
+    near, far = (
+        {
+            (pair["name"], pair["baseline"]): pair
+            for pair in json.loads(file.read_text(encoding="utf-8"))["comparisons"]
+            if pair["baseline"].endswith("pooled")
+        }
+        for file in (tables.EMBEDDED, tables.DISTANT)
+    )
+    assert len(far) == 3
+    for names, pair in far.items():
+        assert pair["mean_high"] < 0
+        # About the same: each inside the other's interval, or nearly so.
+        assert abs(pair["mean"] - near[names]["mean"]) < near[names]["mean_high"] - near[names]["mean_low"]
 
 
 def test_what_the_docs_say_of_ways_to_choose_clips_holds():
