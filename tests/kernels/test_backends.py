@@ -19,6 +19,7 @@ def fake_cuda(*shape: int) -> torch.Tensor:
 
     class Tensor:
         device = torch.device("cuda", 0)
+        is_cpu = False
 
         def __init__(self) -> None:
             self.shape = torch.Size(shape)
