@@ -14,7 +14,7 @@ import datetime
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -302,6 +302,31 @@ def comparison(bench: Bench, rows: dict[str, dict[str, Any]], one: str, other: s
     }
 
 
+def chosen(names: Iterable[str], only: list[str] | None) -> list[str]:
+    """The names that `--only` gives, all of them without it; one that ends with * stands for those that begin so."""
+
+    def asked(name: str, given: str) -> bool:
+        return name.startswith(given[:-1]) if given.endswith("*") else name == given
+
+    return [name for name in names if only is None or any(asked(name, given) for given in only)]
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """The result file, replaced at once, so that an interrupted run leaves the one before."""
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    file.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
+    file.with_suffix(".tmp").replace(file)
+
+
+def in_words(pair: dict[str, Any]) -> str:
+    """A `comparison` in a line."""
+    mean, gap = (
+        "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(pair[f"{what}{end}"] for end in ("", "_low", "_high")))
+        for what in ("mean", "gap")
+    )
+    return f"{pair['name']} - {pair['baseline']}: {mean}; gap {gap}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows only; a name may end with *")
@@ -317,12 +342,7 @@ def main() -> None:
     folder = ROOT / "build" / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     table = runs()
-    wanted = [
-        name
-        for name in table
-        if arguments.only is None
-        or any(name == given or (given.endswith("*") and name.startswith(given[:-1])) for given in arguments.only)
-    ]
+    wanted = chosen(table, arguments.only)
     bench = Bench(tuple(arguments.languages), arguments.tokens, folder, arguments.skip)
     settings = {
         "model": embedded.MODEL_NAME,
@@ -374,15 +394,10 @@ def main() -> None:
                 comparison(bench, rows, one, other) for one, other in COMPARISONS if one in rows and other in rows
             ],
         }
-        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-        arguments.output.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
-        arguments.output.with_suffix(".tmp").replace(arguments.output)
+        write(arguments.output, result)
     for one, other in COMPARISONS:
         if one in rows and other in rows:
-            pair = comparison(bench, rows, one, other)
-            mean, gap = ([pair[f"{what}{end}"] for end in ("", "_low", "_high")] for what in ("mean", "gap"))
-            print(f"{one} - {other}: {mean[0]:+.4f} [{mean[1]:+.4f}, {mean[2]:+.4f}]; ", end="")
-            print(f"gap {gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]")
+            print(in_words(comparison(bench, rows, one, other)))
 
 
 if __name__ == "__main__":

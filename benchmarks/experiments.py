@@ -37,7 +37,7 @@ from la_aciq.models import linear_weight
 from la_aciq.nn import QuantConfig, quantize_model
 from la_aciq.nn.config import ABSMAX_SHARE
 
-from .evaluation import CALIBRATION, SEQLEN, Bench, comparison, summary
+from .evaluation import CALIBRATION, SEQLEN, Bench, chosen, comparison, in_words, summary, write
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "experiments-embedded.json"
@@ -617,35 +617,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     table = experiments()
-    wanted = [
-        name
-        for name in table
-        if arguments.only is None
-        or any(name == given or (given.endswith("*") and name.startswith(given[:-1])) for given in arguments.only)
-    ]
     rows: dict[str, dict[str, Any]] = {}
     if arguments.output.exists():
         before = json.loads(arguments.output.read_text())["configurations"]
         rows = {row["name"]: row for row in before if row["name"] in table}
     lab = Lab()
-    for name in wanted:
+    for name in chosen(table, arguments.only):
         if name in rows and not arguments.again:
             continue
         start = time.monotonic()
         rows[name] = {"name": name, "question": table[name].question} | summary(lab.bench, table[name].make(lab))
         made = results(lab.bench, rows, table)
-        text = json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False)
-        arguments.output.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
-        arguments.output.with_suffix(".tmp").replace(arguments.output)
+        write(arguments.output, made)
         print(f"{name:45} {rows[name]['mean']:+.4f} gap {rows[name]['gap']:.3f}  {time.monotonic() - start:.0f} s")
         for pair in made["comparisons"]:
             if name in (pair["name"], pair["baseline"]):
-                mean, gap = ([pair[f"{what}{end}"] for end in ("", "_low", "_high")] for what in ("mean", "gap"))
-                print(
-                    f"    {pair['name']} - {pair['baseline']}: {mean[0]:+.4f} [{mean[1]:+.4f}, {mean[2]:+.4f}]; "
-                    f"gap {gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]",
-                    flush=True,
-                )
+                print(f"    {in_words(pair)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -155,15 +155,23 @@ def excerpt(results: dict) -> dict:
     return results | {"configurations": rows, "comparisons": pairs}
 
 
+def caption(results: dict, how: str) -> str:
+    """What a table of changes is of."""
+    settings = results["settings"]
+    tags = settings["languages"]
+    return (
+        f"Change in bits per byte against the model in float32, {settings['tokens']} held-out tokens in each of "
+        f"{len(tags)} languages ({', '.join(tags)}), {settings['model']}; {how}. "
+        f"torch {results['versions']['torch']}, {results['created'][:10]}."
+    )
+
+
 def embedded_rows(results: dict) -> str:
     """The rows of benchmarks/evaluation.py: mean, worst, gap, tail rate, bits per weight."""
     settings = results["settings"]
-    tags = settings["languages"]
+    read = f"calibrated on the first {settings['calibration_tokens']} tokens of each text, read after "
     lines = [
-        f"Change in bits per byte against the model in float32, {settings['tokens']} held-out tokens in each of "
-        f"{len(tags)} languages ({', '.join(tags)}), {settings['model']}; calibrated on "
-        f"the first {settings['calibration_tokens']} tokens of each text, read after {settings['skipped_tokens']}. "
-        f"torch {results['versions']['torch']}, {results['created'][:10]}.",
+        caption(results, f"{read}{settings['skipped_tokens']}"),
         "",
     ]
     timed = any(row["tokens_per_second"] for row in results["configurations"])
@@ -208,12 +216,9 @@ def verdicts(pair: dict) -> list[str]:
 def experiments(results: dict) -> str:
     """The rows of benchmarks/experiments.py, by question, and their differences."""
     settings = results["settings"]
-    tags = settings["languages"]
+    read = f"calibrated on {settings['calibration_tokens']} tokens of each; groups of {settings['group_size']}"
     lines = [
-        f"Change in bits per byte against the model in float32, {settings['tokens']} held-out tokens in each of "
-        f"{len(tags)} languages ({', '.join(tags)}), {settings['model']}; calibrated on "
-        f"{settings['calibration_tokens']} tokens of each; groups of {settings['group_size']}. "
-        f"torch {results['versions']['torch']}, {results['created'][:10]}.",
+        caption(results, read),
         "",
         "| configuration | mean | gap | against | mean | | gap | |",
         "| --- | ---: | ---: | --- | ---: | --- | ---: | --- |",
