@@ -5,10 +5,8 @@ pytest); both print what they measured and write nothing.
 """
 
 import argparse
-import importlib.metadata
 import json
 import platform
-import re
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -21,21 +19,11 @@ import la_aciq
 from benchmarks import cpu_tables, measure, tables
 from benchmarks.results import from_json
 from la_aciq import _C
-from la_aciq.bench import cpu_name
+from la_aciq.bench import cpu_name, in_file_names, versions
 
 HERE = Path(__file__).parent
 SUITES = [HERE / "bench_cpu_streaming.py", HERE / "bench_cpu_linear.py"]
 PACKAGES = ["torch", "numpy", "scipy", "torchao", "bitsandbytes", "pypiquant", "llama-cpp-python"]
-
-
-def versions() -> dict[str, str]:
-    found = {"la_aciq": la_aciq.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def run(expression: str) -> list[dict] | int:
@@ -75,14 +63,13 @@ def main(argv: list[str]) -> int:
         "quick": measure.QUICK,
         "threads": torch.get_num_threads(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": {"la_aciq": la_aciq.__version__, "python": platform.python_version()} | versions(PACKAGES),
         "cases": cases,
     }
     if arguments.quick or arguments.k:
         print(cpu_tables.measured_so_far(from_json("this run", results)))
         return 0
-    name = re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")
-    target = HERE / "results" / f"cpu-{name}.json"
+    target = HERE / "results" / f"cpu-{in_file_names(results['device'])}.json"
     cases_as_lines = ",\n".join(f"  {json.dumps(case)}" for case in cases)
     head = json.dumps({**results, "cases": []}, indent=1).removesuffix("[]\n}")
     target.write_text(f"{head}[\n{cases_as_lines}\n ]\n}}\n", encoding="utf-8")

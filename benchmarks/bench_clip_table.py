@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import json
 import platform
-import re
 import statistics
 import time
 from datetime import UTC, datetime
@@ -30,7 +29,7 @@ import scipy
 
 import la_aciq
 from la_aciq import Moments, clipping
-from la_aciq.bench import cpu_name
+from la_aciq.bench import cpu_name, in_file_names
 
 LAYERS, LANGUAGES = 200, 100
 CASES = {
@@ -92,9 +91,7 @@ def main() -> int:
         rows.append(row | {"elapsed_median_s": statistics.median(elapsed[1:])})
         print(f"{case}: {median:.3f} s of processor time, {rows[-1]['elapsed_median_s']:.3f} s elapsed")
     device = cpu_name()
-    target = (
-        Path(__file__).parent / "results" / f"clip-table-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    )
+    target = Path(__file__).parent / "results" / f"clip-table-{in_file_names(device)}.json"
     target.parent.mkdir(exist_ok=True)
     result = {
         "schema": 1,

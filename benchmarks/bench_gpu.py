@@ -11,7 +11,6 @@ installed. When time is up, the groups of cases left out are counted in the resu
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 import la_aciq
 from la_aciq.backends import why_unavailable
+from la_aciq.bench import in_file_names, versions
 from la_aciq.ops import moments_state
 
 HERE = Path(__file__).parent
@@ -342,13 +342,6 @@ def cases(l2_bytes: int) -> Iterator[Callable[[], Iterator[Case]]]:
     yield lambda: linear_cases(4096, 14336, 4096)
 
 
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def measure_case(case: Case, timer: Timer, copy_rate: float) -> Iterator[dict]:
     outputs: list[object] = []
     for name, function in case.implementations.items():
@@ -398,7 +391,7 @@ def write_results(rows: list[dict], left_out: int, copy_rate: float, timer: Time
             "la_aciq": la_aciq.__version__,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            **{package: version(package) for package in ("triton", "bitsandbytes", "torchao", "gemlite", "hqq")},
+            **versions(("triton", "bitsandbytes", "torchao", "gemlite", "hqq")),
         },
         "backends": {backend: why_unavailable(backend) or "available" for backend in ("cuda", "triton")},
         "copy_bytes_per_s": copy_rate,
@@ -412,7 +405,7 @@ def write_results(rows: list[dict], left_out: int, copy_rate: float, timer: Time
         else {},
         "rows": rows,
     }
-    target = HERE / "results" / f"{re.sub(r'[^a-z0-9]+', '-', properties.name.lower()).strip('-')}.json"
+    target = HERE / "results" / f"{in_file_names(properties.name)}.json"
     target.write_text(json.dumps(results, indent=1) + "\n")
     return target
 

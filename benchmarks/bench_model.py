@@ -12,12 +12,10 @@ with the numbers of rows that it had not finished, when the versions and the thr
 import copy
 import gc
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,8 @@ from torch import Tensor, nn
 
 import la_aciq
 from benchmarks import tables
-from benchmarks.__main__ import cpu_name
 from la_aciq import embedded
+from la_aciq.bench import cpu_name, in_file_names, versions
 from la_aciq.nn import QuantConfig, quantize_model
 from la_aciq.nn.attention import use_attention
 
@@ -93,13 +91,6 @@ def with_our_attention(model: Any) -> Any:
     return made
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def loss(model: Any, ids: Tensor) -> float:
     """Nats per token of rows of ids [rows, tokens], each under its language."""
     with la_aciq.languages(TAGS[: len(ids)]):
@@ -136,7 +127,7 @@ def main() -> None:
         "torch int4": lambda: torch_int4(model),
         "torch int4, our attention": lambda: with_our_attention(models["torch int4"]),
     }
-    if installed("torchao"):
+    if versions(["torchao"]):
         makers["torchao int4"] = lambda: torchao_int4(model)
     for name, config in OURS.items():
         makers[name] = lambda config=config: quantize_model(
@@ -155,11 +146,11 @@ def main() -> None:
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: installed(name) for name in ("la-aciq", "torch", "transformers", "torchao")},
+        "versions": versions(("la-aciq", "torch", "transformers", "torchao")),
         "model": embedded.MODEL_NAME,
         "prompt": PROMPT,
     }
-    device = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    device = in_file_names(cpu_name())
     target = Path(__file__).parent / "results" / f"model-{device}.json"
     partial = target.with_suffix(".partial")
     same = {name: results[name] for name in ("threads", "versions", "prompt")} | {"names": list(models)}

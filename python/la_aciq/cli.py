@@ -5,7 +5,6 @@ Options are named as in auto-round and llm-compressor where they have one; `--gr
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -297,17 +296,16 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    import importlib.metadata
     import importlib.util
     import platform
 
     from . import ops
+    from .bench import versions
 
     print(f"la-aciq       {__version__}")
     print(f"python        {platform.python_version()}")
-    for package in ("torch", "triton", "transformers", "numpy", "scipy", "safetensors"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            print(f"{package:<13} {importlib.metadata.version(package)}")
+    for package, found in versions(("torch", "triton", "transformers", "numpy", "scipy", "safetensors")).items():
+        print(f"{package:<13} {found}")
     print(f"core          {_core()}")
     for backend in ("cpu", "cuda", "triton", "reference"):
         print(f"backend       {backend}: {ops.why_unavailable(backend) or 'available'}")

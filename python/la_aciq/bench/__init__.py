@@ -1,6 +1,9 @@
 """What `la-aciq bench` measures on this machine: operations (`ops`), single layers (`layer`), a server (`serve`)."""
 
+import importlib.metadata
 import platform
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -14,4 +17,20 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-__all__ = ["cpu_name"]
+def in_file_names(device: str) -> str:
+    """A device's name as result files have it: "AMD EPYC" is amd-epyc."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those that are installed, by the names that pip knows them by."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+__all__ = ["cpu_name", "in_file_names", "versions"]

