@@ -103,6 +103,20 @@ def test_what_the_docs_say_of_ways_to_choose_clips_holds():
     assert sum(gaps) > len(gaps) / 2
 
 
+def test_what_the_docs_say_of_the_speed_of_a_model_holds():
+    (file,) = tables.RESULTS.glob("model-*.json")
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    step = {(row["name"], row["rows"]): row["step_s"] for row in rows}
+    prefill = {(row["name"], row["rows"]): row["prefill_s"] for row in rows}
+    for count in (1, 4, 16):
+        others = ("float32", "bfloat16", "torchao int4")
+        assert all(step["la_aciq W4A16", count] < step[other, count] for other in others)
+        theirs = [seconds for (name, n), seconds in prefill.items() if n == count and "la_aciq" not in name]
+        assert prefill["la_aciq W4A8", count] < min(theirs)
+        assert step["torch int4, our attention", count] < step["la_aciq W4A16", count]
+    assert step["torch int4", 1] < step["la_aciq W4A16", 1]
+
+
 def test_a_table_without_its_place_is_refused():
     with pytest.raises(ValueError, match="no markers <!-- other -->"):
         tables.with_table("<!-- one -->\n<!-- /one -->", "other", "| a |")

@@ -75,11 +75,7 @@ struct BFloat16Matvec {
   template <int kOutputs, int kRows>
   inline __attribute__((always_inline)) void multiply(const Weights* weights, const uint16_t* x,
                                                       int64_t row_width, F32 (*sums)[kRows]) const {
-#pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; o++) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; r++) sums[o][r] = f32(0);
-    }
+    clear<kOutputs>(sums);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       I32 values[kOutputs];

@@ -12,6 +12,15 @@
 namespace la_aciq::cpu {
 namespace {
 
+template <int kOutputs, int kRows>
+inline __attribute__((always_inline)) void clear(F32 (*sums)[kRows]) {
+#pragma GCC unroll 4
+  for (int o = 0; o < kOutputs; o++) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) sums[o][r] = f32(0);
+  }
+}
+
 struct FloatMatvec {
   using Element = float;
   static constexpr int kSteps = 1;                  // of the weights in their clip
@@ -30,11 +39,7 @@ struct FloatMatvec {
   template <int kOutputs, int kRows>
   inline __attribute__((always_inline)) void multiply(const Weights* weights, const float* x,
                                                       int64_t row_width, F32 (*sums)[kRows]) const {
-#pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; o++) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; r++) sums[o][r] = f32(0);
-    }
+    clear<kOutputs>(sums);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
       F32 values[kOutputs];

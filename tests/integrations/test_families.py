@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tiny_llama
 import torch
 from scipy.linalg import hadamard
 from transformers import (
@@ -26,20 +27,7 @@ VOCABULARY = 64
 GROUP = 16
 
 # What every family's configuration calls its sizes, as far as it has them.
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 54,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+SIZES = tiny_llama.SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "bos_token_id": 1}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 BART = {
     "d_model": 32,
