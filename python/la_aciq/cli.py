@@ -497,7 +497,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("report", help="folder with a report.json, or the file")
 
     bench = commands.add_parser("bench", help="how fast operations, layers and servers are on this machine")
-    benches = bench.add_subparsers(title="what", required=True, metavar="WHAT")
+    benches = bench.add_subparsers(title="what", required=True, metavar="{ops,layer,serve}")
     bench_ops = command(
         "ops", _bench_ops, "time each operation beside a pure read of memory, in half a minute", benches
     )
