@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from la_aciq import reference
 
@@ -34,7 +34,10 @@ def check_quantize_dynamic(case: Case, statistic: str) -> None:
     codes, scales = kernel("quantize_dynamic")(x, shape, language, *options)
     expected = reference.quantize_dynamic(x, shape, language, *options)[1]
     assert scales.shape == expected.shape
-    torch.testing.assert_close(scales, expected, rtol=2e-6, atol=0)
+    # What a rotation rounds is relative to its row: a group of small values has it, too.
+    rounding = 2.0**-20 * rotated64(case).abs().amax(-1, keepdim=True) * shape.double().amax() if case.rotated else 0
+    error = (scales.double() - expected.double()).abs()
+    assert (error <= 2e-6 * expected.double().abs() + rounding).all()
     assert_codes(case, codes, scales.to(torch.float64))
 
 
@@ -52,6 +55,7 @@ def test_quantize_dynamic_rms(case):
 
 @settings(deadline=None, max_examples=20)
 @given(case=cases())
+@example(case=Case(lead=(1,), k=192, group_size=2, languages=1, rotated=True, block_size=8, seed=186))
 def test_quantize_dynamic_absmax(case):
     check_quantize_dynamic(case, "absmax")
 
