@@ -127,12 +127,27 @@ inline Tensor checked_scales(const char* name, const Tensor& scales, at::IntArra
   return scales.contiguous();
 }
 
+// Weights as la_aciq.repack_weight arranges them.
+inline bool is_repacked(const Tensor& weight) {
+  return weight.scalar_type() == at::kInt;
+}
+
 inline void check_linear(const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
                          int64_t k, int64_t groups, int64_t activation_bits) {
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kByte, "weight: expected uint8, got ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ",
-                    (k + 1) / 2, "] for K=", k, ", got ", weight.sizes());
-  const int64_t n = weight.size(0);
+  int64_t n;
+  if (is_repacked(weight)) {
+    n = weight_scale.dim() > 0 ? weight_scale.size(0) : 0;
+    const int64_t expected[] = {(n + 15) / 16, (k + 7) / 8, 16};
+    TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(expected), "weight: expected shape ",
+                      at::IntArrayRef(expected), " from repack_weight for N=", n, ", K=", k, ", got ",
+                      weight.sizes());
+  } else {
+    TORCH_CHECK_TYPE(weight.scalar_type() == at::kByte,
+                     "weight: expected uint8, or int32 from repack_weight, got ", weight.scalar_type());
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == (k + 1) / 2, "weight: expected shape [N, ",
+                      (k + 1) / 2, "] for K=", k, ", got ", weight.sizes());
+    n = weight.size(0);
+  }
   TORCH_CHECK_TYPE(weight_scale.scalar_type() == at::kFloat, "weight_scale: expected float32, got ",
                    weight_scale.scalar_type());
   TORCH_CHECK_VALUE(weight_scale.sizes() == at::IntArrayRef({n, groups}), "weight_scale: expected shape [", n,

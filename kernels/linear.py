@@ -353,6 +353,8 @@ def linear(
 ) -> Tensor:
     """See la_aciq.linear; the arguments are those of the schema in csrc/ops.cpp (triton_op has no keyword-only
     tensors)."""
+    if weight.dtype != torch.uint8:
+        raise ValueError(f"weight: expected uint8 codes, got {weight.dtype}: repack_weight is for the CPU's kernels")
     k = int(x.shape[-1])
     columns = weight.shape[0]
     flat = as_rows(x)

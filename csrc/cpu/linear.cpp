@@ -37,6 +37,20 @@ struct Activations {
 // Whether every 8 members from a multiple of 8 on are in one group.
 bool whole_eights(const Groups& groups) { return groups.count == 1 || groups.size % 8 == 0; }
 
+void check_whole_eights(const char* name, const Groups& groups) {
+  TORCH_CHECK_VALUE(whole_eights(groups), name,
+                    ": expected a multiple of 8 for weights from repack_weight, got ", groups.size);
+}
+
+// Codes [n, ceil(k / 2)] of repacked ones.
+Tensor restored(const Tensor& repacked, int64_t n, int64_t k) {
+  const Tensor lanes = repacked.unsqueeze(-1).contiguous().view(at::kByte).transpose(1, 2);
+  return lanes.reshape({16 * repacked.size(0), 4 * repacked.size(1)})
+      .slice(0, 0, n)
+      .slice(1, 0, (k + 1) / 2)
+      .contiguous();
+}
+
 // out [rows, n] = x [rows, k] times INT4 weights: a few rows.
 void multiply_few_rows(const Product& product, const Activations& activations, const Tensor& weight,
                        const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
@@ -165,12 +179,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   const DType dtype = dtype_of("x", x.scalar_type());
   const Groups groups = groups_of(k, group_size);
   check_linear(weight, weight_scale, bias, k, groups.count, activation_bits);
-  const int64_t n = weight.size(0);
+  const int64_t n = weight_scale.size(0);
+  if (is_repacked(weight)) check_whole_eights("group_size", groups);
   const Codebook codebook = codebook_of("weight_codebook", weight_codebook);
   const Rotation rotation = checked_rotation(signs, block_size, k);
 
   const Kernels& kernels = active_kernels();
-  const Tensor packed = weight.contiguous(), clips = weight_scale.contiguous();
+  const Tensor packed = is_repacked(weight) ? restored(weight, n, k) : weight.contiguous(),
+               clips = weight_scale.contiguous();
   const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   const float* offsets = offset.defined() ? offset.const_data_ptr<float>() : nullptr;
   auto sizes = x.sizes().vec();
@@ -181,6 +197,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
     TORCH_CHECK_VALUE(clip.has_value(),
                       "clip: expected the clips of the activations for activation_bits=", activation_bits);
     const Groups activation_groups = groups_of(k, activation_group_size);
+    if (is_repacked(weight)) check_whole_eights("activation_group_size", activation_groups);
     const Tensor table = checked_table("clip", *clip, activation_groups.count);
     const LanguageIds ids = checked_language(language, lead);
     const Tensor codes = at::empty({rows, k}, at::kByte);

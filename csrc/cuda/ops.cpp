@@ -301,6 +301,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   const DType dtype = dtype_of("x", x.scalar_type());
   const Groups groups = groups_of(k, group_size);
   check_linear(weight, weight_scale, bias, k, groups.count, activation_bits);
+  TORCH_CHECK_VALUE(!is_repacked(weight), "weight: expected uint8 codes on ", x.device(),
+                    ", got int32: repack_weight is for the CPU");
   const int64_t n = weight.size(0);
   check_device("weight", weight, x);
   check_device("weight_scale", weight_scale, x);

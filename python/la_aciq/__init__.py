@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from .errors import LaAciqError
     from .evaluation import evaluate
     from .nn import QuantConfig, language, languages, quantize_model
-    from .ops import dequantize, linear, moments, quantize, quantize_dynamic, rotate, use_backend
+    from .ops import (
+        dequantize,
+        linear,
+        moments,
+        quantize,
+        quantize_dynamic,
+        repack_weight,
+        restore_weight,
+        rotate,
+        use_backend,
+    )
 
 # The submodule is `_moments` because importing a submodule `moments` would shadow the function of that name.
 _HOME = {
@@ -36,6 +46,8 @@ _HOME = {
     "quantize": "ops",
     "quantize_dynamic": "ops",
     "quantize_model": "nn",
+    "repack_weight": "ops",
+    "restore_weight": "ops",
     "rotate": "ops",
     "use_backend": "ops",
 }
@@ -58,6 +70,8 @@ __all__ = [
     "quantize",
     "quantize_dynamic",
     "quantize_model",
+    "repack_weight",
+    "restore_weight",
     "rotate",
     "use_backend",
 ]

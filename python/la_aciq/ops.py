@@ -239,7 +239,9 @@ def linear(
     bits with the number of rows beside it.
 
     x: float32, bfloat16 or float16 [..., K].
-    weight: codes uint8 [N, ceil(K / 2)] of group_size along K. weight_scale: their clips, float32 [N, groups].
+    weight: codes uint8 [N, ceil(K / 2)] of group_size along K, or on the CPU the same codes as `repack_weight` arranges
+        them, int32 [ceil(N / 16), ceil(K / 8), 16], for which groups (of the activations too) have to be multiples of 8
+        or whole rows. weight_scale: their clips, float32 [N, groups].
     bias: [N].
     signs, block_size: x is rotated first (the weights must have been rotated alike).
     activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook, with
@@ -254,23 +256,32 @@ def linear(
     _check_choice("activation_codebook", activation_codebook, _CODEBOOKS)
     if activation_bits not in (4, 8, 16):
         raise ValueError(f"activation_bits: expected 16, 8 or 4, got {activation_bits}")
-    if weight.dtype != torch.uint8:
-        raise TypeError(f"weight: expected uint8 codes, got {_name(weight.dtype)}")
-    columns = x.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != (columns + 1) // 2:
-        raise ValueError(f"weight: expected shape [N, {(columns + 1) // 2}] for K={columns}, got {list(weight.shape)}")
-    _check_device("weight", weight, x.device)
-    expected = (weight.shape[0], reference.group_count(columns, size))
+    if weight.dtype not in (torch.uint8, torch.int32):
+        raise TypeError(f"weight: expected uint8 codes, or int32 from repack_weight, got {_name(weight.dtype)}")
     if weight_scale.dtype != torch.float32:
         raise TypeError(f"weight_scale: expected float32, got {_name(weight_scale.dtype)}")
-    if weight_scale.shape != expected:
-        raise ValueError(f"weight_scale: expected shape {list(expected)}, got {list(weight_scale.shape)}")
+    columns = x.shape[-1]
+    groups = reference.group_count(columns, size)
+    if weight.dtype == torch.uint8:
+        outputs = weight.shape[0] if weight.dim() else 0
+        if weight.dim() != 2 or weight.shape[1] != (columns + 1) // 2:
+            raise ValueError(
+                f"weight: expected shape [N, {(columns + 1) // 2}] for K={columns}, got {list(weight.shape)}"
+            )
+    else:
+        outputs = weight_scale.shape[0] if weight_scale.dim() else 0
+        _check_repacked(weight, outputs, columns, x.device)
+        _check_whole_eights("group_size", size, columns)
+        _check_whole_eights("activation_group_size", activation_size if activation_bits < 16 else 0, columns)
+    _check_device("weight", weight, x.device)
+    if weight_scale.shape != (outputs, groups):
+        raise ValueError(f"weight_scale: expected shape {[outputs, groups]}, got {list(weight_scale.shape)}")
     _check_device("weight_scale", weight_scale, x.device)
     if bias is not None:
         if not bias.is_floating_point():
             raise TypeError(f"bias: expected a floating-point tensor, got {_name(bias.dtype)}")
-        if bias.shape != (weight.shape[0],):
-            raise ValueError(f"bias: expected shape {[weight.shape[0]]}, got {list(bias.shape)}")
+        if bias.shape != (outputs,):
+            raise ValueError(f"bias: expected shape {[outputs]}, got {list(bias.shape)}")
         _check_device("bias", bias, x.device)
     table = None
     if activation_bits < 16:
@@ -302,6 +313,35 @@ def linear(
     return out
 
 
+def repack_weight(weight: Tensor) -> Tensor:
+    """INT4 codes uint8 [N, ceil(K / 2)] in the order in which the CPU multiplies with them fastest.
+
+    Returns int32 [ceil(N / 16), ceil(K / 8), 16], which `linear` takes in place of `weight`: element [p, i, l] holds
+    the codes of members 8 i to 8 i + 7 of output 16 p + l, member 8 i + j in bits 4 j to 4 j + 3. Outputs and members
+    that do not exist have code 0. Codes keep their 4 bits; `restore_weight` undoes it.
+    Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    if weight.dtype != torch.uint8:
+        raise TypeError(f"weight: expected uint8 codes, got {_name(weight.dtype)}")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight: expected shape [N, ceil(K / 2)] with K >= 1, got {list(weight.shape)}")
+    return reference.repack(weight)
+
+
+def restore_weight(repacked: Tensor, n: int, k: int) -> Tensor:
+    """The codes uint8 [n, ceil(k / 2)] that `repack_weight` has rearranged.
+
+    Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    if repacked.dtype != torch.int32:
+        raise TypeError(f"repacked: expected int32, got {_name(repacked.dtype)}")
+    if n < 0 or k < 1 or repacked.shape != _repacked_shape(n, k):
+        raise ValueError(
+            f"repacked: expected shape {list(_repacked_shape(n, k))} for n={n}, k={k}, got {list(repacked.shape)}"
+        )
+    return reference.restore(repacked, n, k)
+
+
 def linear_unchecked(
     x: Tensor,
     weight: Tensor,
@@ -330,6 +370,25 @@ def _name(dtype: torch.dtype) -> str:
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name}: expected on {device} like x, got on {tensor.device}")
+
+
+def _repacked_shape(n: int, k: int) -> tuple[int, int, int]:
+    return -(-n // 16), -(-k // 8), 16
+
+
+def _check_repacked(weight: Tensor, n: int, k: int, device: torch.device) -> None:
+    if device.type not in ("cpu", "meta"):
+        raise ValueError(f"weight: expected uint8 codes on {device}, got int32: repack_weight is for the CPU")
+    if weight.shape != _repacked_shape(n, k):
+        raise ValueError(
+            f"weight: expected shape {list(_repacked_shape(n, k))} from repack_weight for N={n}, K={k}, "
+            f"got {list(weight.shape)}"
+        )
+
+
+def _check_whole_eights(name: str, group_size: int, k: int) -> None:
+    if 0 < group_size < k and group_size % 8:
+        raise ValueError(f"{name}: expected a multiple of 8 for weights from repack_weight, got {group_size}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -511,7 +570,7 @@ def _fake_rotate(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
 
 
 def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
 if WHY_NO_CORE is None:

@@ -85,6 +85,21 @@ def unpack(packed: Tensor, k: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :k]
 
 
+def repack(weight: Tensor) -> Tensor:
+    """int32 [ceil(N / 16), ceil(K / 8), 16] of uint8 [N, ceil(K / 2)]; see la_aciq.repack_weight."""
+    n, width = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -width % 4, 0, -n % 16))
+    lanes = padded.reshape(-1, 16, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    return lanes.view(torch.int32).squeeze(-1)
+
+
+def restore(repacked: Tensor, n: int, k: int) -> Tensor:
+    """uint8 [n, ceil(k / 2)] of what repack made of it."""
+    panels, eights, _ = repacked.shape
+    lanes = repacked.unsqueeze(-1).contiguous().view(torch.uint8)  # [panels, eights, 16, 4]
+    return lanes.transpose(1, 2).reshape(16 * panels, 4 * eights)[:n, : (k + 1) // 2].contiguous()
+
+
 def rotate(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
     """y = H_b (signs * x) / sqrt(b) per block of b along the last dimension, in the dtype of x."""
     return _rotate64(x, signs, block_size).to(x.dtype)
@@ -263,7 +278,7 @@ def linear(
             per_group = dynamic_clip(y, per_group, activation_group_size, activation_clip).to(torch.float64)
         y = fake_quantize(y, per_element(per_group, k, activation_group_size), activation_bits, activation_codebook)
     dense = dequantize(
-        weight,
+        restore(weight, weight_scale.shape[0], k) if weight.dtype == torch.int32 else weight,
         weight_scale,
         k=k,
         group_size=group_size,

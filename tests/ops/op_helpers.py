@@ -67,5 +67,6 @@ def make_inputs(op, dtype):
                 (x, codes, scales, torch.ones(5)),
                 {**groups, **rotation, "activation_bits": 4, "clip": table[:, :1], "language": language},
             ),
+            ((x, reference.repack(codes), scales), groups),
         ],
     }[op]

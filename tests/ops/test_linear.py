@@ -3,16 +3,33 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from op_helpers import CODEBOOKS, DTYPES
+from op_helpers import _C, CODEBOOKS, DTYPES
 
 import la_aciq
 from la_aciq import reference
 
+LAYOUTS = ["portable", "repacked"]
+MATRICES = [
+    (layout, k, n, group_size)
+    for layout in LAYOUTS
+    for k, n, group_size in [(100, 7, 32), (576, 70, 64), (1030, 17, None), (97, 33, 8), (96, 33, 2)]
+    if layout == "portable" or group_size != 2
+]
+
 
 def groups_of(k, size):
     return 1 if size is None else -(-k // size)
+
+
+def in_layout(layout, weight):
+    return la_aciq.repack_weight(weight) if layout == "repacked" else weight
+
+
+def whole_eights(k, *group_sizes):
+    """Whether repacked weights can have these groups."""
+    return all(size is None or size >= k or size % 8 == 0 for size in group_sizes)
 
 
 def powers_per_member(powers, k, size):
@@ -31,13 +48,15 @@ def powers_per_member(powers, k, size):
     weight_codebook=st.sampled_from(CODEBOOKS),
     activation_codebook=st.sampled_from(CODEBOOKS),
     with_bias=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_integers_are_exact(
-    isa, rows, k, n, weight_group, activation_group, bits, weight_codebook, activation_codebook, with_bias, seed
+    isa, rows, k, n, weight_group, activation_group, bits, weight_codebook, activation_codebook, with_bias, layout, seed
 ):
     """x and the weights lie on their levels, which are integers times powers of two, so the result is an integer that
     int64 arithmetic knows; rounding the result undoes the few float32 roundings of the clips."""
+    assume(layout == "portable" or whole_eights(k, weight_group, activation_group))
     rng = np.random.default_rng(seed)
     levels = 2**bits
     zero = levels - (activation_codebook == "midrise")
@@ -55,7 +74,7 @@ def test_integers_are_exact(
 
     y = la_aciq.linear(
         torch.from_numpy(x).float(),
-        reference.pack(torch.from_numpy(codes)),
+        in_layout(layout, reference.pack(torch.from_numpy(codes))),
         torch.from_numpy(15.0 * weight_powers).float(),
         torch.from_numpy(bias).float() if with_bias else None,
         group_size=weight_group,
@@ -70,23 +89,26 @@ def test_integers_are_exact(
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6, 33])
-@pytest.mark.parametrize(("k", "n", "group_size"), [(100, 7, 32), (576, 70, 64), (1030, 17, None), (96, 33, 2)])
-def test_floats_are_as_good_as_those_of_torch(isa, rows, k, n, group_size, generator):
+@pytest.mark.parametrize(("layout", "k", "n", "group_size"), MATRICES)
+def test_floats_are_as_good_as_those_of_torch(isa, rows, layout, k, n, group_size, generator):
     """Against float64, at most twice the error of PyTorch's float32 product of the same values."""
     x = torch.randn(rows, k, generator=generator)
     weight = torch.randint(0, 256, (n, (k + 1) // 2), generator=generator, dtype=torch.uint8)
     scale = torch.rand(n, groups_of(k, group_size), generator=generator)
     dense = reference.dequantize(weight, scale, k=k, group_size=group_size or 0, per_row=True, dtype=torch.float64)
     expected = x.double() @ dense.T
-    ours = (la_aciq.linear(x, weight, scale, group_size=group_size).double() - expected).square().mean()
+    own = in_layout(layout, weight)
+    ours = (la_aciq.linear(x, own, scale, group_size=group_size).double() - expected).square().mean()
     torchs = (torch.nn.functional.linear(x, dense.float()).double() - expected).square().mean()
     assert ours.sqrt() <= 2 * torchs.sqrt()
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 33])
-@pytest.mark.parametrize(("k", "n", "group_size"), [(100, 7, 32), (576, 70, 64), (1030, 17, None), (96, 33, 2)])
-def test_bfloat16_is_as_good_as_rounding_the_float32_product_of_torch(isa, rows, k, n, group_size, codebook, generator):
+@pytest.mark.parametrize(("layout", "k", "n", "group_size"), MATRICES)
+def test_bfloat16_is_as_good_as_rounding_the_float32_product_of_torch(
+    isa, rows, layout, k, n, group_size, codebook, generator
+):
     """An element is the bfloat16 nearest to a number that is as near to float64 as twice the largest error of
     PyTorch's float32 product of the same values."""
     x = torch.randn(rows, k, generator=generator).bfloat16()
@@ -96,39 +118,42 @@ def test_bfloat16_is_as_good_as_rounding_the_float32_product_of_torch(isa, rows,
     dense = reference.dequantize(weight, scale, dtype=torch.float64, **options)
     exact = x.double() @ dense.T
     allowed = 2 * (torch.nn.functional.linear(x.float(), dense.float()).double() - exact).abs().max()
-    y = la_aciq.linear(x, weight, scale, group_size=group_size, weight_codebook=codebook)
+    y = la_aciq.linear(x, in_layout(layout, weight), scale, group_size=group_size, weight_codebook=codebook)
     assert y.dtype == torch.bfloat16
     assert ((exact - allowed).bfloat16() <= y).all()
     assert (y <= (exact + allowed).bfloat16()).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [3, 20])
-def test_bfloat16_that_is_not_finite_stays_in_its_row(isa, rows, generator):
+def test_bfloat16_that_is_not_finite_stays_in_its_row(isa, rows, layout, generator):
     x = torch.randn(rows, 192, generator=generator).bfloat16()
     x[0, 5], x[1, 100] = float("nan"), float("inf")
-    weight = torch.randint(0, 256, (21, 96), generator=generator, dtype=torch.uint8)
+    weight = in_layout(layout, torch.randint(0, 256, (21, 96), generator=generator, dtype=torch.uint8))
     y = la_aciq.linear(x, weight, torch.rand(21, 3, generator=generator) + 0.5, group_size=64)
     assert y[0].isnan().all()
     assert y[1].isinf().all()
     assert y[2:].isfinite().all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 16), *((d, b) for d in DTYPES[1:] for b in (4, 8))])
-def test_narrow_types_are_rounded_once(isa, dtype, bits, rows, generator):
+def test_narrow_types_are_rounded_once(isa, dtype, bits, rows, layout, generator):
     x = torch.randn(rows, 200, generator=generator).to(dtype)
-    weight = torch.randint(0, 256, (21, 100), generator=generator, dtype=torch.uint8)
+    weight = in_layout(layout, torch.randint(0, 256, (21, 100), generator=generator, dtype=torch.uint8))
     options = {"group_size": 64, "activation_bits": bits, "clip": 2.5 if bits < 16 else None}
     scale = torch.rand(21, 4, generator=generator)
     y = la_aciq.linear(x, weight, scale, **options)
     assert torch.equal(y, la_aciq.linear(x.float(), weight, scale, **options).to(dtype))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_groups_without_a_clip_are_zero(isa, bits, rows, generator):
+def test_groups_without_a_clip_are_zero(isa, bits, rows, layout, generator):
     x = torch.randn(rows, 128, generator=generator)
-    weight = torch.randint(0, 256, (5, 64), generator=generator, dtype=torch.uint8)
+    weight = in_layout(layout, torch.randint(0, 256, (5, 64), generator=generator, dtype=torch.uint8))
     scale = torch.tensor([0.0, -1.0, float("nan"), float("inf"), 1.0]).unsqueeze(1).repeat(1, 2)
     y = la_aciq.linear(x, weight, scale, group_size=64, activation_bits=bits, clip=2.0 if bits < 16 else None)
     assert (y[:, :4] == 0).all()
@@ -158,3 +183,87 @@ def test_threads_and_neighbours_change_nothing(isa, rows, generator):
         if rows > 30:  # as many rows as go through the same kernel; few rows: test_ops.py
             part = slice(0, 30)
             assert torch.equal(la_aciq.linear(x[part], weight, scale, group_size=64, **options), results[0][part])
+
+
+@given(n=st.integers(0, 70), k=st.integers(1, 90), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60)
+def test_repacked_codes_are_where_they_are_said_to_be(n, k, seed):
+    codes = np.random.default_rng(seed).integers(0, 16, (n, k))
+    weight = reference.pack(torch.from_numpy(codes))
+    repacked = la_aciq.repack_weight(weight)
+    panels, eights = -(-n // 16), -(-k // 8)
+    assert repacked.dtype == torch.int32
+    assert repacked.is_contiguous()
+    assert repacked.shape == (panels, eights, 16)
+    lanes = repacked.numpy().view(np.uint32)[..., None] >> (4 * np.arange(8, dtype=np.uint32)) & 15
+    padded = np.zeros((16 * panels, 8 * eights), dtype=np.uint32)
+    padded[:n, :k] = codes
+    assert np.array_equal(lanes.transpose(0, 2, 1, 3).reshape(padded.shape), padded)
+    assert torch.equal(la_aciq.restore_weight(repacked, n, k), weight)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_repacked_weights_give_what_portable_ones_give(bits, dtype, rows, backend, generator):
+    """With everything: odd shapes, languages, rotation, bias, both codebooks."""
+    k, n, languages = 200, 37, 3
+    x = torch.randn(rows, k, generator=generator).to(dtype)
+    weight = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+    scale, bias = torch.rand(n, 4, generator=generator) + 0.1, torch.randn(n, generator=generator)
+    options = {
+        "group_size": 64,
+        "weight_codebook": "midtread",
+        "signs": torch.randint(0, 2, (k,), generator=generator).float() * 2 - 1,
+        "activation_bits": bits,
+    }
+    if bits < 16:
+        options |= {
+            "clip": torch.rand(languages, 9, generator=generator) + 1,
+            "language": torch.arange(rows, dtype=torch.int32) % languages,
+            "activation_group_size": 24,
+            "activation_clip": "rms",
+        }
+    with la_aciq.use_backend("reference"):
+        expected = la_aciq.linear(x, weight, scale, bias, **options)
+    with la_aciq.use_backend(backend):
+        y = la_aciq.linear(x, la_aciq.repack_weight(weight), scale, bias, **options)
+    assert y.dtype == dtype
+    if backend == "reference":
+        assert torch.equal(y, expected)
+    else:
+        with la_aciq.use_backend(backend):
+            portable = la_aciq.linear(x, weight, scale, bias, **options)
+        tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10 if dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(y, portable, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_repacked_weights_that_do_not_fit_are_refused(generator):
+    x, scale = torch.randn(2, 40, generator=generator), torch.ones(20, 2)
+    repacked = la_aciq.repack_weight(torch.zeros(20, 20, dtype=torch.uint8))
+    la_aciq.linear(x, repacked, scale, group_size=32)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[2, 5, 16\] .* for N=20, K=40, got \[3, 5, 16\]"):
+        la_aciq.linear(x, torch.zeros(3, 5, 16, dtype=torch.int32), scale, group_size=32)
+    with pytest.raises(ValueError, match=r"group_size: expected a multiple of 8 .*, got 20"):
+        la_aciq.linear(x, repacked, scale, group_size=20)
+    with pytest.raises(ValueError, match=r"activation_group_size: expected a multiple of 8 .*, got 10"):
+        la_aciq.linear(
+            x, repacked, scale, group_size=32, activation_bits=8, clip=torch.ones(1, 4), activation_group_size=10
+        )
+    for refused, options in (
+        (torch.zeros(3, 5, 16, dtype=torch.int32), {"group_size": 32}),
+        (repacked, {"group_size": 20}),
+        (repacked, {"group_size": 32, "activation_bits": 8, "clip": torch.ones(1, 4), "activation_group_size": 10}),
+    ):
+        if _C is not None:  # what does not come through Python's checks
+            with pytest.raises(ValueError, match="expected"):
+                torch.ops.la_aciq.linear(x, refused, scale, **options)
+    with pytest.raises(TypeError, match="weight: expected uint8 codes, got int32"):
+        la_aciq.repack_weight(repacked)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[N, ceil\(K / 2\)\]"):
+        la_aciq.repack_weight(torch.zeros(20, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="repacked: expected int32, got uint8"):
+        la_aciq.restore_weight(torch.zeros(20, 20, dtype=torch.uint8), 20, 40)
+    with pytest.raises(ValueError, match=r"repacked: expected shape \[2, 6, 16\] for n=20, k=41, got \[2, 5, 16\]"):
+        la_aciq.restore_weight(repacked, 20, 41)
