@@ -93,7 +93,7 @@ def test_clips_are_the_tables(model, profile):
     assert out.la_aciq.cache == {"0": 4, "1": 4}
     dynamic = quantized(model, profile, clip="rms", sharing="pooled")
     shape = clipping.table(profile, bits=4, sharing="pooled").shape[name]
-    np.testing.assert_array_equal(dynamic.get_submodule(name).clip.numpy(), shape)
+    np.testing.assert_array_equal(dynamic.get_submodule(name).clip.numpy(), shape[[0, -1]])
     token = quantized(model, profile, clip="rms", granularity="token")
     layer = clipping.table(profile, bits=4, granularity="layer").shape[name]
     np.testing.assert_array_equal(token.get_submodule(name).clip.numpy(), layer[:, :1])
@@ -322,6 +322,24 @@ def test_a_language_the_profile_lacks_is_pooled_and_counted(model, profile):
     assert out.la_aciq.state.unserved == {"ja": 1}
 
 
+def test_pooled_tables_have_one_row_for_all_languages(model, profile):
+    out = quantized(model, profile, sharing="pooled", kv=4, kv_clip="static")
+    assert out.la_aciq.state.rows == ("und", "sink")
+    name = "model.layers.0.self_attn.q_proj"
+    layer, table = out.get_submodule(name), clipping.table(profile, bits=4, sharing="pooled")
+    for row, place in enumerate([0, -1]):  # of the profile's rows
+        np.testing.assert_array_equal(layer.clip[row].numpy(), table.alpha[name][place])
+    np.testing.assert_array_equal(layer.center[0].numpy(), profile.centers[profile.layers[name]][0])
+    assert {len(layer.bias), len(layer.center), len(out.get_buffer("la_aciq_cache.1_clip"))} == {2}
+    together = logits(out, IDS)
+    with languages(["th", "en", "ja"]):
+        assert torch.equal(logits(out, IDS), together)
+    assert not out.la_aciq.state.unserved  # no language has a row to miss
+    alone = quantized(model, profile, sharing="pooled", sink=False)
+    assert alone.la_aciq.state.rows == ("und",)
+    assert alone.get_submodule(name).clip.shape[0] == 1
+
+
 def test_error_falls_with_more_bits(model, profile):
     exact = logits(model, IDS)
 
@@ -349,6 +367,8 @@ def test_bits_per_weight(model, profile):
     assert bits_per_weight(quantized(model, profile, activations=16)) == pytest.approx(biases / weights)
     centers = biases + sum(32 * rows * k for _, k in sizes)
     assert bits_per_weight(quantized(model, profile)) == pytest.approx(centers / weights)
+    pooled = bits + sum(32 * 2 * (n + k) for n, k in sizes)
+    assert bits_per_weight(quantized(model, profile, sharing="pooled")) == pytest.approx(pooled / weights)
     assert bits_per_weight(model) == 32
 
 

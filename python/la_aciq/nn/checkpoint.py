@@ -9,7 +9,7 @@
     quant_method        "la_aciq"
     schema, version     2, and the version of LA-ACIQ that wrote it
     config              `QuantConfig.to_dict()`
-    rows                the rows of every table of clips: "und", the languages, "sink"
+    rows                the rows of every table of clips: "und", the languages where each has its own, "sink"
     layers              names of the modules that became `LanguageAwareLinear`, or `LanguageAwareExperts`, whose
                         layers are `<name>.<expert>.gate_up_proj` and `<name>.<expert>.down_proj`
     shared              those of them that read the very same tensor, by groups

@@ -37,8 +37,8 @@ class QuantConfig:
         languages' statistics made. "rms": a factor of the table times the root mean square of the token's group.
         "absmax": the token's group's largest magnitude, no table; at INT4 0.9 of it, which has the smaller error.
     kv_clip: how the cache's clips are found, one per token and head: as for `clip`; "absmax" needs no table.
-    sharing: "language" gives each language its own clips, "pooled" gives all of them those of the pooled row; the
-        attention sink's row is its own in both.
+    sharing: "language" gives each language its own row of clips and centers, "pooled" has the pooled row alone for all
+        of them; the attention sink's row is its own in both.
     sink: give the first token of a sequence, the attention sink, its own row. Without, it has its language's.
     granularity: what shares one entry of the table: a "group", a "layer", or the whole "model" (per language). With a
         dynamic clip, "token" shares one scale over a token's whole row, and the other three have one per token and

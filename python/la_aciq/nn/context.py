@@ -78,9 +78,9 @@ class LanguageState:
     """The row ids of a model's running forward pass, shared by all its quantized layers.
 
     `rows` are the rows of the model's clip tables: "und" first, then languages, then the class of tokens "sink", if the
-    tables have it. `unserved` counts, by primary language subtag, the batch rows over all forward passes whose language
-    had no row of its own. With `by_language` (the rows differ), the first pass without any language set gives a
-    UserWarning.
+    tables have it; pooled tables have no languages. `unserved` counts, by primary language subtag, the batch rows over
+    all forward passes whose language had no row of its own where others have. With `by_language` (the rows differ), the
+    first pass without any language set gives a UserWarning.
     """
 
     def __init__(self, rows: Sequence[str], by_language: bool = True) -> None:
@@ -400,7 +400,7 @@ class LanguageState:
 
     def _count(self, tag: str, batch: int = 1) -> int:
         row = self.row(tag)
-        if row == 0 and tag != UND and not self._counted:
+        if row == 0 and tag != UND and self._languages and not self._counted:
             self.unserved[tag.partition("-")[0]] += batch
         return row
 

@@ -16,6 +16,7 @@ from .. import clipping, ops, rotation
 from ..calibration import Profile
 from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, is_quantized, linear_weight, output_head
+from ..tags import UND
 from .config import ABSMAX_SHARE, QuantConfig
 from .context import LanguageState, add_language_to_generate
 from .experts import LanguageAwareExperts
@@ -199,17 +200,12 @@ class Plan:
         return self._rounding[1]
 
     def _center(self, name: str) -> torch.Tensor | None:
-        """The mean inputs of a layer by row: each row's own, or with shared ones the pooled row's for all languages."""
+        """The mean inputs of a layer, one for each row of the tables."""
         config = self.done.config
         if not config.center:
             return None
-        center = torch.from_numpy(self._profile.centers[self._profile.layers[name]])
-        if config.sharing == "language":
-            return center[: len(self.done.state.rows)]
-        own = [i for i, row in enumerate(self._profile.rows) if row not in self._profile.languages]
-        shared = center[:1].repeat(len(center), 1)
-        shared[own] = center[own]
-        return shared[: len(self.done.state.rows)]
+        center = self._profile.centers[self._profile.layers[name]]
+        return torch.from_numpy(center[_places(self._profile, config)])
 
     def finish(self, model: nn.Module) -> None:
         """Make the model one that knows it is quantized, when all of `names` are replaced."""
@@ -416,34 +412,40 @@ def _cache_clips(profile: Profile, config: QuantConfig) -> dict[int, torch.Tenso
             "profile of a model whose attention uses a cache"
         )
     made = _table(profile, config, 4, "group" if config.granularity == "token" else config.granularity)
-    clips, rows = made.alpha if config.kv_clip == "static" else made.shape, len(_rows(profile, config))
+    clips, rows = made.alpha if config.kv_clip == "static" else made.shape, _places(profile, config)
     return {
-        layer: torch.from_numpy(np.concatenate([clips[site(layer, kind)][:rows] for kind in ("key", "value")], axis=1))
+        layer: torch.from_numpy(np.concatenate([clips[site(layer, kind)][rows] for kind in ("key", "value")], axis=1))
         for layer in layers
     }
 
 
 def _rows(profile: Profile, config: QuantConfig) -> tuple[str, ...]:
-    """The rows of the tables: the profile's, of which the sink's is the last."""
-    return profile.rows if config.sink else profile.rows[:-1]
+    """The rows of the tables: the pooled one, the languages' where each has its own, and the sink's."""
+    own = profile.languages if config.sharing == "language" else ()
+    return (UND, *own, *(profile.rows[-1:] if config.sink else ()))
+
+
+def _places(profile: Profile, config: QuantConfig) -> list[int]:
+    """Where the profile has the rows of the tables."""
+    return [profile.rows.index(row) for row in _rows(profile, config)]
 
 
 def _clips(profile: Profile, config: QuantConfig, layers: Sequence[str]) -> dict[str, torch.Tensor]:
     """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs."""
     if config.activations == 16:
         return {}
-    rows = len(_rows(profile, config))
+    rows = _places(profile, config)
     if config.clip == "absmax":
         share = ABSMAX_SHARE if config.activations == 4 else 1.0
         groups = {name: config.groups(profile.sites[profile.layers[name]].k) for name in layers}
         # Not torch's defaults: while transformers loads a model they are the meta device and the model's dtype.
         kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        return {name: torch.full((rows, count), share, **kind) for name, count in groups.items()}
+        return {name: torch.full((len(rows), count), share, **kind) for name, count in groups.items()}
     # One scale per token takes the layer's factor; layer and model tables repeat one entry for all groups.
     made = _table(profile, config, config.activations, "layer" if config.granularity == "token" else config.granularity)
     clips = made.alpha if config.clip == "static" else made.shape
     columns = None if config.activation_group_size else 1
-    return {name: torch.from_numpy(clips[name][:rows, :columns]) for name in layers}
+    return {name: torch.from_numpy(clips[name][rows, :columns]) for name in layers}
 
 
 def _table(profile: Profile, config: QuantConfig, bits: int, granularity: str) -> clipping.ClipTable:
