@@ -1,18 +1,25 @@
 """What each configuration costs each language on the embedded model, beside what others do at the same bits.
 
-    python -m benchmarks.evaluation [--only NAME ...] [--tokens N] [--skip N] [--languages TAG ...] [--speed]
+    python -m benchmarks.evaluation [--only NAME ...] [--tokens N] [--skip N] [--languages TAG ...]
+    python -m benchmarks.evaluation --speed
 
 Writes results/evaluation-embedded.json after every configuration, so that an interrupted run, or one of a few
 configurations, keeps the others' rows as long as the settings and the versions are the same; after a change of the
-code itself: --again. The change in bits per byte is against the
+code itself: --again. A row that is kept has its bits counted anew. The change in bits per byte is against the
 model in float32; everything else runs in bfloat16. Rows of a package that is not installed are passed over. Profiles
 and the float32 model's losses are kept in build/evaluation.
+
+--speed measures instead how fast the rows of the file decode, those that compute as they would be used: two minutes on
+a machine that is quiet otherwise.
 """
 
 import argparse
+import copy
 import datetime
+import gc
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -25,6 +32,7 @@ from torch import nn
 
 import la_aciq
 from la_aciq import embedded
+from la_aciq.bench import cpu_name, versions
 from la_aciq.calibration import Profile, tokenize
 from la_aciq.demo import LANGUAGES
 from la_aciq.evaluation.loss import (
@@ -37,12 +45,13 @@ from la_aciq.evaluation.loss import (
 )
 from la_aciq.nn import QuantConfig, bits_per_weight, quantize_model
 
-from . import baselines
+from . import baselines, bench_model
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation-embedded.json"
 SEQLEN, CALIBRATION = 512, 1024  # tokens; calibration's are the first of each text
 _BITS_PER_NAT = 1 / np.log(2)
+SPEED_ROUNDS = 5
 OTHERS = ("nf4", "hqq", "awq", "gptq")  # weights of `baselines`
 
 
@@ -59,6 +68,18 @@ class Run:
     weights: str | None = None
     activations: int = 16
     tagged: str | None = None
+
+    @property
+    def computes_as_used(self) -> bool:
+        """Whether its time means something: not where rounding to fewer bits is played in floating point."""
+        if self.config is None:
+            return self.weights is None or (self.weights in baselines.PACKAGES and self.activations == 16)
+        return self.config.weights == 4 or not self.config.quantizes_linear
+
+    @property
+    def language_blind(self) -> bool:
+        """Whether it treats all languages alike: what others do, and our rows that pool them."""
+        return self.config is None or self.config.sharing == "pooled"
 
 
 # What calibration measures for each name: keyword arguments, and the languages (None: all that are evaluated).
@@ -103,6 +124,10 @@ def runs() -> dict[str, Run]:
         )
         add(f"{short} absmax per group pooled", replace(pooled, activations=bits, clip="absmax"))
         add(f"{short} absmax per group by language", replace(language, activations=bits, clip="absmax"))
+        # What is known without languages: a rotation, error feedback, a scale per token or per group.
+        blind = replace(plain, activations=bits, clip="absmax", rounding="feedback")
+        add(f"{short} absmax per token, no centers", replace(blind, granularity="token"))
+        add(f"{short} absmax per group, no centers", blind)
     add("W4A4 static by language, no sink row", replace(language, sink=False))
     add("W4A4 rms per token by language", replace(language, clip="rms", granularity="token"))
     add("W4A4 rms per group pooled", replace(pooled, clip="rms"))
@@ -169,8 +194,9 @@ class Bench:
         }
         self.bytes = {tag: segment_sums([w.byte_counts for w in own]) for tag, own in self.windows.items()}
         self.tokens = {tag: segment_sums([np.ones(len(w.ids) - 1) for w in own]) for tag, own in self.windows.items()}
-        self.reference = self._kept(f"reference-{skip}", tokens, lambda: self.losses(full)[0])
+        self.reference = self._kept(f"reference-{skip}", tokens, lambda: self.losses(full))
         self.model = full.to(torch.bfloat16)
+        self._empty = copy.deepcopy(self.model).to("meta")
         self._previous: nn.Module | None = None
         self._statistics: baselines.InputStatistics | None = None
 
@@ -191,15 +217,14 @@ class Bench:
             la_aciq.calibrate(self.model, texts, tokens=CALIBRATION, progress=False, **settings).save(folder)
         return Profile.load(folder)
 
-    def losses(self, model: nn.Module, tagged: str | None = None) -> tuple[dict[str, Any], float]:
-        """Nats per segment by language, and tokens read per second."""
+    def losses(self, model: nn.Module, tagged: str | None = None) -> dict[str, Any]:
+        """Nats per segment by language."""
         model.eval()
-        start, read = time.monotonic(), 0
-        found = {}
-        for tag, own in self.windows.items():
-            found[tag] = segment_sums(token_losses(model, own, tagged or tag))
-            read += sum(len(w.ids) for w in own)
-        return found, read / (time.monotonic() - start)
+        return {tag: segment_sums(token_losses(model, own, tagged or tag)) for tag, own in self.windows.items()}
+
+    def bits(self, run: Run) -> float:
+        """The bits per weight of a configuration of ours, without its values."""
+        return bits_per_weight(quantize_model(self._empty, self.profile(run.profile), run.config, progress=False))
 
     def candidate(self, run: Run) -> tuple[nn.Module, float]:
         """The model of a row and its bits per weight."""
@@ -302,6 +327,95 @@ def comparison(bench: Bench, rows: dict[str, dict[str, Any]], one: str, other: s
     }
 
 
+def best_of_ours(bench: Bench, rows: dict[str, dict[str, Any]], table: dict[str, Run]) -> list[dict[str, Any]]:
+    """The configuration of ours of the least mean against every language-blind one of the same bits of weights and
+    activations, what others do first; and where its tables take more bits per weight than theirs, so too the best of
+    ours that takes no more.
+    """
+    made = []
+    for bits in ("W4A16", "W4A8", "W4A4"):
+        same = [name for name in rows if name.split()[0] == bits]
+        others = [name for name in same if table[name].config is None]
+        ours = [
+            name for name in same if (config := table[name].config) is not None and config.group_size == baselines.GROUP
+        ]
+        if not others or not ours:
+            continue
+        most = max(rows[name]["bits"] for name in others)
+        found = [min(own, key=lambda name: rows[name]["mean"]) for own in (ours, small(ours, rows, most)) if own]
+        for best in dict.fromkeys(found):
+            against = others + [name for name in ours if table[name].language_blind and name != best]
+            made += [{"bits": bits} | comparison(bench, rows, best, other) for other in against]
+    return made
+
+
+def small(names: list[str], rows: dict[str, dict[str, Any]], most: float) -> list[str]:
+    """The rows of no more than so many bits per weight."""
+    return [name for name in names if rows[name]["bits"] <= most]
+
+
+def decode_speeds(names: list[str], table: dict[str, Run]) -> dict[str, float]:
+    """Tokens per second of decoding one sequence after a prompt, by row, for those that compute as they are used.
+
+    All of them take turns, so that what disturbs the machine disturbs all; the number is the median step's. Weights are
+    rounded to nearest and clips come from little text: neither changes how long a step takes.
+    """
+    model, tokenizer = embedded.load_model()
+    model = model.to(torch.bfloat16)
+    texts = tokenize(embedded.load_texts(LANGUAGES), tokenizer)
+    tag = LANGUAGES[0]
+    (window,) = texts[tag].windows(tag, tokens=bench_model.PROMPT, seqlen=bench_model.PROMPT)
+    ids = torch.from_numpy(window.ids)[None]
+    profiles: dict[str, Profile] = {}
+    models: dict[str, nn.Module] = {}
+    previous = None
+    for name in names:
+        run = table[name]
+        if run.config is None:
+            made = model if run.weights is None else baselines.package_copy(model, run.weights)[0]
+        else:
+            if run.profile not in profiles:
+                settings, languages = PROFILES[run.profile]
+                few = {own: texts[own] for own in languages or LANGUAGES}
+                options = settings | {"second_moments": False}
+                profiles[run.profile] = la_aciq.calibrate(model, few, tokens=64, seqlen=64, progress=False, **options)
+            config = replace(run.config, rounding="nearest")
+            made = quantize_model(model, profiles[run.profile], config, like=previous, progress=False)
+            previous = made if config.quantizes_linear else previous
+        models[name] = made.eval()
+    steps: dict[str, list[float]] = {name: [] for name in models}
+    gc.disable()  # collected between the turns
+    with torch.inference_mode():
+        for turn in range(SPEED_ROUNDS + 1):
+            for name, one in models.items():
+                _, found = bench_model.run(one, ids)
+                steps[name] += found if turn else []  # the first turn warms up
+            gc.collect()
+    return {name: 1 / statistics.median(found) for name, found in steps.items()}
+
+
+def add_speeds(result: dict[str, Any], table: dict[str, Run]) -> None:
+    """Measure how fast the rows of a result file decode, and put it there."""
+    installed = set(baselines.packages_installed())
+    names = [row["name"] for row in result["configurations"]]
+    measured = [
+        name
+        for name in names
+        if table[name].computes_as_used and table[name].weights not in set(baselines.PACKAGES) - installed
+    ]
+    speeds = decode_speeds(measured, table)
+    for row in result["configurations"]:
+        row["tokens_per_second"] = speeds.get(row["name"])
+        print(f"{row['name']:45} {speeds.get(row['name'], float('nan')):6.1f} tokens/s")
+    result["speed"] = {
+        "device": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(("la-aciq", "torch", "transformers", "torchao", "bitsandbytes")),
+        "prompt": bench_model.PROMPT,
+    }
+
+
 def chosen(names: Iterable[str], only: list[str] | None) -> list[str]:
     """The names that `--only` gives, all of them without it; one that ends with * stands for those that begin so."""
 
@@ -335,10 +449,15 @@ def main() -> None:
         "--skip", type=int, default=CALIBRATION, help="tokens between a text's beginning and what is read (%(default)s)"
     )
     parser.add_argument("--languages", nargs="+", default=LANGUAGES, metavar="TAG")
-    parser.add_argument("--speed", action="store_true", help="keep the tokens per second: for a machine that is quiet")
+    parser.add_argument("--speed", action="store_true", help="measure how fast the file's rows decode, nothing else")
     parser.add_argument("--again", action="store_true", help="also rows that are in the file already")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.speed:
+        result = json.loads(arguments.output.read_text(encoding="utf-8"))
+        add_speeds(result, runs())
+        write(arguments.output, result)
+        return
     folder = ROOT / "build" / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     table = runs()
@@ -352,49 +471,58 @@ def main() -> None:
         "skipped_tokens": arguments.skip,
         "seqlen": SEQLEN,
     }
-    versions = {
+    made_by = {
         "la_aciq": la_aciq.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     rows: dict[str, dict[str, Any]] = {}
+    speed: dict[str, Any] = {}
     if arguments.output.exists():
         before = json.loads(arguments.output.read_text())
-        if before["settings"] == settings and before["versions"] == versions:
+        if before["settings"] == settings and before["versions"] == made_by:
             rows = {row["name"]: row for row in before["configurations"] if row["name"] in table}
+            speed = {name: value for name, value in before.items() if name == "speed"}
+
+    def save() -> None:
+        ordered = {name: rows[name] for name in table if name in rows}
+        pairs = [(one, other) for one, other in COMPARISONS if one in rows and other in rows]
+        result = {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": made_by,
+            "settings": settings,
+            **speed,
+            "configurations": list(ordered.values()),
+            "comparisons": [comparison(bench, rows, one, other) for one, other in pairs],
+            "best": best_of_ours(bench, ordered, table),
+        }
+        write(arguments.output, result)
+
     for name in wanted:
         config = table[name].config
         described = config.to_dict() if config is not None else {"weights": table[name].weights or "bfloat16"}
         if name in rows and rows[name]["config"] == described and not arguments.again:
+            if config is not None:
+                rows[name]["bits"] = bench.bits(table[name])
             continue
         if table[name].weights in set(baselines.PACKAGES) - set(baselines.packages_installed()):
             print(f"{name}: not installed", flush=True)
             continue
         start = time.monotonic()
         model, bits = bench.candidate(table[name])
-        losses, speed = bench.losses(model, table[name].tagged)
         rows[name] = {
             "name": name,
             "bits": bits,
             "config": described,
-            "tokens_per_second": speed if arguments.speed else None,
-        } | summary(bench, losses)
+            "tokens_per_second": rows.get(name, {}).get("tokens_per_second"),
+        } | summary(bench, bench.losses(model, table[name].tagged))
         print(
             f"{name:45} {bits:5.2f} mean {rows[name]['mean']:+.4f} ±{2 * rows[name]['mean_se']:.4f} "
             f"gap {rows[name]['gap']:.3f} tail {rows[name]['tail_rate']:.1%}  {time.monotonic() - start:.0f} s",
             flush=True,
         )
-        ordered = {name: rows[name] for name in table if name in rows}
-        result = {
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": versions,
-            "settings": settings,
-            "configurations": list(ordered.values()),
-            "comparisons": [
-                comparison(bench, rows, one, other) for one, other in COMPARISONS if one in rows and other in rows
-            ],
-        }
-        write(arguments.output, result)
+        save()
+    save()
     for one, other in COMPARISONS:
         if one in rows and other in rows:
             print(in_words(comparison(bench, rows, one, other)))

@@ -456,7 +456,7 @@ def pooled_centers(lab: Lab, bits: int) -> Losses:
 
 def product(lab: Lab, config: QuantConfig) -> Losses:
     """The package's own quantized model, with the profile of all languages."""
-    return lab.bench.losses(quantize_model(lab.bench.model, lab.profile, config, progress=False))[0]
+    return lab.bench.losses(quantize_model(lab.bench.model, lab.profile, config, progress=False))
 
 
 def weighted(lab: Lab, weights: dict[str, float]) -> nn.Module:
@@ -482,7 +482,7 @@ def by_harm(lab: Lab) -> Losses:
     mean = float(np.mean(list(harm.values())))
     shares = {tag: value / mean for tag, value in harm.items()}
     print("weights of the languages:", {tag: round(float(share), 2) for tag, share in shares.items()}, flush=True)
-    return lab.bench.losses(weighted(lab, shares))[0]
+    return lab.bench.losses(weighted(lab, shares))
 
 
 def experiments() -> dict[str, Experiment]:
@@ -541,7 +541,7 @@ def experiments() -> dict[str, Experiment]:
         pool,
     )
     equal = "W4A16, languages weigh the same"
-    add(equal, lambda lab: lab.bench.losses(weighted(lab, dict.fromkeys(LANGUAGES, 1.0)))[0])
+    add(equal, lambda lab: lab.bench.losses(weighted(lab, dict.fromkeys(LANGUAGES, 1.0))))
     add("W4A16, languages weigh as they lose", by_harm, equal)
 
     for english, short, what in (

@@ -77,6 +77,7 @@ def pages() -> dict[Path, str]:
             {
                 "embedded-rows": embedded_rows(embedded),
                 "embedded-comparisons": embedded_comparisons(embedded),
+                "embedded-best": embedded_best(embedded),
                 "embedded-languages": embedded_languages(embedded),
                 "embedded-distant": embedded_distant(json.loads(DISTANT.read_text(encoding="utf-8"))),
                 "experiments": experiments(json.loads(EXPERIMENTS.read_text(encoding="utf-8"))),
@@ -167,15 +168,20 @@ def caption(results: dict, how: str) -> str:
 
 
 def embedded_rows(results: dict) -> str:
-    """The rows of benchmarks/evaluation.py: mean, worst, gap, tail rate, bits per weight."""
+    """The rows of benchmarks/evaluation.py: mean, worst, gap, tail rate, bits per weight, tokens per second."""
     settings = results["settings"]
     read = f"calibrated on the first {settings['calibration_tokens']} tokens of each text, read after "
-    lines = [
-        caption(results, f"{read}{settings['skipped_tokens']}"),
-        "",
-    ]
-    timed = any(row["tokens_per_second"] for row in results["configurations"])
-    header = ["configuration", "bits/weight", "mean", "worst", "gap", "tail"] + ["tokens/s"] * timed
+    lines = [caption(results, f"{read}{settings['skipped_tokens']}")]
+    timed = results.get("speed")
+    if timed:
+        made_by = ", ".join(f"{name} {found}" for name, found in timed["versions"].items())
+        lines[0] += (
+            f" Tokens per second: decoding one sequence after a prompt of {timed['prompt']} tokens, {timed['device']}, "
+            f"{timed['threads']} threads, {timed['measured'][:10]}, {made_by}; – where rounding is played in floating "
+            "point."
+        )
+    lines.append("")
+    header = ["configuration", "bits/weight", "mean", "worst", "gap", "tail"] + ["tokens/s"] * bool(timed)
     lines += [f"| {' | '.join(header)} |", f"| ---{' | ---:' * (len(header) - 1)} |"]
     for row in results["configurations"]:
         speed = row["tokens_per_second"]
@@ -200,6 +206,19 @@ def embedded_comparisons(results: dict) -> str:
         "| --- | --- | ---: | --- | ---: | --- |",
     ]
     lines += [f"| {p['name']} | {p['baseline']} | {' | '.join(verdicts(p))} |" for p in results["comparisons"]]
+    return "\n".join(lines) + "\n"
+
+
+def embedded_best(results: dict) -> str:
+    """The best of ours against every language-blind row of the same bits, with the verdict of the intervals."""
+    lines = [
+        "| bits | configuration | against | mean | | gap | |",
+        "| --- | --- | --- | ---: | --- | ---: | --- |",
+    ]
+    lines += [
+        f"| {pair['bits']} | {pair['name']} | {pair['baseline']} | {' | '.join(verdicts(pair))} |"
+        for pair in results["best"]
+    ]
     return "\n".join(lines) + "\n"
 
 

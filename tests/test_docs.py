@@ -44,6 +44,21 @@ def test_what_the_readme_says_of_the_embedded_model_holds():
     assert min(row["mean_low"] for row in blind) > 3
 
 
+def test_what_the_docs_say_of_the_best_of_ours_holds():
+    pairs = json.loads(tables.EMBEDDED.read_text(encoding="utf-8"))["best"]
+    others = [
+        pair for pair in pairs if any(name in pair["baseline"] for name in ("nf4", "hqq", "awq", "gptq", "torch"))
+    ]
+    assert {pair["bits"] for pair in others} == {"W4A16", "W4A8", "W4A4"}
+    assert len(others) == 7 * 2 + 4 + 4
+    assert all(pair["mean_high"] < 0 and pair["gap_high"] < 0 for pair in others)
+    own = [pair for pair in pairs if pair not in others and "by language" in pair["name"]]
+    assert all(pair["mean_high"] < 0 for pair in own)
+    twins = [pair for pair in own if pair["name"].replace("by language", "pooled") == pair["baseline"]]
+    assert len(twins) >= 2
+    assert all(pair["gap_high"] > 0 for pair in twins)
+
+
 def test_what_the_docs_say_of_distant_text_holds():
     near, far = (
         {
