@@ -6,7 +6,6 @@
 // Of 8 members of K, member i forms a pair with member i + 4: four nibbles apart, one shift takes both.
 #pragma once
 
-#include "cpu/matvec_impl.h"
 #include "cpu/product_impl.h"
 
 namespace la_aciq::cpu {
@@ -53,42 +52,7 @@ struct BFloat16Product {
   static I32 broadcast_at(const uint16_t* p) { return broadcast(reinterpret_cast<const uint8_t*>(p)); }
   static F32 add_product(F32 sum, I32 activations, I32 weights) { return dot(sum, activations, weights); }
   static F32 sum_in_float(F32 sum) { return sum; }
-  void decode(I32 codes, I32* steps) const {
-    for (int i = 0; i < 4; i++) steps[i] = pair(levels, codes, i);
-  }
-};
-
-struct BFloat16Matvec {
-  using Element = uint16_t;
-  static constexpr int kSteps = 15;
-  static constexpr int kTogether = kMatvecOutputs;
-  struct Weights {
-    I32 codes;
-  };
-
-  PairTable levels;
-  explicit BFloat16Matvec(const MatvecArgs& args) : levels(pair_table(args.codebook)) {}
-
-  Weights decode(I32 codes, const uint16_t*) const { return {codes}; }
-
-  // sums[o][r] of the products of a chunk: vector i holds pair i of every lane.
-  template <int kOutputs, int kRows>
-  inline __attribute__((always_inline)) void multiply(const Weights* weights, const uint16_t* x,
-                                                      int64_t row_width, F32 (*sums)[kRows]) const {
-    clear<kOutputs>(sums);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      I32 values[kOutputs];
-#pragma GCC unroll 4
-      for (int o = 0; o < kOutputs; o++) values[o] = pair(levels, weights[o].codes, i);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; r++) {
-        const I32 activations = load_vector(x + r * row_width + 32 * i);
-#pragma GCC unroll 4
-        for (int o = 0; o < kOutputs; o++) sums[o][r] = dot(sums[o][r], activations, values[o]);
-      }
-    }
-  }
+  I32 decode(I32 codes, int i) const { return pair(levels, codes, i); }
 };
 
 // --- Activations ---
@@ -114,23 +78,6 @@ inline void pack_bfloat16(const PackArgs& args, int64_t begin, int64_t end) {
         const __m128i pairs = pairs_of(x + row * args.k + s->start + i, s->length - i);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i), pairs);
       }
-    }
-  }
-}
-
-inline void arrange_bfloat16(const ArrangeArgs& args, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const uint16_t*>(args.x);
-  auto* out = static_cast<uint16_t*>(args.out);
-  for (int64_t row = begin; row < end; row++) {
-    for (int64_t first = 0; first < args.width; first += kMatvecChunk) {
-      __m128i lanes[16];  // of four pairs
-      for (int64_t lane = 0; lane < 16; lane++) {
-        const int64_t member = first + 8 * lane;
-        lanes[lane] = pairs_of(x + row * args.k + member, args.k - member);
-      }
-      I32 columns[4];
-      load_columns(reinterpret_cast<const uint8_t*>(lanes), 16, columns);
-      for (int i = 0; i < 4; i++) _mm512_storeu_si512(out + row * args.width + first + 32 * i, columns[i]);
     }
   }
 }

@@ -10,10 +10,11 @@
 namespace la_aciq::cpu {
 namespace {
 
-// Asks for what a stream of reads needs two pages later: prefetchers in hardware stop at the end of a page,
-// and the next one has to be found in the page tables first.
+// Asks for what a stream of reads needs kAhead bytes later, which need not exist. Two pages: prefetchers in
+// hardware stop at the end of a page, and the next one has to be found in the page tables first.
+template <int64_t kAhead = 8192>
 inline void prefetch(const void* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 8192));
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead));
 }
 
 // n < 16 elements, zeros after them.

@@ -8,13 +8,14 @@ namespace la_aciq::cpu {
 namespace {
 
 constexpr int kBlockRows = 4, kPanelVectors = 1;  // 8 registers of sums, 2 of weights and one of activations
-constexpr int kMatvecOutputs = 2, kMatvecRows = 2;
+constexpr int few_rows(int panels) { return 4 / panels; }
 
 inline I32 broadcast(const uint8_t* p) {
   int32_t four;
   __builtin_memcpy(&four, p, sizeof(four));
   return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
 }
+inline I32 add(I32 x, I32 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline I32 shift_right(I32 x, int bits) {
   return {_mm256_srli_epi32(x.a, bits), _mm256_srli_epi32(x.b, bits)};
 }
@@ -41,12 +42,6 @@ inline I32 load_lanes(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
 }
-inline float sum_lanes(F32 x) {
-  const __m256 eight = _mm256_add_ps(x.a, x.b);
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 inline F32 as_float(I32 bits) { return {_mm256_castsi256_ps(bits.a), _mm256_castsi256_ps(bits.b)}; }
 inline F32 load_vector(const float* p) { return load(p); }
 inline I32 load_vector(const uint8_t* p) {
@@ -65,13 +60,10 @@ struct ByteTable {
 inline ByteTable byte_table(const int8_t* entries) {
   return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)))};
 }
-inline void decode_bytes(const ByteTable& table, I32 codes, I32& even, I32& odd) {
+inline I32 decode_bytes(const ByteTable& table, I32 codes) {
   const __m256i mask = _mm256_set1_epi8(15);
-  const auto low_nibbles = [&](__m256i x) {
-    return _mm256_shuffle_epi8(table.entries, _mm256_and_si256(x, mask));
-  };
-  even = {low_nibbles(codes.a), low_nibbles(codes.b)};
-  odd = {low_nibbles(_mm256_srli_epi16(codes.a, 4)), low_nibbles(_mm256_srli_epi16(codes.b, 4))};
+  return {_mm256_shuffle_epi8(table.entries, _mm256_and_si256(codes.a, mask)),
+          _mm256_shuffle_epi8(table.entries, _mm256_and_si256(codes.b, mask))};
 }
 
 inline void load_columns8(const uint8_t* p, int64_t stride, __m256i* columns) {

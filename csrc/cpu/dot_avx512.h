@@ -9,13 +9,14 @@ namespace {
 
 constexpr int kBlockRows = 3,
               kPanelVectors = 4;  // 12 sums, 12 totals, 4 vectors of weights, one of activations
-constexpr int kMatvecOutputs = 4, kMatvecRows = 4;
+constexpr int few_rows(int panels) { return panels == 8 ? 1 : 4; }  // and as many sums for integers
 
 inline I32 broadcast(const uint8_t* p) {
   int32_t four;
   __builtin_memcpy(&four, p, sizeof(four));
   return _mm512_set1_epi32(four);
 }
+inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 shift_right(I32 a, int bits) { return _mm512_srli_epi32(a, static_cast<unsigned>(bits)); }
 inline I32 half_times(I32 a, int factor) {
   return _mm512_mullo_epi32(_mm512_srai_epi32(a, 1), _mm512_set1_epi32(factor));
@@ -33,12 +34,6 @@ inline I32 dot(I32 sum, I32 unsigned_bytes, I32 signed_bytes) {
 }
 
 inline I32 load_lanes(const int32_t* p) { return _mm512_loadu_si512(p); }
-inline float sum_lanes(F32 x) {
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 inline F32 as_float(I32 bits) { return _mm512_castsi512_ps(bits); }
 inline F32 load_vector(const float* p) { return load(p); }
 inline I32 load_vector(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -53,10 +48,8 @@ struct ByteTable {
 inline ByteTable byte_table(const int8_t* entries) {
   return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)))};
 }
-inline void decode_bytes(const ByteTable& table, I32 codes, I32& even, I32& odd) {
-  const __m512i mask = _mm512_set1_epi8(15);
-  even = _mm512_shuffle_epi8(table.entries, _mm512_and_si512(codes, mask));
-  odd = _mm512_shuffle_epi8(table.entries, _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask));
+inline I32 decode_bytes(const ByteTable& table, I32 codes) {
+  return _mm512_shuffle_epi8(table.entries, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
 }
 
 inline void load_columns(const uint8_t* p, int64_t stride, I32* columns) {

@@ -1,6 +1,6 @@
 // Inner products and the decoding of weights in portable C++. The dot_<isa>.h headers offer the same
-// operations with the same integers; kBlockRows x kPanelVectors is the block of sums that fits their
-// registers.
+// operations with the same integers. Of sums, kBlockRows x kPanelVectors fit their registers beside weights
+// from a tile, and few_rows(panels) x panels beside weights that are decoded there.
 #pragma once
 
 #include "cpu/vec_baseline.h"
@@ -9,7 +9,7 @@ namespace la_aciq::cpu {
 namespace {
 
 constexpr int kBlockRows = 2, kPanelVectors = 1;
-constexpr int kMatvecOutputs = 1, kMatvecRows = 1;
+constexpr int few_rows(int panels) { return panels == 1 ? 2 : 0; }
 
 // 4 bytes, in every lane.
 inline I32 broadcast(const uint8_t* p) {
@@ -41,13 +41,6 @@ inline I32 dot(const I32& sum, const I32& unsigned_bytes, const I32& signed_byte
 inline I32 load_lanes(const int32_t* p) {
   return lanes<I32>([&](int i) { return p[i]; });
 }
-// Lane i + lane i + 8, and so on by halves.
-inline float sum_lanes(F32 x) {
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; i++) x.lane[i] += x.lane[i + half];
-  }
-  return x.lane[0];
-}
 inline F32 as_float(const I32& bits) {
   return lanes<F32>([&](int i) { return float_of(static_cast<uint32_t>(bits.lane[i])); });
 }
@@ -68,20 +61,16 @@ inline ByteTable byte_table(const int8_t* entries) {
   for (int i = 0; i < 16; i++) table.entries[i] = entries[i];
   return table;
 }
-// The entries of the low nibble of each byte, and of the high nibble.
-inline void decode_bytes(const ByteTable& table, const I32& codes, I32& even, I32& odd) {
-  const auto entries = [&](int first) {
-    return lanes<I32>([&](int i) {
-      const uint32_t lane = static_cast<uint32_t>(codes.lane[i]) >> first;
-      uint32_t bytes = 0;
-      for (int shift = 0; shift < 32; shift += 8) {
-        bytes |= static_cast<uint32_t>(static_cast<uint8_t>(table.entries[lane >> shift & 15u])) << shift;
-      }
-      return static_cast<int32_t>(bytes);
-    });
-  };
-  even = entries(0);
-  odd = entries(4);
+// The entries of the low nibble of each byte.
+inline I32 decode_bytes(const ByteTable& table, const I32& codes) {
+  return lanes<I32>([&](int i) {
+    const auto lane = static_cast<uint32_t>(codes.lane[i]);
+    uint32_t bytes = 0;
+    for (int shift = 0; shift < 32; shift += 8) {
+      bytes |= static_cast<uint32_t>(static_cast<uint8_t>(table.entries[lane >> shift & 15u])) << shift;
+    }
+    return static_cast<int32_t>(bytes);
+  });
 }
 
 // 16 bytes of each of 16 rows: lane n of columns[j] is the j-th group of 4 bytes of row n.

@@ -1,4 +1,4 @@
-// Inner products of codes, as the two products of a linear layer share them.
+// Inner products of codes.
 //
 // With z twice the position of zero among the codes a of the activations, and w the weights,
 //     sum (2 a - z) w = sum a 2w - z sum w.

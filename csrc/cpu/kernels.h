@@ -69,46 +69,15 @@ struct RotateArgs {
   DType out_dtype;
 };
 
-constexpr int64_t kMatvecChunk = 128;  // members of K in the 64 bytes of weights that fill a register
-
-// x [rows, k] -> out [rows, width], width the multiple of kMatvecChunk from k on, as matvec reads it. x holds
-// codes, one per byte, or floats; codes have another row, of ones.
-struct ArrangeArgs {
-  const void* x;
-  DType dtype;
-  int64_t rows;
-  int64_t k;
-  int64_t width;
-  void* out;
-};
-
-// out [rows, n] = x [rows, k] times the transpose of INT4 weights [n, k], for a few rows. Groups are
-// multiples of 8.
-struct MatvecArgs {
-  const void* x;  // as arrange leaves it
-  int64_t rows;
-  int64_t k;
-  int64_t n;
-  int64_t width;
-  const float* scales;    // [rows, width / 8]: of integer activations, null for floats
-  int zero;               // twice the position of zero among the codes of the activations
-  const uint8_t* weight;  // [n, ceil(k / 2)]
-  const float* clips;     // [n, weight_groups]
-  int64_t weight_groups;
-  const int32_t* lane_groups;  // [width / 8]: the weight's group of each 8 members
-  int steps;                   // of the activations in their clip; 1 for floats
-  const float* bias;           // [n] or null
-  Codebook codebook;
-  void* out;
-  DType dtype;
-};
-
 // Members [start, start + length) of K, all in one group of the activations and one of the weights. start is
-// even.
+// even. Segments that are decoded together make a tile.
 struct Segment {
   int64_t start, length;
   int64_t activation_group, weight_group;
   int64_t offset;  // of the padded lengths of the segments before
+  bool last_of_tile;
+  bool last_of_group;  // of the activations, as far as they are in the tile: their clip is multiplied with
+                       // here
   int64_t padded() const { return (length + 7) / 8 * 8; }
 };
 
@@ -134,10 +103,12 @@ struct ProductArgs {
   const Segment* segments;
   int64_t segment_count;
   int64_t packed_rows;
+  int64_t width;        // of all segments, padded
   const float* scales;  // [rows, activation_groups]: of integer activations, null for floats
   int64_t activation_groups;
   int zero;               // twice the position of zero among the codes of the activations
-  const uint8_t* weight;  // [n, ceil(k / 2)]
+  const uint8_t* weight;  // [n, ceil(k / 2)], or lanes [ceil(n / 16), width / 8, 64]
+  bool repacked;          // into lanes, where segments begin at multiples of 8
   const float* clips;     // [n, weight_groups]
   int64_t weight_groups;
   int steps;          // of the activations in their clip; 1 for floats
@@ -148,9 +119,13 @@ struct ProductArgs {
   int64_t row_blocks, block_rows;  // a task is a panel of outputs of a block of rows, blocks taking turns
 };
 
-// Of one thread: a tile of weights [tile_members, panel], what the sums of its segments start with, and of a
-// panel the clips [weight_groups, panel] and the totals [block_rows, panel].
+constexpr int64_t kFewPanels = 8;  // whose weights a few rows read side by side
+
+// Of one thread: the lanes of a panel of weights that are not repacked [panel / 16, width / 8, 64], a tile of
+// weights [tile_members, panel], what the sums of its segments start with, and of a panel the clips
+// [weight_groups, panel] and the totals [block_rows, panel].
 struct ProductScratch {
+  uint8_t* lanes;
   void* tile;
   int32_t* starts;  // [tile_members / 8, panel]; of integers alone
   float* scales;
@@ -158,16 +133,16 @@ struct ProductScratch {
 };
 
 struct Product {
-  // A few rows: rows [begin, end) of x, then outputs [begin, end) of every row.
-  void (*arrange)(const ArrangeArgs&, int64_t begin, int64_t end);
-  void (*matvec)(const MatvecArgs&, int64_t begin, int64_t end);
-  // Many rows.
+  // Rows [begin, end) of x.
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);
-  // Tasks [begin, end).
+  // A few rows: panels [begin, end) of 16 outputs, of every row. lanes, for weights that are not repacked:
+  // [kFewPanels, width / 8, 64].
+  void (*multiply_few)(const ProductArgs&, int64_t begin, int64_t end, uint8_t* lanes);
+  // Many rows: tasks [begin, end).
   void (*multiply)(const ProductArgs&, int64_t begin, int64_t end, const ProductScratch& scratch);
   int64_t element_size;  // of packed activations and of a tile
   int64_t tile_members;  // of K, no segment is longer
-  int64_t panel;         // outputs
+  int64_t panel;         // outputs of a task
 };
 
 // A language's counts on their way into its histogram. Elements side by side take turns with eight tables, so

@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "arguments.h"
@@ -42,70 +41,12 @@ void check_whole_eights(const char* name, const Groups& groups) {
                     ": expected a multiple of 8 for weights from repack_weight, got ", groups.size);
 }
 
-// Codes [n, ceil(k / 2)] of repacked ones.
-Tensor restored(const Tensor& repacked, int64_t n, int64_t k) {
-  const Tensor lanes = repacked.unsqueeze(-1).contiguous().view(at::kByte).transpose(1, 2);
-  return lanes.reshape({16 * repacked.size(0), 4 * repacked.size(1)})
-      .slice(0, 0, n)
-      .slice(1, 0, (k + 1) / 2)
-      .contiguous();
-}
-
-// out [rows, n] = x [rows, k] times INT4 weights: a few rows.
-void multiply_few_rows(const Product& product, const Activations& activations, const Tensor& weight,
-                       const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
-                       const Tensor& out) {
+// out [rows, n] = x [rows, k] times INT4 weights.
+void multiply(const Product& product, const Activations& activations, const Tensor& weight,
+              const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
+              const Tensor& out) {
   const Tensor& x = activations.x;
-  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
-  const int64_t width = (k + kMatvecChunk - 1) / kMatvecChunk * kMatvecChunk, eights = width / 8;
-  const bool codes = activations.codes();
-  const auto arranged = std::make_unique_for_overwrite<char[]>((rows + codes) * width * product.element_size);
-  const ArrangeArgs arrange{x.const_data_ptr(), activations.dtype(), rows, k, width, arranged.get()};
-  product.arrange(arrange, 0, rows + codes);
-  const auto group_of = [&](const Groups& of, int64_t eight) {
-    return std::min(8 * eight / of.size, of.count - 1);
-  };
-  const auto lane_groups = std::make_unique_for_overwrite<int32_t[]>(eights);
-  for (int64_t i = 0; i < eights; i++) lane_groups[i] = static_cast<int32_t>(group_of(groups, i));
-  std::unique_ptr<float[]> scales;
-  if (codes) {
-    scales = std::make_unique_for_overwrite<float[]>(rows * eights);
-    const float* of_groups = activations.scales.const_data_ptr<float>();
-    for (int64_t row = 0; row < rows; row++) {
-      for (int64_t i = 0; i < eights; i++) {
-        scales[row * eights + i] =
-            of_groups[row * activations.groups.count + group_of(activations.groups, i)];
-      }
-    }
-  }
-  const MatvecArgs args{
-      .x = arranged.get(),
-      .rows = rows,
-      .k = k,
-      .n = n,
-      .width = width,
-      .scales = scales.get(),
-      .zero = activations.zero(),
-      .weight = weight.const_data_ptr<uint8_t>(),
-      .clips = clips.const_data_ptr<float>(),
-      .weight_groups = groups.count,
-      .lane_groups = lane_groups.get(),
-      .steps = activations.steps(),
-      .bias = bias,
-      .codebook = codebook,
-      .out = out.mutable_data_ptr(),
-      .dtype = dtype_of("out", out.scalar_type()),
-  };
-  // Decoding a weight costs less than an element costs elsewhere.
-  for_rows(n, k * rows / 4, [&](int64_t begin, int64_t end) { product.matvec(args, begin, end); });
-}
-
-// out [rows, n] = x [rows, k] times INT4 weights: many rows.
-void multiply_many_rows(const Product& product, const Activations& activations, const Tensor& weight,
-                        const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
-                        const Tensor& out) {
-  const Tensor& x = activations.x;
-  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0);
+  const int64_t rows = x.size(0), k = x.size(1), n = out.size(1);
   const bool codes = activations.codes();
   const std::vector<Segment> segments =
       segments_of(k, activations.groups.size, groups.size, product.tile_members);
@@ -133,10 +74,12 @@ void multiply_many_rows(const Product& product, const Activations& activations, 
       .segments = segments.data(),
       .segment_count = static_cast<int64_t>(segments.size()),
       .packed_rows = packed_rows,
+      .width = width,
       .scales = codes ? activations.scales.const_data_ptr<float>() : nullptr,
       .activation_groups = activations.groups.count,
       .zero = activations.zero(),
-      .weight = weight.const_data_ptr<uint8_t>(),
+      .weight = static_cast<const uint8_t*>(weight.const_data_ptr()),
+      .repacked = is_repacked(weight),
       .clips = clips.const_data_ptr<float>(),
       .weight_groups = groups.count,
       .steps = activations.steps(),
@@ -147,24 +90,27 @@ void multiply_many_rows(const Product& product, const Activations& activations, 
       .row_blocks = blocks,
       .block_rows = block_rows,
   };
+  const auto lanes = [&](int64_t panels) { return args.repacked ? 0 : panels * width * 8; };  // bytes
+  if (rows <= kFewRows) {
+    // Decoding a weight costs less than an element costs elsewhere.
+    for_rows((n + 15) / 16, 16 * k * rows / 4, [&](int64_t begin, int64_t end) {
+      const Tensor scratch = at::empty({lanes(std::min(end - begin, kFewPanels))}, at::kByte);
+      product.multiply_few(args, begin, end, scratch.mutable_data_ptr<uint8_t>());
+    });
+    return;
+  }
   const int64_t panels = (n + product.panel - 1) / product.panel;
   const int64_t tile = product.tile_members * product.panel * product.element_size / 4;  // in floats
   const int64_t starts = product.tile_members / 8 * product.panel, scales = groups.count * product.panel;
   for_rows(panels * blocks, product.panel * k / 4, [&](int64_t begin, int64_t end) {
-    const Tensor scratch = at::empty({tile + starts + scales + block_rows * product.panel}, at::kFloat);
+    const Tensor scratch = at::empty(
+        {tile + starts + scales + block_rows * product.panel + lanes(product.panel / 16) / 4}, at::kFloat);
     float* memory = scratch.mutable_data_ptr<float>();
+    float* totals = memory + tile + starts + scales;
     product.multiply(args, begin, end,
-                     {memory, reinterpret_cast<int32_t*>(memory + tile), memory + tile + starts,
-                      memory + tile + starts + scales});
+                     {reinterpret_cast<uint8_t*>(totals + block_rows * product.panel), memory,
+                      reinterpret_cast<int32_t*>(memory + tile), memory + tile + starts, totals});
   });
-}
-
-void multiply(const Product& product, const Activations& activations, const Tensor& weight,
-              const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
-              const Tensor& out) {
-  const bool few = out.size(0) <= kFewRows && whole_eights(groups) && whole_eights(activations.groups);
-  const auto kernel = few ? multiply_few_rows : multiply_many_rows;
-  kernel(product, activations, weight, clips, groups, codebook, bias, out);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
@@ -185,8 +131,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   const Rotation rotation = checked_rotation(signs, block_size, k);
 
   const Kernels& kernels = active_kernels();
-  const Tensor packed = is_repacked(weight) ? restored(weight, n, k) : weight.contiguous(),
-               clips = weight_scale.contiguous();
+  const Tensor packed = weight.contiguous(), clips = weight_scale.contiguous();
   const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   const float* offsets = offset.defined() ? offset.const_data_ptr<float>() : nullptr;
   auto sizes = x.sizes().vec();

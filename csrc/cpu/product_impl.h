@@ -1,10 +1,11 @@
-// Rows of activations times INT4 weights, as a matrix product whose weights are decoded a tile at a time.
+// Rows of activations times INT4 weights.
 //
-// A tile holds a segment (members along K that share a clip of the weight and of the activation) of a panel
-// of outputs: 4 bytes of each of 16 outputs make a vector, so a lane is an output, and one broadcast of 4
-// bytes of activations serves a whole panel. A tile stays in the first-level cache while every row goes over
-// it. Sums over a segment are those of the arithmetic below (exact for integers); the segment's clips come
-// last.
+// Weights come in lanes: 8 members of each of 16 outputs make a vector, so a lane is an output, and one
+// broadcast of 4 bytes of activations serves all 16. Sums over a segment (members along K that share a clip
+// of the weight and of the activation) are those of the arithmetic below (exact for integers); the segment's
+// clips come last. A few rows decode weights in registers (few_rows_impl.h). Many rows decode them a tile at
+// a time, some segments of a panel of outputs, which stays in the first-level cache while every row goes over
+// it. Both add up in the same order, so a row does not depend on the rows beside it.
 #pragma once
 
 #include "cpu/dot_common.h"
@@ -29,10 +30,8 @@ struct FloatProduct {
   static F32 broadcast_at(const float* p) { return f32(*p); }
   static F32 add_product(F32 sum, F32 activations, F32 weights) { return muladd(activations, weights, sum); }
   static F32 sum_in_float(F32 sum) { return sum; }
-  // 8 members of 16 outputs.
-  void decode(I32 codes, F32* steps) const {
-    for (int i = 0; i < 8; i++) steps[i] = lookup(levels, shift_right(codes, 4 * i));
-  }
+  // Of 8 members of 16 outputs those of step i.
+  F32 decode(I32 codes, int i) const { return lookup(levels, shift_right(codes, 4 * i)); }
 };
 
 // Activations as codes, weights as twice their levels in steps: see dot_common.h.
@@ -53,7 +52,7 @@ struct IntegerProduct {
   static I32 broadcast_at(const uint8_t* p) { return broadcast(p); }
   static I32 add_product(I32 sum, I32 activations, I32 weights) { return dot(sum, activations, weights); }
   static F32 sum_in_float(I32 sum) { return to_float(sum); }
-  void decode(I32 codes, I32* steps) const { decode_bytes(table, codes, steps[0], steps[1]); }
+  I32 decode(I32 codes, int i) const { return decode_bytes(table, shift_right(codes, 4 * i)); }
 };
 
 // --- Activations ---
@@ -116,52 +115,71 @@ inline void load_columns_of(const void* matrix, int64_t rows, int64_t bytes, int
   load_columns(copy, 16, columns);
 }
 
+// The lanes of `panels` panels of 16 outputs, `stride` apart from `panel` on: where they are, or one after
+// the other in `scratch`, where weights are not repacked.
+inline const uint8_t* lanes_of(const ProductArgs& args, int64_t panel, int64_t panels, int64_t stride,
+                               uint8_t* scratch) {
+  if (args.repacked) return args.weight + panel * args.width * 8;
+  for (int64_t p = 0; p < panels; p++) {
+    for (const Segment* s = args.segments; s < args.segments + args.segment_count; s++) {
+      uint8_t* out = scratch + (p * args.width + s->offset) * 8;
+      for (int64_t i = 0; i < s->length; i += 32) {
+        I32 columns[4];
+        load_columns_of(args.weight, args.n, (args.k + 1) / 2, 16 * (panel + p * stride), (s->start + i) / 2,
+                        columns);
+        for (int64_t j = 0; j < smaller((s->length - i + 7) / 8, 4); j++) {
+          store_vector(out + (i / 8 + j) * 64, columns[j]);
+        }
+      }
+    }
+  }
+  return scratch;
+}
+
+// A segment of the panel whose lanes are given, as a tile.
 template <class Product, int kVectors>
 inline void decode_segment(const ProductArgs& args, const Product& product, const Segment& segment,
-                           int64_t first, typename Product::Element* tile) {
+                           const uint8_t* lanes, typename Product::Element* tile) {
   constexpr int kSteps = 8 / Product::kDepth;                // of 8 members
   constexpr int64_t kVectorElements = 16 * Product::kDepth;  // of Element
-  const int64_t bytes = (args.k + 1) / 2;
   for (int v = 0; v < kVectors; v++) {
-    const int64_t row = first + 16 * v;
-    for (int64_t i = 0; i < segment.length; i += 32) {
-      const int64_t at = (segment.start + i) / 2;
-      if (at % 64 < 16) {  // a new line of the cache: ask for the one that the next tile needs
-        for (int64_t r = row; r < smaller(row + 16, args.n); r++) {
-          __builtin_prefetch(args.weight + r * bytes + at + Product::kTileMembers / 2);
-        }
-      }
-      I32 columns[4];
-      load_columns_of(args.weight, args.n, bytes, row, at, columns);
-      const int64_t eights = smaller((segment.length - i + 7) / 8, 4);
-      for (int64_t j = 0; j < eights; j++) {
-        typename Product::Operand steps[kSteps];
-        product.decode(columns[j], steps);
-        auto* out = tile + ((i / 8 + j) * kSteps * kVectors + v) * kVectorElements;
-        for (int step = 0; step < kSteps; step++) {
-          store_vector(out + step * kVectors * kVectorElements, steps[step]);
-        }
+    const uint8_t* codes = lanes + (v * args.width + segment.offset) * 8;
+    for (int64_t i = 0; i < segment.padded() / 8; i++) {
+      prefetch<Product::kTileMembers * 8>(codes + i * 64);  // for the next tile
+      const I32 eight = load_vector(codes + i * 64);
+      auto* out = tile + (i * kSteps * kVectors + v) * kVectorElements;
+#pragma GCC unroll 8
+      for (int step = 0; step < kSteps; step++) {
+        store_vector(out + step * kVectors * kVectorElements, product.decode(eight, step));
       }
     }
   }
 }
 
-// The clips of a panel as factors on sums: scales [groups, 16 kVectors].
+// The clips of 4 groups of 16 outputs as factors on sums.
+template <class Product>
+inline void load_clips(const ProductArgs& args, int64_t output, int64_t group, F32* clips) {
+  const F32 unit = f32(1.0f / static_cast<float>(Product::kSteps * args.steps));
+  I32 columns[4];
+  load_columns_of(args.clips, args.n, args.weight_groups * 4, output, group * 4, columns);
+  for (int j = 0; j < 4; j++) clips[j] = mul(value_scale(as_float(columns[j])), unit);
+}
+
+// The clips of a panel: scales [groups, 16 kVectors].
 template <class Product, int kVectors>
 inline void decode_clips(const ProductArgs& args, int64_t first, float* scales) {
-  const F32 unit = f32(1.0f / static_cast<float>(Product::kSteps * args.steps));
   for (int64_t group = 0; group < args.weight_groups; group += 4) {
     for (int v = 0; v < kVectors; v++) {
-      I32 columns[4];
-      load_columns_of(args.clips, args.n, args.weight_groups * 4, first + 16 * v, group * 4, columns);
+      F32 clips[4];
+      load_clips<Product>(args, first + 16 * v, group, clips);
       for (int64_t j = 0; j < smaller(args.weight_groups - group, 4); j++) {
-        store(scales + ((group + j) * kVectors + v) * 16, mul(value_scale(as_float(columns[j])), unit));
+        store(scales + ((group + j) * kVectors + v) * 16, clips[j]);
       }
     }
   }
 }
 
-// --- The product ---
+// --- Many rows ---
 
 // Segments [first, last) of a tile for kRows rows: totals [kRows, 16 kVectors] += the sums of each times its
 // clips.
@@ -214,7 +232,7 @@ inline void add_block(const ProductArgs& args, const Segment* first, const Segme
         scaled[r][v] = muladd(Product::sum_in_float(sums[r][v]), load(scales + 16 * v), scaled[r][v]);
       }
     }
-    if (segment + 1 < last && segment[1].activation_group == segment->activation_group) continue;
+    if (!segment->last_of_group) continue;
     const float* clips = args.scales + row * args.activation_groups + segment->activation_group;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
@@ -248,11 +266,13 @@ inline void multiply_panel(const ProductArgs& args, const Product& product, int6
   const int64_t outputs = smaller(args.n - first, kWidth);
   __builtin_memset(scratch.totals, 0, static_cast<size_t>((row_end - row_begin) * kWidth) * sizeof(float));
   const Segment* const end = args.segments + args.segment_count;
+  const uint8_t* lanes = lanes_of(args, first / 16, kVectors, 1, scratch.lanes);
   for (const Segment *segment = args.segments, *next = segment; segment < end; segment = next) {
     auto* tile = static_cast<Element*>(scratch.tile);
     int32_t* starts = scratch.starts;
-    for (; next < end && next->offset + next->padded() - segment->offset <= Product::kTileMembers; next++) {
-      decode_segment<Product, kVectors>(args, product, *next, first, tile);
+    for (bool whole = false; !whole; next++) {
+      whole = next->last_of_tile;
+      decode_segment<Product, kVectors>(args, product, *next, lanes, tile);
       if constexpr (Product::kIntegers) {
         I32 sums[kVectors];
         for (I32& sum : sums) sum = zeros(sum);

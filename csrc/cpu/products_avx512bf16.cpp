@@ -7,6 +7,6 @@
 namespace la_aciq::cpu {
 
 extern const Product kAvx512Bf16Product;
-const Product kAvx512Bf16Product = product<BFloat16Product, BFloat16Matvec>(arrange_bfloat16, pack_bfloat16);
+const Product kAvx512Bf16Product = product<BFloat16Product>(pack_bfloat16);
 
 }  // namespace la_aciq::cpu

@@ -38,8 +38,7 @@ _CODEBOOKS: tuple[str, ...] = get_args(Codebook)
 _STATISTICS: tuple[str, ...] = get_args(Statistic)
 _ACTIVATION_CLIPS: tuple[str, ...] = get_args(ActivationClip)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Up to so many rows CPU `linear` computes each as it would alone, to the last bit; more go over tiles, which add up in
-# another order.
+# Up to so many rows `linear` computes each as it would alone, to the last bit (on the CPU, any number).
 FEW_ROWS = 4
 _FEW_IDS = 64  # up to here Python finds the extremes before torch.aminmax has started
 _CLIP_RANGE = (2.0**-149, torch.finfo(torch.float32).max)  # of a clip that stays finite and positive in float32
@@ -235,8 +234,8 @@ def linear(
 ) -> Tensor:
     """x times INT4 weights: [..., N] in the dtype of x.
 
-    Few rows (up to 4 on the CPU) go through another kernel than many, so that a row's result may differ in its last
-    bits with the number of rows beside it.
+    On the CPU a row's result is the same to the last bit whatever the rows beside it; on a GPU few rows go through
+    another kernel than many, and the last bits may differ.
 
     x: float32, bfloat16 or float16 [..., K].
     weight: codes uint8 [N, ceil(K / 2)] of group_size along K, or on the CPU the same codes as `repack_weight` arranges

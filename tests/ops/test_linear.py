@@ -1,5 +1,7 @@
 """INT4 linear layers: codes are multiplied as integers, exactly, and what is left to floats is as good as PyTorch's."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -160,29 +162,27 @@ def test_groups_without_a_clip_are_zero(isa, bits, rows, layout, generator):
     assert (y[:, 4] != 0).all()
 
 
-@pytest.mark.parametrize("rows", [1, 5, 30, 400])
-def test_threads_and_neighbours_change_nothing(isa, rows, generator):
-    x = torch.randn(rows, 1024, generator=generator)
-    weight = torch.randint(0, 256, (333, 512), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(333, 16, generator=generator)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [1024, 333])
+def test_threads_and_neighbours_change_nothing(isa, layout, k, generator):
+    """To the last bit, whichever kernel takes so many rows."""
+    x = torch.randn(230, k, generator=generator)
+    weight = torch.randint(0, 256, (333, (k + 1) // 2), generator=generator, dtype=torch.uint8)
+    own, scale = in_layout(layout, weight), torch.rand(333, groups_of(k, 24), generator=generator)
     before = torch.get_num_threads()
     for dtype, options in (
         (torch.float32, {}),
         (torch.bfloat16, {}),
-        (torch.float32, {"activation_bits": 8, "clip": 3.0}),
+        (torch.float32, {"activation_bits": 8, "clip": 3.0, "activation_group_size": 64}),
     ):
-        x, results = x.to(dtype), []
+        rows, options = x.to(dtype), {"group_size": 24, **options}
+        expected = la_aciq.linear(rows, weight, scale, **options)
         try:
-            for threads in (1, 2, 3):
+            for threads, count in itertools.product((1, 2, 3), (1, 2, 3, 4, 5, 7, 16, 230)):
                 torch.set_num_threads(threads)
-                results.append(la_aciq.linear(x, weight, scale, group_size=64, **options))
+                assert torch.equal(la_aciq.linear(rows[:count], own, scale, **options), expected[:count])
         finally:
             torch.set_num_threads(before)
-        assert torch.equal(results[0], results[1])
-        assert torch.equal(results[0], results[2])
-        if rows > 30:  # as many rows as go through the same kernel; few rows: test_ops.py
-            part = slice(0, 30)
-            assert torch.equal(la_aciq.linear(x[part], weight, scale, group_size=64, **options), results[0][part])
 
 
 @given(n=st.integers(0, 70), k=st.integers(1, 90), seed=st.integers(0, 2**32 - 1))

@@ -630,9 +630,16 @@ void check_product(Random& random) {
                            : x.get(i);
   }
 
-  // A few rows have a kernel of their own, where every 8 members from a multiple of 8 on are in one group.
-  const bool few = rows <= 9 && (groups == 1 || size % 8 == 0) &&
-                   (shape.groups == 1 || shape.group_size % 8 == 0) && random.once_in(2);
+  // Weights are repacked only where every 8 members from a multiple of 8 on are in one group.
+  const bool repacked =
+      (groups == 1 || size % 8 == 0) && (shape.groups == 1 || shape.group_size % 8 == 0) && random.once_in(2);
+  const bool few = rows <= 20 && random.once_in(2);
+  const int64_t panels = (n + 15) / 16, eights = (k + 7) / 8;
+  Array<uint8_t> lanes(random, repacked ? panels * eights * 64 : 0);
+  for (int64_t i = 0; i < lanes.bytes(); i++) {
+    const int64_t output = i / (eights * 64) * 16 + i % 64 / 4, byte = i / 64 % eights * 4 + i % 4;
+    lanes[i] = output < n && byte < shape.row_bytes() ? weight[output * shape.row_bytes() + byte] : 0;
+  }
   const int levels = 1 << bits, zero = activation_codebook == Codebook::kMidrise ? levels - 1 : levels;
   const void* input = codes ? static_cast<void*>(bytes.data()) : x.data();
   const DType input_dtype = codes ? DType::kFloat32 : x.dtype;
@@ -642,85 +649,63 @@ void check_product(Random& random) {
                              : x.dtype == DType::kBFloat16 ? kernels->bfloat16_product
                                                            : kernels->float_product;
     Elements out(random, dtype, rows * n);
-    if (few) {
-      const int64_t width = (k + kMatvecChunk - 1) / kMatvecChunk * kMatvecChunk, eights = width / 8;
-      Memory arranged(random, (rows + codes) * width, product.element_size);
-      product.arrange({input, input_dtype, rows, k, width, arranged.data()}, 0, rows + codes);
-      Array<int32_t> lane_groups(random, eights);
-      Array<float> lane_scales(random, codes ? rows * eights : 0);
-      for (int64_t i = 0; i < eights; i++) {
-        lane_groups[i] = static_cast<int32_t>(std::min(8 * i / shape.group_size, shape.groups - 1));
-        for (int64_t row = 0; codes && row < rows; row++) {
-          lane_scales[row * eights + i] = scales[row * groups + std::min(8 * i / size, groups - 1)];
-        }
+    const std::vector<Segment> segments = segments_of(k, size, shape.group_size, product.tile_members);
+    const int64_t width = segments.back().offset + segments.back().padded(), packed_rows = rows + codes;
+    Memory packed(random, packed_rows * width, product.element_size);
+    const PackArgs pack{
+        .x = input,
+        .dtype = input_dtype,
+        .rows = rows,
+        .k = k,
+        .segments = segments.data(),
+        .segment_count = static_cast<int64_t>(segments.size()),
+        .packed_rows = packed_rows,
+        .out = packed.data(),
+    };
+    product.pack(pack, 0, packed_rows);
+    const int64_t blocks = random.between(1, 3), block_rows = (rows + blocks - 1) / blocks;
+    ProductArgs args{
+        .x = packed.data(),
+        .rows = rows,
+        .k = k,
+        .n = n,
+        .segments = segments.data(),
+        .segment_count = static_cast<int64_t>(segments.size()),
+        .packed_rows = packed_rows,
+        .width = width,
+        .scales = codes ? scales.data() : nullptr,
+        .activation_groups = groups,
+        .zero = zero,
+        .weight = repacked ? lanes.data() : weight.data(),
+        .repacked = repacked,
+        .clips = clips.data(),
+        .weight_groups = shape.groups,
+        .steps = codes ? levels - 1 : 1,
+        .bias = with_bias ? bias.data() : nullptr,
+        .codebook = codebook,
+        .out = out.data(),
+        .dtype = dtype,
+        .row_blocks = (rows + block_rows - 1) / block_rows,
+        .block_rows = block_rows,
+    };
+    const int64_t tasks = (n + product.panel - 1) / product.panel * args.row_blocks;
+    for (int64_t task = 0; task < tasks; task++) {
+      Array<uint8_t> scratch(random, repacked ? 0 : product.panel / 16 * width * 8);
+      Memory tile(random, product.tile_members * product.panel, product.element_size);
+      Array<int32_t> starts(random, product.tile_members / 8 * product.panel);
+      Array<float> factors(random, shape.groups * product.panel), totals(random, block_rows * product.panel);
+      product.multiply(args, task, task + 1,
+                       {scratch.data(), tile.data(), starts.data(), factors.data(), totals.data()});
+    }
+    if (few) {  // the same to the last bit
+      Elements out_of_few(random, dtype, rows * n);
+      args.out = out_of_few.data();
+      const int64_t middle = random.between(0, panels);
+      for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, panels}}) {
+        Array<uint8_t> scratch(random, repacked ? 0 : std::min(end - begin, kFewPanels) * width * 8);
+        product.multiply_few(args, begin, end, scratch.data());
       }
-      const MatvecArgs args{
-          .x = arranged.data(),
-          .rows = rows,
-          .k = k,
-          .n = n,
-          .width = width,
-          .scales = codes ? lane_scales.data() : nullptr,
-          .zero = zero,
-          .weight = weight.data(),
-          .clips = clips.data(),
-          .weight_groups = shape.groups,
-          .lane_groups = lane_groups.data(),
-          .steps = codes ? levels - 1 : 1,
-          .bias = with_bias ? bias.data() : nullptr,
-          .codebook = codebook,
-          .out = out.data(),
-          .dtype = dtype,
-      };
-      const int64_t middle = random.between(0, n);
-      product.matvec(args, 0, middle);
-      product.matvec(args, middle, n);
-    } else {
-      const std::vector<Segment> segments = segments_of(k, size, shape.group_size, product.tile_members);
-      const int64_t width = segments.back().offset + segments.back().padded(), packed_rows = rows + codes;
-      Memory packed(random, packed_rows * width, product.element_size);
-      const PackArgs pack{
-          .x = input,
-          .dtype = input_dtype,
-          .rows = rows,
-          .k = k,
-          .segments = segments.data(),
-          .segment_count = static_cast<int64_t>(segments.size()),
-          .packed_rows = packed_rows,
-          .out = packed.data(),
-      };
-      product.pack(pack, 0, packed_rows);
-      const int64_t blocks = random.between(1, 3), block_rows = (rows + blocks - 1) / blocks;
-      const ProductArgs args{
-          .x = packed.data(),
-          .rows = rows,
-          .k = k,
-          .n = n,
-          .segments = segments.data(),
-          .segment_count = static_cast<int64_t>(segments.size()),
-          .packed_rows = packed_rows,
-          .scales = codes ? scales.data() : nullptr,
-          .activation_groups = groups,
-          .zero = zero,
-          .weight = weight.data(),
-          .clips = clips.data(),
-          .weight_groups = shape.groups,
-          .steps = codes ? levels - 1 : 1,
-          .bias = with_bias ? bias.data() : nullptr,
-          .codebook = codebook,
-          .out = out.data(),
-          .dtype = dtype,
-          .row_blocks = (rows + block_rows - 1) / block_rows,
-          .block_rows = block_rows,
-      };
-      const int64_t tasks = (n + product.panel - 1) / product.panel * args.row_blocks;
-      for (int64_t task = 0; task < tasks; task++) {
-        Memory tile(random, product.tile_members * product.panel, product.element_size);
-        Array<int32_t> starts(random, product.tile_members / 8 * product.panel);
-        Array<float> factors(random, shape.groups * product.panel),
-            totals(random, block_rows * product.panel);
-        product.multiply(args, task, task + 1, {tile.data(), starts.data(), factors.data(), totals.data()});
-      }
+      if (!(out_of_few == out)) fail(kernels->isa, "product, a few rows: other bits than many");
     }
     for (int64_t row = 0; row < rows; row++) {
       for (int64_t output = 0; output < n; output++) {
@@ -732,9 +717,8 @@ void check_product(Random& random) {
         }
         const double got = out.get(row * n + output);
         if (!(fabs(got - expected) <= 1e-6 * magnitude + out.epsilon() * fabs(expected) + out.smallest())) {
-          fail(kernels->isa, std::string(codes ? "integer" : "float") +
-                                 (few ? " product of a few rows, " : " product, ") +
-                                 at(row, output, got, expected));
+          fail(kernels->isa,
+               std::string(codes ? "integer" : "float") + " product, " + at(row, output, got, expected));
         }
       }
     }
