@@ -41,6 +41,21 @@ inline __attribute__((always_inline)) void for_each_vector(const T* p, int64_t n
   if (i < n) body(i, load_partial(p + i, n - i), static_cast<int>(n - i));
 }
 
+// As from memory, where that takes fewer instructions than taking a vector apart.
+template <class T>
+inline void load_wide(const T* p, F64& low8, F64& high8) {
+  const F32 v = load(p);
+  low8 = low(v);
+  high8 = high(v);
+}
+
+// 32 elements in any order.
+template <class T>
+inline void load_unordered(const T* p, F32& first16, F32& next16) {
+  first16 = load(p);
+  next16 = load(p + 16);
+}
+
 inline float sum(F32 x) {
   float lane[16];
   store(lane, x);

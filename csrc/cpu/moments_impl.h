@@ -28,29 +28,38 @@ inline F32 narrowed(const double* x, int n) {
 }
 
 // Sums of (x - center)^p. Where elements do not fill the last vector, center does: it adds nothing.
+template <bool kAboutZero>
 struct PowerSums {
   F64 s1 = f64(0), s2 = f64(0), s3 = f64(0), s4 = f64(0);
 
   inline __attribute__((always_inline)) void add_elements(F64 x, F64 center) {
-    const F64 d = sub(x, center), d2 = mul(d, d);
+    const F64 d = kAboutZero ? x : sub(x, center), d2 = mul(d, d);
     s1 = add(s1, d);
-    s2 = add(s2, d2);
+    s2 = muladd(d, d, s2);
     s3 = muladd(d2, d, s3);
     s4 = muladd(d2, d2, s4);
+  }
+  void merge(const PowerSums& other) {
+    s1 = add(s1, other.s1);
+    s2 = add(s2, other.s2);
+    s3 = add(s3, other.s3);
+    s4 = add(s4, other.s4);
   }
 };
 
 constexpr auto no_histogram = [](const F32&, int) {};
 
 // One pass over n >= 1 elements, n <= kMomentsBlock, that also calls histogram(16 elements in float32, number
-// of them that count). center lies between them (equality allowed) and is a float32, or a float64 where the
-// elements are.
-template <class T, class Histogram>
+// of them that count). center is 0 (kAboutZero, which saves subtracting it), or a float32 or, where the
+// elements are, a float64. centered_again, where it is given, tells that the elements lie so far from center
+// that it had to be done over about their mean.
+template <bool kAboutZero, class T, class Histogram>
 MomentState block_moments(const T* x, int64_t n, double center, Histogram&& histogram,
-                          bool may_center_again = true) {
+                          bool* centered_again = nullptr) {
   const F64 shift = f64(center);
-  PowerSums even, odd;
-  double smallest = center, largest_value = center;
+  PowerSums<kAboutZero> sums[kPowerSums];
+  const double first_element = element(x);
+  double smallest = first_element, largest_value = first_element;
   const auto widen_range = [&](auto low_end, auto high_end, auto* lane, int lanes) {
     store(lane, low_end);
     for (int i = 0; i < lanes; i++) smallest = lane[i] < smallest ? lane[i] : smallest;
@@ -58,43 +67,75 @@ MomentState block_moments(const T* x, int64_t n, double center, Histogram&& hist
     for (int i = 0; i < lanes; i++) largest_value = lane[i] > largest_value ? lane[i] : largest_value;
   };
   if constexpr (sizeof(T) == sizeof(double)) {
-    F64 low_end = shift, high_end = shift;
+    F64 low_end = f64(first_element), high_end = low_end;
     double lane[8];
     for (int64_t i = 0; i < n; i += 16) {
       const int size = static_cast<int>(smaller(16, n - i));
       histogram(narrowed(x + i, size), size);
     }
-    for (int64_t i = 0; i < n; i += 8) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
       prefetch(x + i);
-      const bool whole = i + 8 <= n;
-      for (int j = 0; j < 8 && !whole; j++) lane[j] = i + j < n ? x[i + j] : center;
-      const F64 v = load(whole ? x + i : lane);
-      (i / 8 % 2 ? odd : even).add_elements(v, shift);
+      const F64 v = load(x + i);
+      sums[i / 8 % 2].add_elements(v, shift);
       low_end = min(low_end, v);
       high_end = max(high_end, v);
     }
+    if (i < n) {
+      for (int j = 0; j < 8; j++) lane[j] = i + j < n ? x[i + j] : center;
+      sums[0].add_elements(load(lane), shift);
+      for (int j = 0; j < 8; j++) lane[j] = i + j < n ? x[i + j] : first_element;
+      low_end = min(low_end, load(lane));
+      high_end = max(high_end, load(lane));
+    }
     widen_range(low_end, high_end, lane, 8);
   } else {
-    const F32 fill = f32(static_cast<float>(center));
+    const F32 fill = f32(static_cast<float>(first_element));
     F32 low_end = fill, high_end = fill;
     float lane[16];
-    for_each_vector(x, n, [&](int64_t i, F32 v, int size) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      F32 first16, next16;
+      F64 part[4];
+      load_unordered(x + i, first16, next16);
+      if constexpr (sizeof(T) == sizeof(float)) {
+        prefetch(x + i + 16);
+        load_wide(x + i, part[0], part[1]);
+        load_wide(x + i + 16, part[2], part[3]);
+      } else {
+        part[0] = low(first16), part[1] = high(first16), part[2] = low(next16), part[3] = high(next16);
+      }
       prefetch(x + i);
+      histogram(first16, 16);
+      histogram(next16, 16);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) sums[j % kPowerSums].add_elements(part[j], shift);
+      low_end = min(low_end, min(first16, next16));
+      high_end = max(high_end, max(first16, next16));
+    }
+    for (; i < n; i += 16) {
+      const int size = static_cast<int>(smaller(16, n - i));
+      F32 v = size == 16 ? load(x + i) : load_partial(x + i, size), in_range = v;
       histogram(v, size);
       if (size < 16) {
+        store(lane, f32(static_cast<float>(center)));
+        store_partial(lane, v, size);
+        const F32 filled = load(lane);
         store(lane, fill);
         store_partial(lane, v, size);
-        v = load(lane);
+        in_range = load(lane);
+        v = filled;
       }
-      even.add_elements(low(v), shift);
-      odd.add_elements(high(v), shift);
-      low_end = min(low_end, v);
-      high_end = max(high_end, v);
-    });
+      sums[0].add_elements(low(v), shift);
+      sums[1].add_elements(high(v), shift);
+      low_end = min(low_end, in_range);
+      high_end = max(high_end, in_range);
+    }
     widen_range(low_end, high_end, lane, 16);
   }
+  for (int i = 1; i < kPowerSums; i++) sums[0].merge(sums[i]);
 
-  const double s1 = sum(add(even.s1, odd.s1)), s2 = sum(add(even.s2, odd.s2));
+  const double s1 = sum(sums[0].s1), s2 = sum(sums[0].s2);
   if (!is_finite(s1)) {
     // NaN or infinities: leave them out. (Huge float64 values may overflow a sum: then nothing is left out,
     // and the moments are not finite.)
@@ -106,22 +147,22 @@ MomentState block_moments(const T* x, int64_t n, double center, Histogram&& hist
     }
     if (count < n) {
       MomentState state =
-          count > 0 ? block_moments(kept, count, element(kept), no_histogram) : empty_moments();
+          count > 0 ? block_moments<false>(kept, count, element(kept), no_histogram) : empty_moments();
       state.nonfinite = static_cast<double>(n - count);
       return state;
     }
   }
-  // An element far from all others is a bad center: the powers about the mean would be small differences of
+  // A center far from all elements is a bad one: the powers about the mean would be small differences of
   // large sums. Four standard deviations cost two of sixteen digits.
-  if (may_center_again && s1 * s1 > 0.9375 * static_cast<double>(n) * s2) {
+  if (centered_again && s1 * s1 > 0.9375 * static_cast<double>(n) * s2) {
+    *centered_again = true;
     const double mean = center + s1 / static_cast<double>(n);
     const double bounded = mean < smallest ? smallest : mean > largest_value ? largest_value : mean;
-    return block_moments(x, n, sizeof(T) == sizeof(double) ? bounded : static_cast<float>(bounded),
-                         no_histogram,
-                         /*may_center_again=*/false);
+    return block_moments<false>(x, n, sizeof(T) == sizeof(double) ? bounded : static_cast<float>(bounded),
+                                no_histogram);
   }
-  return moments_about(center, static_cast<double>(n), s1, s2, sum(add(even.s3, odd.s3)),
-                       sum(add(even.s4, odd.s4)), smallest, largest_value);
+  return moments_about(center, static_cast<double>(n), s1, s2, sum(sums[0].s3), sum(sums[0].s4), smallest,
+                       largest_value);
 }
 
 // histogram_bin of common/moments.h for vectors: the bits of |x| at the start of the first bin and of the
@@ -202,25 +243,29 @@ struct DirectCounter {
 template <class T>
 void moments_of(const T* x, const Languages& languages, int64_t begin, int64_t end, MomentState* states,
                 HistogramLanes* lanes, int64_t* histograms) {
+  bool far_from_zero = false;  // what elements are like that lie together
   for (int64_t i = begin; i < end;) {
     const int32_t row = language_of(languages, i);
     int64_t* const histogram = histograms ? histograms + 2 * kHistogramBins * row : nullptr;
     const int64_t span_end = languages.ids ? smaller(end, (i / languages.span + 1) * languages.span) : end;
     while (i < span_end) {
       const int64_t n = smaller(kMomentsBlock, span_end - i);
-      const double first = element(x + i);
+      const auto of_block = [&](auto&& count) {
+        return far_from_zero ? block_moments<false>(x + i, n, element(x + i), count, &far_from_zero)
+                             : block_moments<true>(x + i, n, 0, count, &far_from_zero);
+      };
       MomentState state;
       if (histogram == nullptr) {
-        state = block_moments(x + i, n, first, no_histogram);
+        state = of_block(no_histogram);
       } else if (lanes == nullptr) {
-        state = block_moments(x + i, n, first, DirectCounter{histogram});
+        state = of_block(DirectCounter{histogram});
       } else {
         // Every lane counts at most its share of this number.
         const int64_t whole_vectors = (n + 15) / 16 * 16;
         if (lanes[row].counted + whole_vectors > kMaxCounted) unpack_histogram(lanes[row], histogram);
         lanes[row].counted += whole_vectors;
         LaneCounter counter(lanes[row]);
-        state = block_moments(x + i, n, first, counter);
+        state = of_block(counter);
         counter.finish();
       }
       if (histogram) histogram[2 * (kHistogramBins - 1)] -= static_cast<int64_t>(state.nonfinite);

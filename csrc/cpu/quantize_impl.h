@@ -24,15 +24,39 @@ inline double finite_squares(const T* x, int64_t n, int64_t& count_finite) {
   return sum(squares);
 }
 
+// The square of a float32 is exact in float64, so a fused multiply-add rounds as two operations do.
 template <class T>
 inline double squares(const T* x, int64_t n) {
-  F64 total = f64(0);
-  for_each_vector(x, n, [&](int64_t i, F32 v, int) {
+  constexpr int kChains = 4;  // of additions, which wait for each other
+  F64 low_sums[kChains], high_sums[kChains], first, second;
+  low_sums[0] = high_sums[0] = f64(0);
+  int64_t i = 0;
+  if (n >= 4 * 16 * kChains) {
+    for (int chain = 1; chain < kChains; chain++) low_sums[chain] = high_sums[chain] = f64(0);
+    for (; i + 16 * kChains <= n; i += 16 * kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; chain++) {
+        prefetch(x + i + 16 * chain);
+        load_wide(x + i + 16 * chain, first, second);
+        low_sums[chain] = muladd(first, first, low_sums[chain]);
+        high_sums[chain] = muladd(second, second, high_sums[chain]);
+      }
+    }
+    low_sums[0] = add(add(low_sums[0], low_sums[1]), add(low_sums[2], low_sums[3]));
+    high_sums[0] = add(add(high_sums[0], high_sums[1]), add(high_sums[2], high_sums[3]));
+  }
+  for (; i + 16 <= n; i += 16) {
     prefetch(x + i);
-    const F64 first = low(v), second = high(v);
-    total = add(total, add(mul(first, first), mul(second, second)));
-  });
-  return sum(total);
+    load_wide(x + i, first, second);
+    low_sums[0] = muladd(first, first, low_sums[0]);
+    high_sums[0] = muladd(second, second, high_sums[0]);
+  }
+  if (i < n) {
+    const F32 v = load_partial(x + i, n - i);
+    low_sums[0] = muladd(low(v), low(v), low_sums[0]);
+    high_sums[0] = muladd(high(v), high(v), high_sums[0]);
+  }
+  return sum(add(low_sums[0], high_sums[0]));
 }
 
 // Largest finite |x|.

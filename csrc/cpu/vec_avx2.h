@@ -112,6 +112,10 @@ inline F64 widen(__m256 x) {
 }
 inline F64 low(F32 x) { return widen(x.a); }
 inline F64 high(F32 x) { return widen(x.b); }
+inline void load_wide(const float* p, F64& low8, F64& high8) {
+  low8 = {_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
+  high8 = {_mm256_cvtps_pd(_mm_loadu_ps(p + 8)), _mm256_cvtps_pd(_mm_loadu_ps(p + 12))};
+}
 inline F64 add(F64 x, F64 y) { return {_mm256_add_pd(x.a, y.a), _mm256_add_pd(x.b, y.b)}; }
 inline F64 sub(F64 x, F64 y) { return {_mm256_sub_pd(x.a, y.a), _mm256_sub_pd(x.b, y.b)}; }
 inline F64 mul(F64 x, F64 y) { return {_mm256_mul_pd(x.a, y.a), _mm256_mul_pd(x.b, y.b)}; }
@@ -186,6 +190,7 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
 }
 
 constexpr int kHadamardRadix = 4;
+constexpr int kPowerSums = 2;
 
 template <int kHalf>
 inline __m256 butterfly8(__m256 x) {

@@ -22,6 +22,11 @@ inline F32 load(const BFloat16* p) {
 inline F32 load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline void load_unordered(const BFloat16* p, F32& first16, F32& next16) {
+  const I32 bits = _mm512_loadu_si512(p);
+  first16 = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  next16 = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
 inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
 inline void store(BFloat16* p, F32 x) {
   const I32 bits = _mm512_castps_si512(x);
@@ -69,6 +74,10 @@ inline F64 load(const double* p) { return _mm512_loadu_pd(p); }
 inline void store(double* p, F64 x) { _mm512_storeu_pd(p, x); }
 inline F64 low(F32 a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a)); }
 inline F64 high(F32 a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)); }
+inline void load_wide(const float* p, F64& low8, F64& high8) {
+  low8 = _mm512_cvtps_pd(_mm256_loadu_ps(p));
+  high8 = _mm512_cvtps_pd(_mm256_loadu_ps(p + 8));
+}
 inline F64 add(F64 a, F64 b) { return _mm512_add_pd(a, b); }
 inline F64 sub(F64 a, F64 b) { return _mm512_sub_pd(a, b); }
 inline F64 mul(F64 a, F64 b) { return _mm512_mul_pd(a, b); }
@@ -122,6 +131,7 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
 }
 
 constexpr int kHadamardRadix = 16;
+constexpr int kPowerSums = 4;
 
 template <int kHalf>
 inline F32 butterfly(F32 a) {

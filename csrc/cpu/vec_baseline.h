@@ -180,6 +180,10 @@ inline F64 high(const F32& x) {  // lanes 8 to 15
   return lanes<F64>([&](int i) { return static_cast<double>(x.lane[i + 8]); });
 }
 
+inline void load_wide(const float* p, F64& low8, F64& high8) {  // 16 elements
+  low8 = low(load(p));
+  high8 = high(load(p));
+}
 inline double sum(const F64& x) {
   const double* lane = x.lane;
   return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
@@ -233,6 +237,7 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
 }
 
 constexpr int kHadamardRadix = 4;  // vectors of a pass over a block, as many as registers hold
+constexpr int kPowerSums = 2;      // sets of sums of powers, as many as registers hold
 
 // One stage of the Hadamard transform within the vector: lanes i and i + kHalf become their sum and
 // difference.
