@@ -184,7 +184,7 @@ __device__ __forceinline__ float scale_to_one(float largest) {
 
 // rms or absmax of the finite elements of a group of `elements`, of which this thread holds the first `used`
 // in v. reduce(value, combine) combines over the threads of the group; any(flag) says whether a thread taking
-// part in the same reductions raises the flag.
+// part in the same reductions raises the flag, threads without elements aside.
 template <int kCount, class Reduce, class Any>
 __device__ __forceinline__ float measure(const float (&v)[kCount], int used, Clip clip, int64_t elements,
                                          Reduce reduce, Any any) {
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
             return reduce_team(value, lanes, combine, scratch);
           };
           const auto any = [&](bool flag) {
-            return blockDim.x == kWarp ? __any_sync(kFullWarp, flag) : flag;
+            return blockDim.x == kWarp ? __any_sync(kFullWarp, exists && flag) : flag;
           };
           row_clip *= measure(flat, used, args.clip, args.x.k, reduce, any);
           if (exists && first == 0) scales[0] = row_clip;
@@ -440,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
               const auto reduce = [&](auto value, auto combine) {
                 return reduce_lanes(value, width, combine);
               };
-              const auto any = [&](bool flag) { return __any_sync(kFullWarp, flag); };
+              const auto any = [&](bool flag) { return __any_sync(kFullWarp, left > 0 && flag); };
               clip *= measure(v[m], left < 8 ? left : 8, args.clip,
                               rest < args.clips.size ? rest : args.clips.size, reduce, any);
               if (exists && in_row && element % args.clips.size == 0) scales[group] = clip;
