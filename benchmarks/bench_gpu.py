@@ -1,15 +1,17 @@
 """The operations on a CUDA device beside its copy bandwidth: compiled kernels, Triton, PyTorch, and peers.
 
-    python -m benchmarks.bench_gpu [--seconds 140] [--logs FOLDER]     writes results/<device>.json
+    python -m benchmarks.bench_gpu [--seconds 100] [--logs FOLDER]     writes results/<device>.json
 
-Per case every implementation gets the same tensors, and its output is compared with the first one's before it is timed;
-peers, whose codebooks are their own, loosely. The first is ours, which the tests compare with the reference. A call is
-timed by events, after warming up, with the L2 cache overwritten before it; what can be captured is replayed as a CUDA
-graph, so that the device is timed and not the host. Medians with quartiles. Peers run where their packages are
-installed. When time is up, the groups of cases left out are counted in the result.
+choose_backends makes the table of backends from that file. Per case every implementation gets the same tensors, and its
+output is compared with the first one's before it is timed; peers, whose codebooks are their own, loosely. The first is
+ours, which the tests compare with the reference. A call is timed by events, after warming up, with the L2 cache
+overwritten before it; what can be captured is replayed as a CUDA graph, so that the device is timed and not the host.
+Medians with quartiles. A copy of the input stands beside each size. Peers run where their packages are installed. When
+time is up, the groups of cases left out are counted in the result.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 import la_aciq
-from la_aciq.backends import why_unavailable
+from la_aciq.backends import ROUNDED, why_unavailable
 from la_aciq.bench import in_file_names, versions
 from la_aciq.ops import moments_state
 
@@ -66,13 +68,24 @@ class Timer:
 
 
 class Case:
-    """One operation on one shape: implementations by name, the bytes a perfect one moves, and how outputs compare."""
+    """One operation on one shape: implementations by name, the bytes a perfect one moves, how outputs compare, and
+    which entry of the table of backends its times decide about."""
 
-    def __init__(self, operation: str, shape: str, nbytes: int, compare: Callable[[object, object], None]) -> None:
+    def __init__(
+        self,
+        operation: str,
+        rows: int,
+        shape: str,
+        nbytes: int,
+        compare: Callable[[object, object], None],
+        entry: str | None = None,
+    ) -> None:
         self.operation = operation
+        self.rows = rows
         self.shape = shape
         self.nbytes = nbytes
         self.compare = compare
+        self.entry = entry
         self.implementations: dict[str, Callable[[], object]] = {}
 
     def add_ours(self, function: Callable[[], object]) -> None:
@@ -178,41 +191,55 @@ def elementwise_cases(rows: int, k: int, dtype: torch.dtype, composed: bool = Fa
     name = f"{rows} x {k} {str(dtype).removeprefix('torch.')}"
     code_bytes, scale_bytes = x.numel() // 2, 4 * x.numel() // GROUP
 
-    case = Case("quantize", name, x.nbytes + code_bytes, few_codes_differ)
+    target = torch.empty_like(x)
+    case = Case("device copy", rows, name, 2 * x.nbytes, close(0.0))
+    case.implementations["PyTorch"] = lambda: target.copy_(x)
+    yield case
+
+    case = Case("quantize", rows, name, x.nbytes + code_bytes, few_codes_differ, "quantize")
     case.add_ours(lambda: la_aciq.quantize(x, alpha, ids, group_size=GROUP))
     if composed:
         case.add_compiled(torch_quantize, x, alpha, ids)
     yield case
 
-    case = Case("quantize with tail sums", name, x.nbytes + code_bytes, few_codes_differ)
+    case = Case("quantize with tail sums", rows, name, x.nbytes + code_bytes, few_codes_differ, "quantize")
     case.add_ours(lambda: la_aciq.quantize(x, alpha, ids, group_size=GROUP, tail_sums=True))
     yield case
 
-    case = Case("quantize_dynamic", name, x.nbytes + code_bytes + scale_bytes, few_codes_differ)
+    case = Case(
+        "quantize_dynamic", rows, name, x.nbytes + code_bytes + scale_bytes, few_codes_differ, "quantize_dynamic"
+    )
     case.add_ours(lambda: la_aciq.quantize_dynamic(x, 2.5, group_size=GROUP))
     if composed:
         case.add_compiled(torch_quantize_dynamic, x)
     yield case
 
-    case = Case("quantize_dynamic rotated", name, x.nbytes + code_bytes + scale_bytes, few_codes_differ)
+    case = Case(
+        "quantize_dynamic rotated",
+        rows,
+        name,
+        x.nbytes + code_bytes + scale_bytes,
+        few_codes_differ,
+        "quantize_dynamic",
+    )
     case.add_ours(lambda: la_aciq.quantize_dynamic(x, 2.5, group_size=GROUP, signs=signs))
     if composed:
         case.add_compiled(lambda v, s: torch_quantize_dynamic(torch_rotate(v.float(), s)), x, signs)
     yield case
 
-    case = Case("rotate", name, 2 * x.nbytes, close(2e-2))
+    case = Case("rotate", rows, name, 2 * x.nbytes, close(2e-2), "rotate")
     case.add_ours(lambda: la_aciq.rotate(x, signs))
     if composed:
         case.add_compiled(torch_rotate, x, signs)
     yield case
 
-    case = Case("dequantize", name, code_bytes + 2 * x.numel(), close(1e-2))
+    case = Case("dequantize", rows, name, code_bytes + 2 * x.numel(), close(1e-2), "dequantize")
     case.add_ours(lambda: la_aciq.dequantize(codes, alpha, ids, k=k, group_size=GROUP, dtype=torch.bfloat16))
     if composed:
         case.add_compiled(torch_dequantize, codes, alpha, ids)
     yield case
 
-    case = Case("moments", name, x.nbytes, same_kurtosis)
+    case = Case("moments", rows, name, x.nbytes, same_kurtosis, "moments")
     case.add_ours(lambda: moments_state(x, ids, LANGUAGES))
     if composed:
         case.add_compiled(torch_moments, x)  # of all languages together
@@ -224,18 +251,19 @@ def linear_cases(rows: int, n: int, k: int) -> Iterator[Case]:
     codes, scales = la_aciq.quantize_dynamic(weight, 2.5, group_size=GROUP)
     dense = la_aciq.dequantize(codes, scales=scales, k=k, group_size=GROUP, dtype=torch.bfloat16)
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-    case = Case("linear", f"{rows} x {k}, {n} outputs", codes.nbytes + scales.nbytes + 2 * rows * (n + k), close(2e-2))
+    shape, nbytes = f"{rows} x {k}, {n} outputs", codes.nbytes + scales.nbytes + 2 * rows * (n + k)
+    case = Case("linear", rows, shape, nbytes, close(2e-2), "linear")
     case.add_ours(lambda: la_aciq.linear(x, codes, scales, group_size=GROUP))
     case.implementations["cuBLAS bfloat16"] = lambda: torch.nn.functional.linear(x, dense)
     for name, make in LINEAR_PEERS.items():
-        with suppress(Exception):  # not installed, or not for this device
-            case.implementations[name] = make(dense, x)
+        if importlib.util.find_spec(name):
+            case.implementations[name] = Peer(partial(make, dense, x))
     yield case
 
-    if rows >= 16:
+    if rows == 1 or rows >= 16:
         table = torch.full((1, k // GROUP), 2.5, device="cuda")
         # Beside cuBLAS as above on the same shape: there the activations keep their 16 bits.
-        case = Case("linear, INT4 activations", case.shape, case.nbytes, close(5e-2))
+        case = Case("linear, INT4 activations", rows, shape, nbytes, close(5e-2), ROUNDED)
         case.add_ours(
             lambda: la_aciq.linear(
                 x,
@@ -269,7 +297,7 @@ def layer_case(rows: int) -> Iterator[Case]:
         return linear(torch.nn.functional.silu(linear(x, "gate")) * linear(x, "up"), "down")
 
     nbytes = sum(codes.nbytes + scales.nbytes for codes, scales, _ in weights.values())
-    case = Case("gated MLP 4096 -> 14336 -> 4096", f"{rows} rows", nbytes, close(3e-2))
+    case = Case("gated MLP 4096 -> 14336 -> 4096", rows, f"{rows} rows", nbytes, close(3e-2))
     case.add_ours(lambda: mlp(lambda v, name: la_aciq.linear(v, *weights[name][:2], group_size=GROUP)))
     case.implementations["cuBLAS bfloat16"] = lambda: mlp(
         lambda v, name: torch.nn.functional.linear(v, weights[name][2])
@@ -278,6 +306,18 @@ def layer_case(rows: int) -> Iterator[Case]:
 
 
 # --- Peers: the same weights in their own formats, so outputs agree only as far as INT4 of different codebooks does ---
+
+
+class Peer:
+    """A peer's product, made when it is first called: one that does not work here is a failed row of the result."""
+
+    def __init__(self, make: Callable[[], Callable[[], Tensor]]) -> None:
+        self.make = make
+        self.product: Callable[[], Tensor] | None = None
+
+    def __call__(self) -> Tensor:
+        self.product = self.product or self.make()
+        return self.product()
 
 
 def bitsandbytes_linear(dense: Tensor, x: Tensor) -> Callable[[], Tensor]:
@@ -332,20 +372,22 @@ def cases(l2_bytes: int) -> Iterator[Callable[[], Iterator[Case]]]:
     yield lambda: layer_case(1)
     yield lambda: elementwise_cases(large, MAIN_K, torch.float32)
     yield lambda: linear_cases(4096, 4096, 4096)
-    yield lambda: elementwise_cases(8, MAIN_K, torch.bfloat16)  # 64 KiB
-    yield lambda: elementwise_cases(1024, MAIN_K, torch.bfloat16)
+    for rows in (8, 128, 1024):  # from 64 KiB
+        yield lambda rows=rows: elementwise_cases(rows, MAIN_K, torch.bfloat16)
     yield lambda: elementwise_cases(large * MAIN_K // 128, 128, torch.bfloat16)  # keys and values per head
     yield lambda: elementwise_cases(large // 4, 14336, torch.bfloat16)
     for rows in (2, 4, 8, 32, 128, 1024):
         yield lambda rows=rows: linear_cases(rows, 4096, 4096)
-    yield lambda: layer_case(16)
+    for rows in (16, 128):
+        yield lambda rows=rows: layer_case(rows)
     yield lambda: linear_cases(4096, 14336, 4096)
 
 
 def measure_case(case: Case, timer: Timer, copy_rate: float) -> Iterator[dict]:
     outputs: list[object] = []
     for name, function in case.implementations.items():
-        row = {"operation": case.operation, "shape": case.shape, "implementation": name, "bytes": case.nbytes}
+        row = {"operation": case.operation, "rows": case.rows, "shape": case.shape, "entry": case.entry}
+        row |= {"implementation": name, "bytes": case.nbytes}
         try:
             output = function()
             torch.cuda.synchronize()
@@ -377,6 +419,18 @@ def measure_copy(timer: Timer) -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
+def checks(logs: Path) -> dict[str, dict]:
+    """The steps of gpu.sh that ran before, by name: whether they passed, and the last line they printed."""
+    return {
+        path.stem: {
+            "passed": path.read_text().strip() == "0",
+            "last": path.with_suffix(".log").read_text(errors="replace").strip().rpartition("\n")[2],
+        }
+        for path in sorted(logs.glob("*.status"))
+        if path.stem != "benchmarks"
+    }
+
+
 def write_results(rows: list[dict], left_out: int, copy_rate: float, timer: Timer, logs: Path | None) -> Path:
     """results/<device>.json: what was measured so far, on what, with which versions."""
     properties = torch.cuda.get_device_properties(0)
@@ -396,13 +450,7 @@ def write_results(rows: list[dict], left_out: int, copy_rate: float, timer: Time
         "backends": {backend: why_unavailable(backend) or "available" for backend in ("cuda", "triton")},
         "copy_bytes_per_s": copy_rate,
         "groups_of_cases_left_out": left_out,
-        "checks": {
-            path.stem: path.read_text(errors="replace").strip().splitlines()[-1:]
-            for path in sorted(logs.glob("*.log"))
-            if path.stem != "benchmarks"
-        }
-        if logs
-        else {},
+        "checks": checks(logs) if logs else {},
         "rows": rows,
     }
     target = HERE / "results" / f"{in_file_names(properties.name)}.json"
@@ -414,7 +462,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=100, help="when to stop starting cases")
     parser.add_argument(
-        "--logs", type=Path, help="the folder with the sanitizers' logs, whose last lines go into the result"
+        "--logs", type=Path, help="the folder with gpu.sh's logs, whose steps' outcomes go into the result"
     )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

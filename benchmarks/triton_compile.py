@@ -1,7 +1,8 @@
 """Compiles every Triton kernel ahead of time and records what the compiler says of it; needs Triton, but no GPU.
 
-    python -m benchmarks.triton_compile            writes results/triton-compile.json
-    python -m benchmarks.triton_compile --check    compares with that file; status 1 if a kernel spills or has changed
+    python -m benchmarks.triton_compile                 writes results/triton-compile.json
+    python -m benchmarks.triton_compile --check         compares with that file; status 1 if a kernel spills or changed
+    python -m benchmarks.triton_compile --candidates    writes results/triton-candidates.json: what tune_triton tries
 
 The operations run on meta tensors, so that what is compiled is what their host code would launch: the same tiles, warps
 and specialized arguments (Triton bakes in which integers are 1 or multiples of 16). registers and spills, the
@@ -24,11 +25,15 @@ from typing import Any
 
 import torch
 import triton
+from la_aciq.kernels import tuning
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import tune_triton
+
 RESULTS = Path(__file__).parent / "results" / "triton-compile.json"
+CANDIDATES = RESULTS.with_name("triton-candidates.json")
 TARGETS = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPERATIONS = ("moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear")
@@ -213,6 +218,37 @@ def compile_case(name: str, target: int) -> list[dict[str, Any]]:
     return rows
 
 
+def candidates() -> Iterator[tuple[str, dict[str, int], Callable[[], Any]]]:
+    """What tune_triton tries: key, parameters, and a call on meta tensors. Neither sizes of inputs nor the number of
+    programs changes the code."""
+    for make in tune_triton.problems("meta"):
+        problem = make()
+        if "small" in problem.key:
+            continue
+        for candidate in problem.candidates:
+            if "programs" not in candidate:
+                yield problem.key, candidate, problem.run
+
+
+def compile_candidate(index: int, target: int) -> list[dict[str, Any]]:
+    key, candidate, run = list(candidates())[index]
+    with tuning.use({key: candidate}):
+        launches = record(run)
+    rows = []
+    for kernel, arguments, options in launches:
+        row = {"key": key, "candidate": candidate, "kernel": kernel.fn.__name__, "target": f"sm_{target}"}
+        usage = compile_launch(kernel, arguments, options, target)
+        rows.append(row | {name: usage[name] for name in ("registers", "spills", "shared")})
+    return rows
+
+
+def compile_candidates(jobs: int) -> dict[str, Any]:
+    work = [(index, target) for index in range(len(list(candidates()))) for target in TARGETS]
+    with ProcessPoolExecutor(jobs) as pool:
+        rows = [row for result in pool.map(compile_candidate, *zip(*work, strict=True)) for row in result]
+    return {"schema": 1, "triton": triton.__version__, "candidates": rows}
+
+
 def compile_all(jobs: int) -> dict[str, Any]:
     work = [(name, target) for name, _ in cases() for target in TARGETS]
     with ProcessPoolExecutor(jobs) as pool:
@@ -238,11 +274,17 @@ def complaints(now: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time.")
-    parser.add_argument("--check", action="store_true", help="compare with the committed record instead of writing it")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="compare with the committed record instead of writing it")
+    what.add_argument("--candidates", action="store_true", help="compile what tune_triton tries")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 is set: kernels are interpreted, there is nothing to compile")
+    if options.candidates:
+        lines = ",\n  ".join(map(json.dumps, (found := compile_candidates(options.jobs)).pop("candidates")))
+        CANDIDATES.write_text(json.dumps(found, indent=1)[:-2] + f',\n "candidates": [\n  {lines}\n ]\n}}\n')
+        return 0
     now = compile_all(options.jobs)
     if not options.check:
         RESULTS.parent.mkdir(exist_ok=True)

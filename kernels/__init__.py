@@ -6,9 +6,9 @@ because then a machine without a compiler still has them, both GPU implementatio
 torch.compile sees the kernels themselves and not an opaque call. The price is triton_op's dispatch in Python on every
 eager call, which disappears under torch.compile and CUDA graphs. la_aciq.backends decides when these run.
 
-There is no autotuning: sizes of tiles follow from shapes (common.cut, linear.tile_sizes), so a first call compiles its
-kernel and times nothing, also while a CUDA graph is captured. Kernels launch on the current stream of the tensors'
-device, allocate through PyTorch alone, and never wait for the device.
+No call times another: sizes of tiles follow from shapes and from a table of what was measured (tuning.py), so a first
+call compiles its kernel and no more, also while a CUDA graph is captured. Kernels launch on the current stream of the
+tensors' device, allocate through PyTorch alone, and never wait for the device.
 
 Nothing is imported here: `moments`, `quantize` and the other names are the modules, and importing la_aciq does not
 import Triton where there is no GPU. benchmarks/triton_compile.py compiles every kernel without one.

@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program holds. 4096 are 32 per thread of 4 warps: several 16-byte loads of 16-bit data in flight per
-# thread.
-TILE = 4096
+from .tuning import TILE
+
 # The widest tile a program holds without spilling registers, also the largest Hadamard block transformed within one.
 MAX_TILE = 16384
 
@@ -213,9 +212,18 @@ def warps(elements: int, per_thread: int = 32) -> int:
     return min(max(elements // (32 * per_thread), 1), 16)
 
 
-def cut(rows: int, k: int, group_size: int, *, block: int = 0, widest: int = 1024, tile: int = TILE) -> Pieces:
+def cut(
+    rows: int,
+    k: int,
+    group_size: int,
+    *,
+    block: int = 0,
+    widest: int = 1024,
+    tile: int = TILE,
+    per_thread: int = 32,
+) -> Pieces:
     """Cuts [rows, k] into pieces of at most `widest` elements, or `block`, the Hadamard block that must fit in a tile
-    (0: none)."""
+    (0: none). tile and per_thread: see tuning."""
     if rows >= 2**31:
         raise ValueError(f"x: expected fewer than 2^31 rows, got {rows}")
     group = min(group_size or k, k)
@@ -236,7 +244,7 @@ def cut(rows: int, k: int, group_size: int, *, block: int = 0, widest: int = 102
         PIECES=pieces,
         WIDTH=padded,
         FIT=2 if aligned and k % width == 0 and rows * per_row % pieces == 0 else int(aligned),
-        warps=warps(pieces * padded, 16 if block else 32),
+        warps=warps(pieces * padded, per_thread),
     )
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .common import (
     as_rows,
     cut,
@@ -85,7 +86,7 @@ def dequantize(
     if rows == 0:
         return out.reshape(*codes.shape[:-1], k)
     table = as_rows(alpha) if per_row else alpha
-    pieces = cut(rows, k, group_size)
+    pieces = cut(rows, k, group_size, **tuning.streaming("dequantize", out))
     ids = row_ids(None if per_row else language, codes.shape[:-1])
     with on_device(codes):
         wrap_triton(dequantize_kernel)[pieces.grid](

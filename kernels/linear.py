@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .common import (
     MAX_TILE,
     RowIds,
@@ -82,7 +83,8 @@ def activations_kernel(
     HAS_LANGUAGE: tl.constexpr,
     LEVELS: tl.constexpr,
     MIDRISE: tl.constexpr,
-    STATISTIC: tl.constexpr,
+    MEASURED: tl.constexpr,
+    RMS: tl.constexpr,
 ):
     x, row, group_index, start, mask = load_pieces(
         x_ptr,
@@ -103,8 +105,8 @@ def activations_kernel(
     if LEVELS > 0:
         language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
         clip = read_table(clip_ptr, language, group_index, row < rows, clip_stride_language, clip_stride_group)
-        if STATISTIC != "static":
-            clip = clip * measure(x, mask, STATISTIC == "rms")
+        if MEASURED:
+            clip = clip * measure(x, mask, RMS)
         codes = to_codes(x, inverse_step_of(clip, LEVELS)[:, None], LEVELS, MIDRISE)
         step = step_of(clip, LEVELS)
         if MIDRISE:
@@ -153,7 +155,8 @@ def planar_activations(
         language = ids.expanded(rows) if ids.present else None
         _, clip = quantize_dynamic(x, clip, language, group_size, statistic)
         ids, statistic = RowIds(torch.arange(rows, dtype=torch.int32, device=x.device), 1, rows), "static"
-    pieces = cut(rows, k, group_size, block=block, widest=widest)
+    parameters = tuning.streaming("activations rotated" if block else "activations", x)
+    pieces = cut(rows, k, group_size, block=block, widest=widest, **parameters)
     groups = triton.cdiv(k, group)
     # Halves begin at multiples of 16 elements, for 16-byte loads.
     half = triton.cdiv((k + 1) // 2, 16) * 16
@@ -189,7 +192,8 @@ def planar_activations(
         HAS_LANGUAGE=ids.present,
         LEVELS=2**bits if bits < 16 else 0,
         MIDRISE=codebook == "midrise",
-        STATISTIC=statistic,
+        MEASURED=statistic != "static",
+        RMS=statistic == "rms",
         num_warps=pieces.warps,
     )
     return planar, steps
@@ -319,21 +323,6 @@ def add_splits_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def tile_sizes(rows: int, dtype: torch.dtype, bits: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N, warps. By reasoning, not by measurement: the batch padded to the tensor cores' least, and few
-    columns for few rows, since there the weights' bytes count and more programs keep more of them in flight. Integers
-    need a second accumulator, which must fit in registers too."""
-    if dtype == torch.float32 and bits == 16:
-        return (16, 32, 4) if rows <= 16 else (32, 32, 4)
-    if rows <= 16:
-        return 16, 64, 4
-    if rows <= 32:
-        return 32, 64, 4
-    if rows <= 128:
-        return 64, 64, 4
-    return (128, 128, 8) if bits == 16 else (64, 128, 8)
-
-
 @triton_op("la_aciq_triton::linear", mutates_args=())
 def linear(
     x: Tensor,
@@ -366,7 +355,8 @@ def linear(
     weight, weight_scale = as_rows(weight), weight_scale.contiguous()
     step_group = min(activation_group_size or k, k) if activation_bits < 16 else k
     weight_group = min(group_size or k, k)
-    block_m, block_n, num_warps = tile_sizes(rows, x.dtype, activation_bits)
+    parameters = tuning.linear(rows, x.dtype, activation_bits, x.device)
+    block_m, block_n = parameters["block_m"], parameters["block_n"]
     with on_device(x):
         if activation_bits < 16 or signs is not None or rows > 128:
             planar, steps = planar_activations(
@@ -396,7 +386,7 @@ def linear(
         tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
         splits = 1
         if rows <= 64:
-            splits = max(1, min(segments // 4, 4 * multiprocessors(x.device) // tiles))
+            splits = max(1, min(segments // 4, parameters["programs"] * multiprocessors(x.device) // tiles))
         segments_per_split = triton.cdiv(segments, splits)
         splits = triton.cdiv(segments, segments_per_split)
         target = out
@@ -433,8 +423,8 @@ def linear(
             PLUS_ONE=activation_bits == 8 and activation_codebook == "midrise",
             WEIGHT_MIDRISE=weight_codebook == "midrise",
             HAS_BIAS=bias is not None and splits == 1,
-            num_warps=num_warps,
-            num_stages=3,
+            num_warps=parameters["warps"],
+            num_stages=parameters["stages"],
         )
         if splits > 1:
             elements = rows * columns

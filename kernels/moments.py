@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .common import (
-    TILE,
     RowIds,
     as_rows,
     cut,
@@ -236,7 +236,8 @@ def moments(
         ids = RowIds(ids.ids, 1, ids.period)
         spans, length = flat.shape[0], flat.shape[1]
     # The atomics of the histogram hold an address per element in registers.
-    pieces = cut(spans, length, 0, widest=1024 if histogram else TILE, tile=1024 if histogram else TILE)
+    parameters = {"tile": 1024} if histogram else tuning.streaming("moments", flat)
+    pieces = cut(spans, length, 0, widest=parameters["tile"], **parameters)
     states = torch.empty((STATE_SIZE, spans * pieces.per_row), dtype=torch.float64, device=x.device)
     replicas = max(1, min(64, 256 // languages)) if histogram else 1
     parts = torch.zeros((replicas, languages, bins, 2), dtype=torch.int64, device=x.device)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .common import (
     MAX_TILE,
     RowIds,
@@ -188,7 +189,8 @@ def quantize(
         block = hadamard_block(k, block_size)
         if not rotation_fits(k, group_size, block, max(WIDEST, min(block, MAX_TILE))):
             flat, signs, block = rotated(flat, signs, block, torch.float32), None, 0
-    pieces = cut(rows, k, group_size, block=block, widest=WIDEST)
+    parameters = tuning.streaming("quantize rotated" if block else "quantize", flat)
+    pieces = cut(rows, k, group_size, block=block, widest=WIDEST, **parameters)
     ids = row_ids(language, x.shape[:-1])
     tail = torch.empty((rows, groups, pieces.per_group, 3) if tail_sums else (0,), dtype=torch.float32, device=x.device)
     with on_device(x):

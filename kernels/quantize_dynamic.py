@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .common import (
     MAX_TILE,
     as_rows,
@@ -227,7 +228,8 @@ def quantize_dynamic(
                 num_warps=warps(CHUNK, 16),
             )
             return out
-        pieces = cut(rows, k, group, block=block, widest=group)
+        parameters = tuning.streaming("quantize_dynamic rotated" if block else "quantize_dynamic", flat)
+        pieces = cut(rows, k, group, block=block, widest=group, **parameters)
         wrap_triton(quantize_dynamic_kernel)[pieces.grid](
             *arguments,
             PIECES=pieces.PIECES,

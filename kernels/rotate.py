@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .common import (
     MAX_TILE,
     TILE,
@@ -75,7 +76,7 @@ def rotated(x: Tensor, signs: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     if rows == 0:
         return y
     run = min(block, MAX_TILE)
-    pieces = cut(rows, k, 0, block=run)
+    pieces = cut(rows, k, 0, block=run, **tuning.streaming("rotate", x))
     first_pass = y if run == block else torch.empty((rows, k), dtype=torch.float32, device=x.device)
     with on_device(x):
         wrap_triton(rotate_kernel)[pieces.grid](

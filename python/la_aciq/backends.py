@@ -1,9 +1,12 @@
 """Which implementation of an operation runs: the compiled core, Triton or the reference.
 
+Of CUDA tensors by operation and number of rows: the first backend that is available in the row of a table that was made
+from measurements, cuda_backends.json beside this file or the file that LA_ACIQ_BACKEND_TABLE names.
 Everything here is settled when the module is imported or follows from the tensor's device and shape, so that
 torch.compile traces through it and nothing is chosen by trial while a CUDA graph is captured.
 """
 
+import json
 import math
 import os
 import threading
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,25 +25,44 @@ from . import reference
 
 Backend = Literal["reference", "cpu", "cuda", "triton"]
 OPERATIONS = ("moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear")
+ROUNDED = "linear, rounded activations"
 
-# The backends of CUDA tensors, best first, by operation and largest number of rows; the first that is available runs.
-# Not measured yet: the compiled kernel where there is one, else Triton; but `linear` with rounded activations, or with
-# more rows than the compiled kernel is written for, goes to Triton first, which runs both on tensor cores.
-_CUDA_FIRST: tuple[Backend, ...] = ("cuda", "triton")
-_TRITON_FIRST: tuple[Backend, ...] = ("triton", "cuda")
-PREFERENCES: dict[str, tuple[tuple[float, tuple[Backend, ...]], ...]] = {
-    "moments": ((math.inf, _CUDA_FIRST),),
-    "quantize": ((math.inf, _CUDA_FIRST),),
-    "quantize_dynamic": ((math.inf, _CUDA_FIRST),),
-    "dequantize": ((math.inf, _CUDA_FIRST),),
-    "rotate": ((math.inf, _CUDA_FIRST),),
-    "linear": ((16, _CUDA_FIRST), (math.inf, _TRITON_FIRST)),
-    "linear, rounded activations": ((math.inf, _TRITON_FIRST),),
-}
+Rules = tuple[tuple[float, tuple[Backend, ...]], ...]
 
 
-# Whether the CUDA and Triton kernels have passed their tests and benchmarks/gpu.sh on a GPU.
-VERIFIED_ON_GPU = False
+def read_table(path: Path) -> tuple[dict[str, Rules], bool]:
+    """The backends of CUDA tensors by operation, (largest number of rows, backends, best first) each, and whether the
+    kernels passed their tests on a GPU, from a file as benchmarks/choose_backends.py writes it.
+
+    Raises ValueError if it is not such a file.
+    """
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        if table["schema"] != 1:
+            raise ValueError(f"expected schema 1, got {table['schema']!r}")
+        preferences = {
+            operation: tuple((math.inf if r["rows"] is None else r["rows"], tuple(r["backends"])) for r in rules)
+            for operation, rules in table["preferences"].items()
+        }
+        if preferences.keys() != {*OPERATIONS, ROUNDED}:
+            raise ValueError(f"expected the operations {', '.join((*OPERATIONS, repr(ROUNDED)))}")
+        for operation, rules in preferences.items():
+            bounds = [bound for bound, _ in rules]
+            if bounds != sorted(bounds) or not bounds or bounds[-1] != math.inf:
+                raise ValueError(f"{operation}: expected increasing numbers of rows and null at last, got {bounds}")
+            for _, backends in rules:
+                if not backends or not {"cuda", "triton"}.issuperset(backends):
+                    raise ValueError(f"{operation}: expected backends cuda and triton, got {list(backends)}")
+        return preferences, bool(table["verified"])
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of backends: {type(error).__name__}: {error}") from error
+
+
+_TABLE_FROM_ENVIRONMENT = os.environ.get("LA_ACIQ_BACKEND_TABLE") or None
+# VERIFIED_ON_GPU: whether the CUDA and Triton kernels have passed their tests and benchmarks/gpu.sh on a GPU.
+PREFERENCES, VERIFIED_ON_GPU = read_table(
+    Path(_TABLE_FROM_ENVIRONMENT) if _TABLE_FROM_ENVIRONMENT else Path(__file__).with_name("cuda_backends.json")
+)
 
 
 def _load_core() -> str | None:
@@ -178,7 +201,7 @@ def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
     if x.device.type != "cuda":
         return "reference"
     rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 1
-    for bound, backends in PREFERENCES["linear, rounded activations" if rounded else operation]:
+    for bound, backends in PREFERENCES[ROUNDED if rounded else operation]:
         if rows <= bound:
             return next((backend for backend in backends if _WHY_NOT[backend] is None), "reference")
     raise AssertionError(f"no preference covers {rows} rows")

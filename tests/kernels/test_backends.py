@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import la_aciq
+from benchmarks import choose_backends
 from la_aciq import backends, ops
+from la_aciq.bench import in_file_names
 
 from .cases import DEVICE, Case, assert_codes, reference
 
@@ -47,7 +49,7 @@ def available(monkeypatch):
 
 
 def test_every_operation_has_a_preference_for_any_number_of_rows():
-    assert set(backends.PREFERENCES) == {*backends.OPERATIONS, "linear, rounded activations"}
+    assert set(backends.PREFERENCES) == {*backends.OPERATIONS, backends.ROUNDED}
     for rules in backends.PREFERENCES.values():
         bounds = [bound for bound, _ in rules]
         assert bounds == sorted(bounds)
@@ -164,3 +166,102 @@ def test_the_warning_about_cuda_is_given_when_a_process_with_a_gpu_imports_the_o
 def test_names_of_backends_are_checked():
     with pytest.raises(ValueError, match="backend: expected one of reference, cpu, cuda, triton, got 'tpu'"):
         ops.why_unavailable("tpu")
+
+
+def row(entry: str, rows: int, backend: str, median: float | None, shape: str = "") -> dict:
+    timing = {"failed": "RuntimeError"} if median is None else {"median_s": median}
+    name = {"operation": entry, "shape": shape or f"{rows} x 64", "implementation": f"la_aciq {backend}"}
+    return {"entry": entry, "rows": rows, **name, **timing}
+
+
+def result(*rows: dict, passed: bool = True) -> dict:
+    """As bench_gpu writes it, but invented: no figure in it was measured."""
+    checks = {name: {"passed": passed, "last": ""} for name in choose_backends.CHECKS}
+    return {"device": "a device", "measured": "never", "versions": {}, "checks": checks, "rows": list(rows)}
+
+
+def test_the_committed_table_is_what_its_measurements_give():
+    table = json.loads(choose_backends.TABLE.read_text())
+    source = table["device"] and choose_backends.TABLE.parents[2] / "benchmarks" / "results"
+    measured = json.loads((source / f"{in_file_names(table['device'])}.json").read_text()) if source else None
+    assert choose_backends.written(choose_backends.table_of(measured)) == choose_backends.TABLE.read_text()
+
+
+def test_the_faster_backend_is_chosen_by_rows():
+    times = {1: (1.0, 2.0), 16: (1.0, 1.5), 64: (1.0, 0.5), 1024: (2.0, 1.0)}
+    rows = [row("linear", n, b, t) for n, pair in times.items() for b, t in zip(("cuda", "triton"), pair, strict=True)]
+    preferences = choose_backends.table_of(result(*rows))["preferences"]
+    cuda, triton = ["cuda", "triton"], ["triton", "cuda"]
+    assert preferences["linear"] == [{"rows": 32, "backends": cuda}, {"rows": None, "backends": triton}]
+    assert preferences["moments"] == [{"rows": None, "backends": cuda}]  # not measured: the default
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        ([("cuda", 1.0), ("triton", 1.02)], "triton"),  # a tie: the default of this entry
+        ([("cuda", 1.0), ("triton", 1.05)], "cuda"),
+        ([("cuda", 1.0)], "triton"),  # nothing to compare with
+        ([("cuda", None), ("triton", 9.0)], "triton"),
+        ([("cuda", 9.0), ("triton", None)], "cuda"),
+        ([("cuda", None), ("triton", None)], "triton"),
+        ([], "triton"),
+    ],
+)
+def test_ties_failures_and_missing_measurements(rows, chosen):
+    entry = "linear, rounded activations"
+    table = choose_backends.table_of(result(*[row(entry, 8, *implementation) for implementation in rows]))
+    (rule,) = table["preferences"][entry]
+    assert (rule["rows"], rule["backends"][0]) == (None, chosen)
+
+
+def test_several_shapes_of_a_number_of_rows_count_alike():
+    pairs = {"a": (1.0, 4.0), "b": (1.0, 0.5), "c": (1.0, 0.5)}
+    rows = [row("rotate", 8, b, t, s) for s, p in pairs.items() for b, t in zip(("cuda", "triton"), p, strict=True)]
+    assert choose_backends.table_of(result(*rows[:4]))["preferences"]["rotate"][0]["backends"][0] == "cuda"
+    assert choose_backends.table_of(result(*rows[2:]))["preferences"]["rotate"][0]["backends"][0] == "triton"
+
+
+def test_verified_is_what_passed_every_check():
+    good = row("rotate", 8, "cuda", 1.0)
+    assert choose_backends.table_of(result(good))["verified"]
+    assert not choose_backends.table_of(None)["verified"]
+    assert not choose_backends.table_of(result())["verified"]
+    assert not choose_backends.table_of(result(good, passed=False))["verified"]
+    assert not choose_backends.table_of(result(good, row("rotate", 8, "triton", None)))["verified"]
+    unchecked = result(good)
+    del unchecked["checks"]["racecheck"]
+    assert not choose_backends.table_of(unchecked)["verified"]
+
+
+def test_a_table_of_ones_own(tmp_path):
+    rows = [row("quantize", 8, "cuda", 2.0), row("quantize", 8, "triton", 1.0)]
+    path = tmp_path / "table.json"
+    path.write_text(choose_backends.written(choose_backends.table_of(result(*rows))))
+    assert backends.read_table(path)[0]["quantize"] == ((float("inf"), ("triton", "cuda")),)
+    program = "from la_aciq import backends as b; print(b.PREFERENCES['quantize'][0][1][0], b.VERIFIED_ON_GPU)"
+    environment = os.environ | {"LA_ACIQ_BACKEND_TABLE": str(path)}
+    command = [sys.executable, "-c", program]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout == "triton True\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.update(schema=2), "schema 1, got 2"),
+        (lambda table: table.pop("verified"), "KeyError: 'verified'"),
+        (lambda table: table["preferences"].pop("rotate"), "expected the operations moments"),
+        (lambda table: table["preferences"].update(rotate=[{"rows": 8, "backends": ["cuda"]}]), "null at last"),
+        (lambda table: table["preferences"].update(rotate=[]), "null at last"),
+        (lambda table: table["preferences"].update(rotate=[{"rows": None, "backends": ["tpu"]}]), "got \\['tpu'\\]"),
+        (lambda table: table.update(preferences=3), "AttributeError"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path, change, message):
+    table = choose_backends.table_of(None)
+    change(table)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=f"table.json is not a table of backends: .*{message}"):
+        backends.read_table(path)
