@@ -94,17 +94,6 @@ def test_replay_sees_new_ids_and_a_new_table():
         assert_equal(results, every_operation(x, table, ids))
 
 
-def test_a_first_call_inside_a_capture():
-    """On shapes no other test has launched: works or fails clearly, and later calls are right either way."""
-    x, table, _ = inputs(8, 320)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        codes = la_aciq.quantize(x, table, group_size=64)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(codes, la_aciq.quantize(x, table, group_size=64))
-
-
 def test_compiled_code():
     x, table, ids = inputs()
 
