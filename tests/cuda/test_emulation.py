@@ -9,6 +9,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from small_calls import small_calls
 
 from la_aciq import reference
 
@@ -78,60 +79,16 @@ def test_half_conversions():
             assert torch.equal(got, positive[:, 0].to(dtype))
 
 
-def calls():
-    """Every operation, on shapes with several blocks, tiles, languages and splits."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    x, signs = normal(150, 256), torch.ones(256)
-    table = 2 + torch.rand(3, 4, generator=generator)
-    ids = torch.randint(0, 3, (150,), generator=generator, dtype=torch.int32)
-    wide, wide_signs = normal(3, 4096).bfloat16(), torch.ones(4096, dtype=torch.int8)
-    weight = torch.randint(0, 256, (48, 1024), generator=generator, dtype=torch.uint8)
-    weight_clips = torch.rand(48, 32, generator=generator)
-    activations = normal(7, 2048).bfloat16()
-    narrow = normal(9, 22)
-    ops = torch.ops.la_aciq_emulated
-    return {
-        "moments": lambda: ops.moments(x, ids, 3, True),
-        "moments of long rows": lambda: ops.moments(normal(1).new_tensor(range(60000)), None, 1, True),
-        "quantize": lambda: ops.quantize(x, table, ids, 64, tail_sums=True),
-        "quantize rotated": lambda: ops.quantize(x, table, ids, 64, "midrise", signs),
-        "quantize_dynamic": lambda: ops.quantize_dynamic(x, table, ids, 64),
-        "quantize_dynamic rotated": lambda: ops.quantize_dynamic(
-            wide, table[:, :1], None, 0, "rms", "midrise", wide_signs
-        ),
-        "quantize_dynamic irregular": lambda: ops.quantize_dynamic(narrow, table, None, 6),
-        "rotate": lambda: (ops.rotate(wide, wide_signs),),
-        "linear": lambda: (ops.linear(activations, weight, weight_clips, group_size=64),),
-    }
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "moments",
-        "moments of long rows",
-        "quantize",
-        "quantize rotated",
-        "quantize_dynamic",
-        "quantize_dynamic rotated",
-        "quantize_dynamic irregular",
-        "rotate",
-        "linear",
-    ],
-)
+@pytest.mark.parametrize("name", small_calls())
 def test_the_same_bits_in_any_order(name):
     emulated.load()
     emulated.set_order(0)
-    call = calls()[name]
-    expected = call()
+    call = small_calls()[name]
+    expected = call(torch.ops.la_aciq_emulated)
     try:
         for order in (1, 2, 3):
             emulated.set_order(order)
-            for got, wanted in zip(call(), expected, strict=True):
+            for got, wanted in zip(call(torch.ops.la_aciq_emulated), expected, strict=True):
                 assert torch.equal(got, wanted)
     finally:
         emulated.set_order(0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_calls import small_calls
 
 from la_aciq import reference
 
@@ -427,6 +428,23 @@ def test_linear_with_rounded_activations(ops, bits, clip, rotated):
     assert got.shape == (2, 3, 24)
     # One code that differs where x / Delta is at a boundary would show as an error of a step times a weight.
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- every kernel, small: what compute-sanitizer runs ---
+
+
+@pytest.mark.parametrize("name", small_calls())
+def test_small_call(ops, name):
+    call = small_calls()[name]
+    for got, wanted in zip(call(ops), call(reference), strict=True):
+        assert got.shape == wanted.shape
+        if got.dtype == torch.uint8:  # codes of pairs: decisions at boundaries
+            assert (got != wanted).double().mean() < 0.01
+        elif name.startswith("moments") and got.dtype == torch.float64:
+            assert_moments(got, wanted)
+        else:
+            bound = 2e-2 if got.dtype == torch.bfloat16 else 2e-5
+            torch.testing.assert_close(got.double(), wanted.double(), rtol=bound, atol=bound)
 
 
 # --- calling conventions ---

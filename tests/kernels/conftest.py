@@ -1,6 +1,7 @@
 """The Triton kernels' tests run on the first CUDA device, or in Triton's interpreter where there is none.
 
-Three faults of the interpreter with bfloat16, which it keeps as bit patterns, are put right here.
+Three faults of the interpreter with bfloat16, which it keeps as bit patterns, are put right here, and one of
+Triton 3.6 with NumPy 2.4.
 """
 
 import numpy as np
@@ -15,6 +16,7 @@ from triton.runtime import interpreter
 _convert_float = interpreter._convert_float
 _create_dot = interpreter.InterpreterBuilder.create_dot
 _cast = interpreter.InterpreterBuilder.cast_impl
+_patch_tensor = interpreter._patch_lang_tensor
 
 
 def _convert_float_rounding_bfloat16(data, source, target, rounding):
@@ -38,9 +40,16 @@ def _cast_to_bfloat16_by_value(builder, source, target):
     return _cast(builder, source, target)
 
 
+def _patch_tensor_with_index(tensor, scope):
+    """A bound of a loop is an array of one element, which NumPy 2.4 does not take for a number."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 interpreter._convert_float = _convert_float_rounding_bfloat16
 interpreter.InterpreterBuilder.create_dot = _create_dot_of_bfloat16
 interpreter.InterpreterBuilder.cast_impl = _cast_to_bfloat16_by_value
+interpreter._patch_lang_tensor = _patch_tensor_with_index
 
 
 @pytest.fixture(autouse=True)
