@@ -67,8 +67,10 @@ def in_turn(products: list[Product], x: Tensor) -> Callable[[], object]:
 
 
 def ours(weight: Weight, **settings: object) -> list[Product]:
+    """With repacked weights, as a model on the CPU keeps them."""
+
     def product() -> Product:
-        codes, scales = weight.codes.clone(), weight.scales.clone()
+        codes, scales = la_aciq.repack_weight(weight.codes), weight.scales.clone()
         return lambda x: la_aciq.linear(x, codes, scales, group_size=GROUP, **settings)
 
     return [product() for _ in copies_of(weight.nbytes)]

@@ -15,7 +15,7 @@
 namespace la_aciq::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 4;  // up to here decoding weights in registers beats decoding them in the cache
+constexpr int64_t kFewRows = 16;  // up to here decoding weights in registers beats decoding them in the cache
 constexpr int64_t kProductRows = 192;  // their sums for a panel of outputs stay in a core's own cache
 
 // The activations of a matrix product: floats, or codes of one byte with their clips.
@@ -92,8 +92,8 @@ void multiply(const Product& product, const Activations& activations, const Tens
   };
   const auto lanes = [&](int64_t panels) { return args.repacked ? 0 : panels * width * 8; };  // bytes
   if (rows <= kFewRows) {
-    // Decoding a weight costs less than an element costs elsewhere.
-    for_rows((n + 15) / 16, 16 * k * rows / 4, [&](int64_t begin, int64_t end) {
+    // Multiplying with a weight costs a twelfth of what an element costs elsewhere.
+    for_rows((n + 15) / 16, 16 * k * rows / 12, [&](int64_t begin, int64_t end) {
       const Tensor scratch = at::empty({lanes(std::min(end - begin, kFewPanels))}, at::kByte);
       product.multiply_few(args, begin, end, scratch.mutable_data_ptr<uint8_t>());
     });
