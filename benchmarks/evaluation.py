@@ -161,11 +161,14 @@ COMPARISONS = (
     *((f"W4A16 feedback{centers}", f"W4A16 {name}") for centers in ("", ", centers by language") for name in OTHERS),
     *(("W4A16 feedback, centers by language", f"W4A16 {name}") for name in baselines.PACKAGES),
     ("W4A8 static by language", "W4A8 static pooled"),
+    ("W4A8 static by language", "W4A8 static by language, not rotated"),
     ("W4A8 absmax per group by language", "W4A8 gptq, absmax per token"),
     ("W4A4 static by language", "W4A4 static pooled"),
     ("W4A4 static by language", "W4A4 static by language, no sink row"),
     ("W4A4 rms per group by language", "W4A4 rms per group pooled"),
     ("W4A4 absmax per group by language", "W4A4 absmax per group pooled"),
+    ("W4A4 absmax per group by language", "W4A4 absmax per group, no centers"),
+    ("W4A4 absmax per group by language", "W4A4 rms per group by language"),
     ("W4A4 absmax per group by language", "W4A4 static by language"),
     ("W4A4 absmax per group of 32 by language", "W4A4 absmax per group by language"),
     *(("W4A4 absmax per group by language", f"W4A4 {name}, absmax per token") for name in OTHERS),
@@ -179,6 +182,8 @@ COMPARISONS = (
     ("A4 absmax per group, tagged und", "A4 absmax per group by language"),
     ("KV4 static by language", "KV4 static pooled"),
     ("KV4 absmax", "KV4 static by language"),
+    ("KV4 absmax", "KV4 rms by language"),
+    ("W4A4KV4 absmax by language", "W4A4 absmax per group by language"),
 )
 
 

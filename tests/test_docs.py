@@ -35,11 +35,16 @@ def test_what_the_readme_says_of_the_embedded_model_holds():
     assert len(own) == 3
     assert all(pair["mean_high"] < 0 and pair["gap_high"] > 0 for pair in own.values())
     assert min(own, key=lambda name: own[name]["mean"]) == "W4A4 static by language"
-    assert own["W4A4 absmax per group by language"]["gap_low"] > 0
     of = {(pair["name"], pair["baseline"]): pair for pair in results["comparisons"]}
     sink = of["W4A4 static by language", "W4A4 static by language, no sink row"]
     assert sink["mean_high"] < own["W4A4 static by language"]["mean_low"]
     assert of["KV4 absmax", "KV4 static by language"]["mean_high"] < 0
+    measured = of["KV4 absmax", "KV4 rms by language"]
+    assert measured["mean_low"] < 0 < measured["mean_high"]
+    assert of["W4A8 static by language", "W4A8 static by language, not rotated"]["mean_high"] < 0
+    assert of["W4A4 absmax per group of 32 by language", "W4A4 absmax per group by language"]["mean_high"] < 0
+    blind = of["W4A4 absmax per group by language", "W4A4 absmax per group, no centers"]
+    assert blind["mean_high"] < 0
     blind = [rows[f"W4A4 {other}, absmax per token"] for other in ("nf4", "hqq", "awq", "gptq")]
     assert min(row["mean_low"] for row in blind) > 3
 
@@ -50,7 +55,7 @@ def test_what_the_docs_say_of_the_best_of_ours_holds():
         pair for pair in pairs if any(name in pair["baseline"] for name in ("nf4", "hqq", "awq", "gptq", "torch"))
     ]
     assert {pair["bits"] for pair in others} == {"W4A16", "W4A8", "W4A4"}
-    assert len(others) == 7 * 2 + 4 + 4
+    assert len(others) == 2 * (7 + 4 + 4)
     assert all(pair["mean_high"] < 0 and pair["gap_high"] < 0 for pair in others)
     own = [pair for pair in pairs if pair not in others and "by language" in pair["name"]]
     assert all(pair["mean_high"] < 0 for pair in own)
@@ -71,8 +76,7 @@ def test_what_the_docs_say_of_distant_text_holds():
     assert len(far) == 3
     for names, pair in far.items():
         assert pair["mean_high"] < 0
-        # About the same: each inside the other's interval, or nearly so.
-        assert abs(pair["mean"] - near[names]["mean"]) < near[names]["mean_high"] - near[names]["mean_low"]
+        assert pair["mean"] < near[names]["mean"] / 2  # more than half of the gain
 
 
 def test_what_the_docs_say_of_ways_to_choose_clips_holds():
