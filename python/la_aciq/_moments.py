@@ -129,8 +129,7 @@ class Moments:
             if histogram.shape[:-2] != state.shape[:-1]:
                 expected = [*state.shape[:-1], HISTOGRAM_BINS, 2]
                 raise ValueError(f"histogram: expected shape {expected} to match state, got {list(histogram.shape)}")
-        bad = int(state[..., NONFINITE].sum())
-        if nan_policy == "raise" and bad:
+        if nan_policy == "raise" and (bad := int(state[..., NONFINITE].sum())):
             raise ValueError(f"x: expected finite values with nan_policy='raise', got {bad} NaN or infinite elements")
         return cls(state, histogram, nan_policy)
 

@@ -70,9 +70,11 @@ def moments(
     if not tensor.is_floating_point() and not tensor.is_complex():
         tensor = tensor.to(torch.float64)
     state, counts = moments_state(tensor, language, languages, histogram=histogram)
+    read: Any = state.numpy(force=True)  # as arrays first: an index into a tensor is an operation of PyTorch
+    read_counts: Any = counts.numpy(force=True) if histogram else None
     if language is None and languages is None:
-        state, counts = state[0], counts[0]
-    return Moments.from_state(state.cpu().numpy(), counts.cpu().numpy() if histogram else None, nan_policy=nan_policy)
+        read, read_counts = read[0], read_counts[0] if histogram else None
+    return Moments.from_state(read, read_counts, nan_policy=nan_policy)
 
 
 def moments_state(
