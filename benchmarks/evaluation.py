@@ -9,7 +9,7 @@ code itself: --again. A row that is kept has its bits counted anew. The change i
 model in float32; everything else runs in bfloat16. Rows of a package that is not installed are passed over. Profiles
 and the float32 model's losses are kept in build/evaluation.
 
---speed measures instead how fast the rows of the file decode, those that compute as they would be used: two minutes on
+--speed measures instead how fast the rows of the file decode, those that compute as they would be used: minutes, on
 a machine that is quiet otherwise.
 """
 
