@@ -73,7 +73,7 @@ def export_compressed_tensors(
             )
         del tensors[f"{name}.weight"]
         # A copy: weights of layers that share their input lie in one storage, which safetensors refuses.
-        tensors[f"{name}.weight_packed"] = layer.weight.clone().view(torch.int32)
+        tensors[f"{name}.weight_packed"] = layer.portable_weight.clone().view(torch.int32)
         tensors[f"{name}.weight_scale"] = (layer.weight_scale * (2 / 15)).to(hugging_face.dtype)
         tensors[f"{name}.weight_shape"] = torch.tensor([layer.out_features, k])
     config = copy.deepcopy(hugging_face.config)

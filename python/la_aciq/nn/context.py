@@ -6,6 +6,7 @@ writes the ids in place into a persistent buffer, which the quantized layers han
 the same from call to call, as a CUDA graph needs.
 """
 
+import copy
 import inspect
 import math
 import threading
@@ -107,12 +108,25 @@ class LanguageState:
         # For the INT4 cache: the model and the module that is given one, the running pass's row per row of the batch
         # and its attention mask.
         self._model: nn.Module | None = None
+        self._hooked: tuple[nn.Module, ...] = ()
         self._cached: tuple[nn.Module, nn.Module] | None = None
         self._warn_cache = True
         self._batch_rows: list[int] = []
         self._of_batch: torch.Tensor | None = None  # the same, int32 [batch] in a persistent buffer
         self._mask: torch.Tensor | None = None
         self._lock = threading.Lock()
+
+    def copied_with(self, memo: dict[int, Any]) -> bool:
+        """Whether a copy in progress is that of the model, or of a part that has its passes; not of a layer alone."""
+        return not self._hooked or any(id(module) in memo for module in self._hooked)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LanguageState":
+        """A copy of a layer alone has the state of the layer's model, not a copy of all of it."""
+        if not self.copied_with(memo):
+            return self
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of a model: a copy has its own lock and buffers and is in no forward pass."""
@@ -150,6 +164,7 @@ class LanguageState:
             self._features = _reads_features(reading[0])
         self._cached = (model, reading[-1]) if cached else None
         modules = {id(module): module for module in [*whole, *reading]}
+        self._hooked = tuple(modules.values())
         handles = []
         for key, module in modules.items():
             begin, end = self._begin if any(key == id(part) for part in reading) else self._enter, self._end

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .. import ops, rotation
+from ..backends import WHY_NO_CORE
 from ..errors import LaAciqError
 from ..models import linear_weight
 from .config import QuantConfig
@@ -49,10 +50,14 @@ class LanguageAwareLinear(LanguageAwareModule):
     with 16-bit inputs, and those of the sink, y = V x + ((W - V) mu + bias), which takes the mean error of the weights'
     rounding off (bias correction, Nagel et al. 2019, here by language).
 
-    Buffers: `weight` uint8 [N, ceil(K / 2)] or the float [N, K]; `weight_scale` float32 [N, groups], the clips of the
+    Buffers: `weight` uint8 [N, ceil(K / 2)] or the float [N, K], and once the layer is `repack`ed int32
+    [N / 16, K / 8, 16]; `weight_scale` float32 [N, groups], the clips of the
     weight; `bias` [N] or None, with centers [rows, N]; `center` [rows, K] or None; `clip` float32 [rows, groups], the
     clip (static) or the factor (dynamic) by row of the language table, None with 16-bit activations; `signs` int8 [K]
     of the rotation, or None. The clips keep float32 whatever `to(dtype)` does to the model.
+
+    A state dict, and so a checkpoint, has the portable weight (`portable_weight`) whatever the layer holds, and loading
+    one takes that. What was loaded or moved to the CPU is repacked there, what leaves the CPU is restored first.
     """
 
     weight: torch.Tensor
@@ -134,6 +139,8 @@ class LanguageAwareLinear(LanguageAwareModule):
     ) -> "LanguageAwareLinear":
         """Quantize a trained layer (see `models.linear_weight`), which is left as it is.
 
+        Its weight is portable; `repack` it for the CPU.
+
         clip: float32 [rows, groups] as `config` asks for, every entry finite and positive; None with 16-bit
         activations.
         center: float32 [rows, K], the mean input of each row, with `config.center`; otherwise not used.
@@ -196,14 +203,16 @@ class LanguageAwareLinear(LanguageAwareModule):
         """Fill `center` and add to the rows of `bias` what makes up for it: mean inputs [rows, K], weight [N, K]."""
         if self.bias is None:
             raise RuntimeError("a layer with centers has a bias")
-        weight, rounded = weight.float(), self.weight.float()
+        weight = weight.float()
         if self.signs is not None:
             weight = ops.rotate(weight, self.signs, self.block_size)
-        if self.weight_scale is not None:
+        if self.weight_scale is None:
+            rounded = self.weight.float()
+        else:
             row = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
             size, codebook = self.config.group_size, self.config.codebook
             rounded = ops.dequantize(
-                self.weight, self.weight_scale, row, k=self.in_features, group_size=size, codebook=codebook
+                self.portable_weight, self.weight_scale, row, k=self.in_features, group_size=size, codebook=codebook
             )
         center = torch.zeros_like(mean)
         if self.center is not None:
@@ -221,6 +230,60 @@ class LanguageAwareLinear(LanguageAwareModule):
         if settings[0] != settings[1] or (self.signs is None) != (other.signs is None):
             return False
         return self.signs is None or other.signs is None or torch.equal(self.signs, other.signs)
+
+    @property
+    def portable_weight(self) -> torch.Tensor:
+        """uint8 [N, ceil(K / 2)], the even index in the low nibble, or the float [N, K]: the buffer itself, or where
+        that is repacked a copy.
+        """
+        weight = self.weight
+        return ops.restore_weight(weight, self.out_features, self.in_features) if _repacked(weight) else weight
+
+    def repack(self) -> None:
+        """Hold INT4 weights in the layout that the CPU kernel reads fastest (`la_aciq.repack_weight`), instead of the
+        portable one, where they can be and take no more memory.
+
+        That is on the CPU, with N a multiple of 16 and K and the groups multiples of 8. Modules that accelerate moves
+        between devices are left alone, and so is everything without the compiled kernels.
+        """
+        weight = self._buffers["weight"]
+        if (
+            weight is None
+            or weight.dtype != torch.uint8
+            or weight.device.type != "cpu"
+            or self.out_features % 16
+            or self.in_features % 8
+            or self.config.group_size % 8
+            or hasattr(self, "_hf_hook")
+            or WHY_NO_CORE is not None
+        ):
+            return
+        self._buffers["weight"] = ops.repack_weight(weight)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        if _repacked(self.weight) and fn(self.weight.new_empty(1)).device.type != "cpu":
+            self.weight = self.portable_weight
+        super()._apply(fn, recurse)
+        self.repack()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if _repacked(self.weight):
+            destination[f"{prefix}weight"] = self.portable_weight
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *settings: Any
+    ) -> None:
+        held = self.weight
+        self.weight = self.portable_weight
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *settings)
+        if _repacked(held) and not local_metadata.get("assign_to_params_buffers", False):
+            # Into the memory that was there, as PyTorch does: it may be joined with that of other layers.
+            with torch.no_grad():
+                self.weight = held.copy_(ops.repack_weight(self.weight))
+        else:
+            self.repack()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
@@ -283,6 +346,10 @@ class LanguageAwareLinear(LanguageAwareModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"weights={config.weights}, activations={config.activations}, clip={config.clip!r}, rotate={config.rotate}"
         )
+
+
+def _repacked(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.int32
 
 
 def row_of_each(table: torch.Tensor, language: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

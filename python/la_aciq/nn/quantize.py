@@ -215,11 +215,14 @@ class Plan:
 
 
 def adopt(model: nn.Module, done: Quantization) -> None:
-    """Give a model whose layers are quantized its `la_aciq`, the hooks that set the language, and, when it is a Hugging
-    Face model, what `save_pretrained` needs.
+    """Give a model whose layers are quantized its `la_aciq`, the layout of weights that is the fastest where they are,
+    the hooks that set the language, and, when it is a Hugging Face model, what `save_pretrained` needs.
     """
     quantized: Any = model
     quantized.la_aciq = done
+    for module in model.modules():
+        if isinstance(module, LanguageAwareLinear):
+            module.repack()  # one by one: no more than one layer's weights are there twice
     for names in done.shared:
         layers = [model.get_submodule(name) for name in names]
         if len({layer.bias is None or layer.bias.ndim for layer in layers}) == 1:

@@ -5,6 +5,7 @@ Rotating and quantizing it and the cost of a call are the same for all of them, 
 decoded and a layer takes a few tens of microseconds.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,14 @@ class SharedInput:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, whose tensors have other ids and versions."""
         return self.__dict__ | {"_pending": None, "_joined": None, "_states": [], "_buffers": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedInput | None":
+        """A layer that is copied without its model is computed alone: the others are not copied with it."""
+        if not self._layers[0].state.copied_with(memo):
+            return None
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of the layer at this place for x [..., K]."""
@@ -75,11 +84,14 @@ class SharedInput:
     def _join(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The joined weights, scales and biases; made again when a layer's were replaced or written.
 
-        None when a layer has been given a clip, a center or signs of its own, or a buffer of inference mode.
+        None when a layer has been given a clip, a center or signs of its own, or a buffer of inference mode, and when
+        not all hold their weights in the same layout.
         """
         states = [_state(layer) for layer in self._layers]
         if self._joined is None or states != self._states:
             if not all(self._agree(name) for name in ("clip", "center", "signs")):
+                return None
+            if len({layer._buffers["weight"].dtype for layer in self._layers}) > 1:  # only some can be repacked
                 return None
             if any(b is not None and b.is_inference() for layer in self._layers for b in layer._buffers.values()):
                 return None
@@ -101,7 +113,7 @@ class SharedInput:
         joined = _adjacent(parts)
         if joined is None:
             joined = torch.cat(parts)
-            for layer, part in zip(self._layers, torch.split(joined, self._sizes), strict=True):
+            for layer, part in zip(self._layers, torch.split(joined, [len(part) for part in parts]), strict=True):
                 layer._buffers[name] = part
         return joined
 

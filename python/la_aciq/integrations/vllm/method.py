@@ -202,6 +202,7 @@ class LanguageLinearMethod(LinearMethodBase):
             layer.bias = None  # the rows of ours have it in them
             if k != layer.input_size and layer.tp_rank > 0:
                 made.bias.zero_()  # the ranks' results are added
+        made.repack()
         layer.quantized = made
         layer.tail_sums = None
         if adapt.sampled(self.config.done):
