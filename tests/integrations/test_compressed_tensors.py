@@ -90,7 +90,7 @@ def test_the_packages_own_unpacking(tmp_path):
     stored = safetensors.torch.load_file(tmp_path / "ct" / "model.safetensors")
     name = "model.layers.1.mlp.down_proj"
     codes = unpack_from_int32(stored[f"{name}.weight_packed"], 4, torch.Size(stored[f"{name}.weight_shape"].tolist()))
-    packed = quantized.get_submodule(name).weight
+    packed = quantized.get_submodule(name).portable_weight
     own = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(codes.shape)
     assert torch.equal(codes.int(), own.int() - 8)
 

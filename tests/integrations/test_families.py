@@ -134,7 +134,8 @@ def relative_error(found, exact):
 def dequantized(layer):
     """The weight [N, K] that a quantized layer's codes stand for, in float64 and without the rotation."""
     k = layer.in_features
-    codes = torch.stack([layer.weight & 15, layer.weight >> 4], dim=-1).reshape(len(layer.weight), -1)[:, :k].numpy()
+    packed = layer.portable_weight
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(len(packed), -1)[:, :k].numpy()
     alpha = np.repeat(layer.weight_scale.double().numpy(), GROUP, axis=1)[:, :k]
     weight = (codes - 7.5) * 2 * alpha / 15
     block = k & -k

@@ -522,7 +522,7 @@ def test_weights_are_rounded_by_the_second_moments_where_the_profile_has_them(mo
         products = torch.from_numpy(profile.second_moments[profile.layers[name]])
         for given, expected in ((products, layer), (None, nearest.get_submodule(name))):
             codes, clips = quantize_weight(weight, GROUP, "midrise", given)
-            assert torch.equal(codes, expected.weight)
+            assert torch.equal(codes, expected.portable_weight)
             assert torch.equal(clips, expected.weight_scale)
 
 

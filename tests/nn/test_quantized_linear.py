@@ -47,7 +47,7 @@ def weight_values(layer):
     """The weights the layer's codes stand for, float64 [N, K]."""
     k, config = layer.in_features, layer.config
     step = by_element(layer.weight_scale.numpy(), k, config.group_size) * 2 / 15
-    return (unpacked(layer.weight, k) - (7.5 if config.codebook == "midrise" else 8)) * step
+    return (unpacked(layer.portable_weight, k) - (7.5 if config.codebook == "midrise" else 8)) * step
 
 
 class Running:

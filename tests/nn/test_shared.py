@@ -49,7 +49,7 @@ def sizes_of_calls(monkeypatch):
     monkeypatch.setattr(
         LanguageAwareLinear,
         "multiply",
-        lambda self, x, *parts: calls.append(len(parts[0])) or multiply(self, x, *parts),
+        lambda self, x, *parts: calls.append(len(parts[1])) or multiply(self, x, *parts),
     )
     return calls
 
@@ -125,7 +125,7 @@ CHANGES = {
     "clip": lambda layer, x: layer.clip.mul_(0.1),
     "signs": lambda layer, x: layer.signs.neg_(),
     "replaced": lambda layer, x: setattr(layer, "weight", 255 - layer.weight),
-    "loaded": lambda layer, x: layer.load_state_dict(layer.state_dict() | {"weight": 255 - layer.weight}),
+    "loaded": lambda layer, x: layer.load_state_dict(layer.state_dict() | {"weight": 255 - layer.portable_weight}),
 }
 
 

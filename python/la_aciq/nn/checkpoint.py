@@ -20,7 +20,8 @@
     sha256              of the names, dtypes, shapes and bytes of all tensors (`digest`)
     checksum            of all of the above
 
-The tensors of a layer, with N outputs, K inputs and groups of `config.group_size` along K (0: one group):
+The tensors of a layer, with N outputs, K inputs and groups of `config.group_size` along K (0: one group), in the
+portable layout whatever the layer holds in memory:
 
     <layer>.weight        uint8 [N, ceil(K / 2)], the even index in the low nibble (float [N, K] with 16-bit weights)
     <layer>.weight_scale  float32 [N, groups], the clip alpha of each group: value = codebook[code], which spans +-alpha
