@@ -38,8 +38,6 @@ _CODEBOOKS: tuple[str, ...] = get_args(Codebook)
 _STATISTICS: tuple[str, ...] = get_args(Statistic)
 _ACTIVATION_CLIPS: tuple[str, ...] = get_args(ActivationClip)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Up to so many rows `linear` computes each as it would alone, to the last bit (on the CPU, any number).
-FEW_ROWS = 4
 _FEW_IDS = 64  # up to here Python finds the extremes before torch.aminmax has started
 _CLIP_RANGE = (2.0**-149, torch.finfo(torch.float32).max)  # of a clip that stays finite and positive in float32
 

@@ -369,18 +369,6 @@ class TestLinear:
             values = la_aciq.dequantize(codes, clip, k=k, group_size=64, codebook=codebook)
             torch.testing.assert_close(y, values, rtol=2.0**-22, atol=0)
 
-    @pytest.mark.parametrize("activation_bits", [16, 8, 4])
-    @pytest.mark.parametrize("rows", range(2, la_aciq.ops.FEW_ROWS + 1))
-    def test_few_rows_do_not_depend_on_their_neighbours(self, isa, generator, rows, activation_bits):
-        x = torch.randn(rows, 128, generator=generator)
-        weight = torch.randint(0, 256, (33, 64), generator=generator, dtype=torch.uint8)
-        scale = torch.rand(33, 2, generator=generator)
-        clip = None if activation_bits == 16 else 3.0
-        options = {"group_size": 64, "activation_bits": activation_bits, "clip": clip}
-        together = la_aciq.linear(x, weight, scale, **options)
-        alone = torch.cat([la_aciq.linear(x[i : i + 1], weight, scale, **options) for i in range(rows)])
-        assert torch.equal(together, alone)
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "offset", "permuted", "step"])

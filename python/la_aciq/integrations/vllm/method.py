@@ -24,7 +24,6 @@ from ...calibration import Profile
 from ...errors import LaAciqError
 from ...nn.checkpoint import METHOD, check_tensors, read_description
 from ...nn.linear import LanguageAwareLinear, check_clips
-from ...ops import FEW_ROWS
 from . import adapt, metrics
 from .rows import ServedRows
 from .serve import ADAPT, BATCH_INVARIANT
@@ -222,19 +221,11 @@ class LanguageLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, K] -> [tokens, N], each token under the clips of its request's language."""
-        y: torch.Tensor
         rows = layer.quantized.state
         # Never in a compiled graph, which a step that is a sample does not run.
         if not torch.compiler.is_compiling() and layer.tail_sums is not None and rows.sampling:
             layer.tail_sums.add(x[: rows.count], rows.tokens[: rows.count])
-        if batch_invariant():
-            parts = []
-            for rows.first in range(0, x.shape[0], FEW_ROWS):
-                parts.append(layer.quantized(x[rows.first : rows.first + FEW_ROWS]))
-            rows.first = 0
-            y = torch.cat(parts)
-        else:
-            y = layer.quantized(x)
+        y: torch.Tensor = layer.quantized(x)
         return y if bias is None else y + bias
 
 

@@ -25,7 +25,6 @@ class ServedRows(LanguageState):
         self.slots = torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
         self._order = torch.arange(tokens, dtype=torch.int32, device=device)
-        self.first = 0
         # Whether the running step is a sample (`adapt`), one step in `sample_steps`; 0: none is. count: of its tokens.
         self.sampling = False
         self.sample_steps = 0
@@ -66,8 +65,8 @@ class ServedRows(LanguageState):
         self.tokens[:count].copy_(rows)
 
     def ids_for(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows of the running step for a layer's input [tokens, K], the tokens from `first` on."""
-        return self.tokens[self.first : self.first + x.shape[0]]
+        """The rows of the running step for a layer's input [tokens, K]."""
+        return self.tokens[: x.shape[0]]
 
 
 def fill_before_each_step(quantization: Callable[[VllmConfig], Any]) -> None:
