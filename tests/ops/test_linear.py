@@ -185,6 +185,17 @@ def test_threads_and_neighbours_change_nothing(isa, layout, k, generator):
             torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(la_aciq.backends.WHY_NO_CORE is not None, reason="the schema is the compiled core's")
+def test_defaults_that_are_not_handed_over_are_the_operators():
+    schema = torch.ops.la_aciq.linear.default._schema
+    defaults = {
+        argument.name: argument.default_value for argument in schema.arguments if argument.type.kind() != "OptionalType"
+    }
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    assert len(defaults) == 7
+    assert la_aciq.ops.linear_options(defaults) == {}
+
+
 @given(n=st.integers(0, 70), k=st.integers(1, 90), seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=60)
 def test_repacked_codes_are_where_they_are_said_to_be(n, k, seed):

@@ -113,15 +113,19 @@ class LanguageAwareLinear(LanguageAwareModule):
         self.shared: SharedInput | None = None
         self.place = 0
         self._views: dict[str, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
-        self._options: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "group_size": config.group_size,
             "weight_codebook": config.codebook,
             "block_size": self.block_size,
-            "activation_bits": config.activations,
-            "activation_clip": config.clip,
-            "activation_group_size": config.activation_group_size,
-            "activation_codebook": config.codebook,
         }
+        if quantized_input:
+            settings |= {
+                "activation_bits": config.activations,
+                "activation_clip": config.clip,
+                "activation_group_size": config.activation_group_size,
+                "activation_codebook": config.codebook,
+            }
+        self._options = ops.linear_options(settings)
 
     @classmethod
     def from_linear(
