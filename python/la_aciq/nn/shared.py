@@ -70,7 +70,7 @@ class SharedInput:
             for one in self._layers:
                 one.shared = None
             return self._alone(layer, x)
-        made = dict(enumerate(torch.split(layer.multiply(x, *joined), self._sizes, dim=-1)))
+        made = dict(enumerate(torch.split_with_sizes(layer.multiply(x, *joined), self._sizes, dim=-1)))
         own = made.pop(place)
         self._pending = x, x._version, current, made
         return own
