@@ -20,6 +20,7 @@ import la_aciq
 from benchmarks import measure, roofline
 from benchmarks.ggml import Ggml
 from benchmarks.measure import Contenders, compare, optional
+from la_aciq import ops
 
 GROUP, LANGUAGES = 64, 12
 SHAPES = [(576, 576), (1536, 576), (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (7, 100)]
@@ -66,12 +67,13 @@ def in_turn(products: list[Product], x: Tensor) -> Callable[[], object]:
     return lambda: next(turns)(x)
 
 
-def ours(weight: Weight, **settings: object) -> list[Product]:
-    """With repacked weights, as a model on the CPU keeps them."""
+def ours(weight: Weight, bits: int = 16, clip: Tensor | None = None, language: Tensor | None = None) -> list[Product]:
+    """As a layer on the CPU calls it: with repacked weights, and arguments that were checked when it was made."""
+    options = ops.linear_options({"group_size": GROUP, "activation_bits": bits})
 
     def product() -> Product:
         codes, scales = la_aciq.repack_weight(weight.codes), weight.scales.clone()
-        return lambda x: la_aciq.linear(x, codes, scales, group_size=GROUP, **settings)
+        return lambda x: ops.linear_unchecked(x, codes, scales, None, None, clip, language, options)
 
     return [product() for _ in copies_of(weight.nbytes)]
 
@@ -224,9 +226,9 @@ def bench_linear(benchmark, shape, rows, dtype):
     mixed = (torch.arange(rows) % LANGUAGES).to(torch.int32)
     same = torch.zeros(rows, dtype=torch.int32)
     found = contenders_of(n, k, dtype) | {
-        "la_aciq A8": (ours(weight, activation_bits=8, clip=2 * clip, language=same), "8 bits"),
-        "la_aciq A4": (ours(weight, activation_bits=4, clip=clip, language=same), "4 bits"),
-        "la_aciq A4, mixed languages": (ours(weight, activation_bits=4, clip=clip, language=mixed), "4 bits"),
+        "la_aciq A8": (ours(weight, 8, 2 * clip, same), "8 bits"),
+        "la_aciq A4": (ours(weight, 4, clip, same), "4 bits"),
+        "la_aciq A4, mixed languages": (ours(weight, 4, clip, mixed), "4 bits"),
     }
     if dtype == torch.float32 and rows > SCALAR_ROWS:
         found = {name: own for name, own in found.items() if name not in ("torch int4", "torchao int4")}
