@@ -25,6 +25,13 @@ struct MomentsArgs {
   Languages languages;
 };
 
+// The randomized Hadamard transform in blocks of k: signs [ceil(k / 16)] has a bit for each member, set where
+// its sign is -1 (null: no rotation).
+struct RotationArgs {
+  const uint16_t* signs;
+  int64_t block;
+};
+
 // x [rows, k] of dtype -> codes [rows, ceil(k / 2)] or, where bytes is given, codes [rows, k] of one byte
 // each.
 struct QuantizeArgs {
@@ -38,9 +45,8 @@ struct QuantizeArgs {
   Languages languages;
   Clip clip;
   Codebook codebook;
-  int bits;            // 4, or 8 with bytes
-  const float* signs;  // [k], +-1 / sqrt(block); null: no rotation
-  int64_t block;
+  int bits;  // 4, or 8 with bytes
+  RotationArgs rotation;
   uint8_t* codes;
   uint8_t* bytes;
   float* scales;  // [rows, groups] the clips used; may be null
@@ -63,8 +69,7 @@ struct RotateArgs {
   const void* x;  // [rows, k]
   DType dtype;
   int64_t k;
-  const float* signs;  // [k], +-1 / sqrt(block)
-  int64_t block;
+  RotationArgs rotation;
   void* out;  // [rows, k] of out_dtype
   DType out_dtype;
 };

@@ -158,15 +158,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
         .clip = clip_of("activation_clip", activation_clip),
         .codebook = codebook_of("activation_codebook", activation_codebook),
         .bits = static_cast<int>(activation_bits),
-        .signs = rotation.data(),
-        .block = rotation.block,
+        .rotation = rotation.args(),
         .codes = nullptr,
         .bytes = codes.mutable_data_ptr<uint8_t>(),
         .scales = scales.mutable_data_ptr<float>(),
     };
     if (rows == 0 || n == 0) return y;
     for_rows(rows, k, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(rotation.data() ? k : 0);
+      std::vector<float> scratch(rotation ? k : 0);
       kernels.quantize(args, begin, end, scratch.data(), nullptr);
       float* scale = scales.mutable_data_ptr<float>();
       for (int64_t i = begin * args.groups; i < end * args.groups; i++) scale[i] = value_scale(scale[i]);
@@ -177,7 +176,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   }
   if (rows == 0 || n == 0) return y;
   Tensor activations = input;
-  if (rotation.data()) {
+  if (rotation) {
     // bfloat16 stays what it is, for its product; float16's range is not enough for sums of a block.
     activations = at::empty({rows, k}, dtype == DType::kBFloat16 ? at::kBFloat16 : at::kFloat);
     rotate_rows(input, rotation, activations);

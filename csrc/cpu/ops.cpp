@@ -107,7 +107,7 @@ struct Quantization {
   QuantizeArgs args;
 
   void run(int64_t begin, int64_t end, double* tail) const {
-    std::vector<float> scratch(args.signs ? args.k : 0);
+    std::vector<float> scratch(rotation ? args.k : 0);
     active_kernels().quantize(args, begin, end, scratch.data(), tail);
   }
 };
@@ -146,8 +146,7 @@ Quantization quantization(const Tensor& x, const char* table_name, const Tensor&
       .clip = clip,
       .codebook = codebook_of("codebook", codebook),
       .bits = 4,
-      .signs = q.rotation.data(),
-      .block = q.rotation.block,
+      .rotation = q.rotation.args(),
       .codes = q.codes.mutable_data_ptr<uint8_t>(),
       .bytes = nullptr,
       .scales = q.scales.defined() ? q.scales.mutable_data_ptr<float>() : nullptr,

@@ -216,8 +216,8 @@ inline void quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end, 
                           double* tail) {
   with_type(args.dtype, args.x, [&](auto* x) {
     for (int64_t row = begin; row < end; row++) {
-      if (args.signs) {
-        rotate_row(x + row * args.k, args.k, args.signs, args.block, scratch);
+      if (args.rotation.signs) {
+        rotate_row(x + row * args.k, args.k, args.rotation, scratch);
         quantize_row<kCodebook>(args, scratch, row, tail);
       } else {
         quantize_row<kCodebook>(args, x + row * args.k, row, tail);

@@ -44,15 +44,21 @@ inline void hadamard_from(float* x, int64_t block, int64_t half) {
   if (2 * half == block) hadamard_pass<2>(x, block, half, stored);
 }
 
-// out [k] = H_b (signs * x) per block, where signs hold +-1 / sqrt(block).
+// out [k] = H_b (signs * x) / sqrt(b) in each block of b. Signs are a bit each, because a row, what it
+// becomes and as many signs in float32 do not fit the first-level cache together.
 template <class T>
-inline void rotate_row(const T* x, int64_t k, const float* signs, int64_t block, float* out) {
+inline void rotate_row(const T* x, int64_t k, const RotationArgs& rotation, float* out) {
+  const int64_t block = rotation.block;
+  const F32 scale = f32(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block))));
+  const auto signed_and_scaled = [&](int64_t i, F32 v) {
+    return negated(rotation.signs[i / 16], mul(v, scale));
+  };
   if (block < 16) {
     for_each_vector(x, k, [&](int64_t i, F32 v, int n) {
       if (n == 16) {
-        store(out + i, mul(v, load(signs + i)));
+        store(out + i, signed_and_scaled(i, v));
       } else {
-        store_partial(out + i, mul(v, load_partial(signs + i, n)), n);
+        store_partial(out + i, signed_and_scaled(i, v), n);
       }
     });
     for (int64_t start = 0; start < k; start += block) hadamard(out + start, block);
@@ -62,8 +68,8 @@ inline void rotate_row(const T* x, int64_t k, const float* signs, int64_t block,
     // The stages within a vector, as it is read.
     const auto signed_and_mixed = [&](int64_t i) {
       prefetch(x + start + i);
-      return butterfly<8>(
-          butterfly<4>(butterfly<2>(butterfly<1>(mul(load(x + start + i), load(signs + start + i))))));
+      const F32 v = signed_and_scaled(start + i, load(x + start + i));
+      return butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v))));
     };
     if (kHadamardRadix * 16 <= block) {
       hadamard_pass<kHadamardRadix>(out + start, block, 16, signed_and_mixed);
@@ -80,10 +86,10 @@ void rotate(const RotateArgs& args, int64_t begin, int64_t end, float* scratch) 
     with_type(args.out_dtype, args.out, [&](auto* out) {
       for (int64_t row = begin; row < end; row++) {
         if constexpr (sizeof(*out) == sizeof(float)) {
-          rotate_row(x + row * args.k, args.k, args.signs, args.block, out + row * args.k);
+          rotate_row(x + row * args.k, args.k, args.rotation, out + row * args.k);
           continue;
         }
-        rotate_row(x + row * args.k, args.k, args.signs, args.block, scratch);
+        rotate_row(x + row * args.k, args.k, args.rotation, scratch);
         for_each_vector(scratch, args.k, [&](int64_t i, F32 v, int n) {
           if (n == 16) {
             store(out + row * args.k + i, v);

@@ -61,6 +61,14 @@ inline F32 muladd(F32 x, F32 y, F32 z) {
 inline F32 min(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F32 max(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F32 keep(Mask m, F32 x) { return {_mm256_and_ps(m.a, x.a), _mm256_and_ps(m.b, x.b)}; }
+inline F32 negated(uint16_t lanes, F32 x) {
+  // Shifted to the left by 31 - i, the bit of lane i is the sign of a float32.
+  const __m256i bits = _mm256_set1_epi32(lanes), first = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+  const __m256i sign = _mm256_set1_epi32(INT32_MIN);
+  const __m256i a = _mm256_and_si256(_mm256_sllv_epi32(bits, first), sign);
+  const __m256i b = _mm256_and_si256(_mm256_sllv_epi32(_mm256_srli_epi32(bits, 8), first), sign);
+  return {_mm256_xor_ps(x.a, _mm256_castsi256_ps(a)), _mm256_xor_ps(x.b, _mm256_castsi256_ps(b))};
+}
 inline F32 abs(F32 x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};

@@ -164,6 +164,13 @@ inline F32 keep(const Mask& m, const F32& x) {  // 0 elsewhere
   return lanes<F32>([&](int i) { return m.lane[i] ? x.lane[i] : 0.0f; });
 }
 
+inline F32 negated(uint16_t mask, const F32& x) {  // the lanes whose bit is set
+  return lanes<F32>([&](int i) {
+    const uint32_t sign = static_cast<uint32_t>(mask >> i & 1) << 31;
+    return float_of(static_cast<uint32_t>(bits_of(x.lane[i])) ^ sign);
+  });
+}
+
 inline F64 f64(double x) {
   return lanes<F64>([&](int) { return x; });
 }

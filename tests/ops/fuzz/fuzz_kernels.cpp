@@ -245,19 +245,36 @@ struct Rotated {
   std::vector<double> values, errors;  // an error that is not finite: nothing is known of the element
 };
 
+// A sign per member, and what it is multiplied with in all.
+struct Rotation {
+  int64_t block;
+  Array<uint16_t> signs;
+  Array<float> factors;
+
+  Rotation(Random& random, int64_t k, int64_t block_size)
+      : block(block_size), signs(random, (k + 15) / 16), factors(random, k) {
+    const float unit = static_cast<float>(1 / sqrt(static_cast<double>(block)));
+    for (int64_t i = 0; i < k; i++) {
+      const bool negative = signs[i / 16] >> i % 16 & 1;
+      factors[i] = negative ? -unit : unit;
+    }
+  }
+  RotationArgs args() { return {signs.bytes() ? signs.data() : nullptr, block}; }
+};
+
 // The row with signs applied and each block transformed, by the definition: entry (i, j) is (-1)^popcount(i &
 // j).
-Rotated rotate_row(Elements& x, int64_t row, int64_t k, Array<float>* signs, int64_t block) {
+Rotated rotate_row(Elements& x, int64_t row, int64_t k, Rotation* rotation) {
   Rotated out{std::vector<double>(static_cast<size_t>(k)), std::vector<double>(static_cast<size_t>(k), 0.0)};
   for (int64_t i = 0; i < k; i++) {
-    if (signs == nullptr) {
+    if (rotation == nullptr) {
       out.values[i] = x.get(row * k + i);
       continue;
     }
-    const int64_t start = i / block * block;
+    const int64_t block = rotation->block, start = i / block * block;
     double sum = 0, magnitude = 0;
     for (int64_t j = 0; j < block; j++) {
-      const double term = x.get(row * k + start + j) * (*signs)[start + j];
+      const double term = x.get(row * k + start + j) * rotation->factors[start + j];
       sum += __builtin_popcountll(static_cast<uint64_t>((i - start) & j)) % 2 ? -term : term;
       magnitude += fabs(term);
     }
@@ -266,11 +283,6 @@ Rotated rotate_row(Elements& x, int64_t row, int64_t k, Array<float>* signs, int
         magnitude < 1e37 ? 0x1p-23 * (2 + log2(static_cast<double>(block))) * magnitude + 1e-37 : NAN;
   }
   return out;
-}
-
-void fill_signs(Random& random, Array<float>& signs, int64_t block) {
-  const float unit = static_cast<float>(1 / sqrt(static_cast<double>(block)));
-  for (int64_t i = 0; i < signs.bytes() / 4; i++) signs[i] = random.once_in(2) ? unit : -unit;
 }
 
 int64_t any_block(Random& random, int64_t k) {
@@ -295,9 +307,7 @@ void check_quantize(Random& random) {
   const bool scales = clip != Clip::kStatic || random.once_in(2);
   const int bits = bytes && random.once_in(2) ? 8 : 4;
   const bool rotated = random.once_in(3);
-  const int64_t block = rotated ? any_block(random, shape.k) : 0;
-  Array<float> signs(random, rotated ? shape.k : 0);
-  fill_signs(random, signs, block);
+  Rotation rotation(random, rotated ? shape.k : 0, rotated ? any_block(random, shape.k) : 0);
 
   struct Output {
     Array<uint8_t> codes;
@@ -324,8 +334,7 @@ void check_quantize(Random& random) {
         .clip = clip,
         .codebook = codebook,
         .bits = bits,
-        .signs = rotated ? signs.data() : nullptr,
-        .block = block,
+        .rotation = rotation.args(),
         .codes = bytes ? nullptr : out.codes.data(),
         .bytes = bytes ? out.codes.data() : nullptr,
         .scales = scales ? out.scales.data() : nullptr,
@@ -337,7 +346,7 @@ void check_quantize(Random& random) {
     bool tail_is_known = true;
     for (int64_t row = shape.begin; row < shape.end; row++) {
       const int64_t language = languages.of(row);
-      const Rotated exact = rotate_row(x, row, shape.k, rotated ? &signs : nullptr, block);
+      const Rotated exact = rotate_row(x, row, shape.k, rotated ? &rotation : nullptr);
       for (int64_t group = 0; group < shape.groups; group++) {
         const int64_t start = group * shape.group_size, end = std::min(start + shape.group_size, shape.k);
         double used = table[language * shape.groups + group], count = 0, squares = 0, largest = 0, error = 0;
@@ -463,9 +472,7 @@ void check_rotate(Random& random) {
   const Shape shape(random);
   Elements x(random, any_dtype(random), shape.rows * shape.k);
   x.fill(random);
-  const int64_t block = any_block(random, shape.k);
-  Array<float> signs(random, shape.k);
-  fill_signs(random, signs, block);
+  Rotation rotation(random, shape.k, any_block(random, shape.k));
   const DType dtype = random.once_in(2) ? x.dtype : DType::kFloat32;
   for (const Kernels* kernels : available_kernels()) {
     Elements out(random, dtype, shape.rows * shape.k);
@@ -474,14 +481,13 @@ void check_rotate(Random& random) {
         .x = x.data(),
         .dtype = x.dtype,
         .k = shape.k,
-        .signs = signs.data(),
-        .block = block,
+        .rotation = rotation.args(),
         .out = out.data(),
         .out_dtype = dtype,
     };
     kernels->rotate(args, shape.begin, shape.end, scratch.data());
     for (int64_t row = shape.begin; row < shape.end; row++) {
-      const Rotated exact = rotate_row(x, row, shape.k, &signs, block);
+      const Rotated exact = rotate_row(x, row, shape.k, &rotation);
       for (int64_t i = 0; i < shape.k; i++) {
         const double expected = exact.values[i], got = out.get(row * shape.k + i);
         const double slack = exact.errors[i] + out.epsilon() * fabs(expected) + out.smallest();
@@ -758,8 +764,7 @@ int make_fault(const std::string& kind) {
                             .clip = Clip::kStatic,
                             .codebook = Codebook::kMidrise,
                             .bits = 4,
-                            .signs = nullptr,
-                            .block = 0,
+                            .rotation = {nullptr, 0},
                             .codes = codes.data(),
                             .bytes = nullptr,
                             .scales = nullptr};
