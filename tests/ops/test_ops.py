@@ -403,6 +403,7 @@ def test_strides_and_offsets(isa, layout, dtype, generator):
     )
 
 
+@pytest.mark.skipif(_C is None, reason="needs the compiled core")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("place", [0, 7, 99])
 def test_signs_are_signs(dtype, place):
