@@ -20,14 +20,15 @@ constexpr int64_t kProductRows = 192;  // their sums for a panel of outputs stay
 
 // The activations of a matrix product: floats, or codes of one byte with their clips.
 struct Activations {
-  Tensor x;       // [rows, k]
-  Tensor scales;  // [rows, groups.count], or undefined
+  const void* x;  // [rows, k]
+  DType dtype;    // of the floats
+  int64_t rows, k;
+  const float* scales;  // [rows, groups.count], null for floats
   Groups groups;
   int bits;           // of the codes
   Codebook codebook;  // of the codes
 
-  bool codes() const { return scales.defined(); }
-  DType dtype() const { return codes() ? DType::kFloat32 : dtype_of("x", x.scalar_type()); }
+  bool codes() const { return scales != nullptr; }
   int64_t levels() const { return int64_t{1} << bits; }
   int zero() const { return static_cast<int>(codebook == Codebook::kMidrise ? levels() - 1 : levels()); }
   int steps() const { return codes() ? static_cast<int>(levels() - 1) : 1; }
@@ -45,29 +46,28 @@ void check_whole_eights(const char* name, const Groups& groups) {
 void multiply(const Product& product, const Activations& activations, const Tensor& weight,
               const Tensor& clips, const Groups& groups, Codebook codebook, const float* bias,
               const Tensor& out) {
-  const Tensor& x = activations.x;
-  const int64_t rows = x.size(0), k = x.size(1), n = out.size(1);
+  const int64_t rows = activations.rows, k = activations.k, n = out.size(-1);
   const bool codes = activations.codes();
   const std::vector<Segment> segments =
       segments_of(k, activations.groups.size, groups.size, product.tile_members);
   const int64_t width = segments.back().offset + segments.back().padded(), packed_rows = rows + codes;
-  const Tensor packed = at::empty({packed_rows * width * product.element_size}, at::kByte);
+  const at::DataPtr packed = new_scratch(packed_rows * width * product.element_size);
   const PackArgs pack{
-      .x = x.const_data_ptr(),
-      .dtype = activations.dtype(),
+      .x = activations.x,
+      .dtype = activations.dtype,
       .rows = rows,
       .k = k,
       .segments = segments.data(),
       .segment_count = static_cast<int64_t>(segments.size()),
       .packed_rows = packed_rows,
-      .out = packed.mutable_data_ptr(),
+      .out = packed.get(),
   };
   for_rows(packed_rows, k, [&](int64_t begin, int64_t end) { product.pack(pack, begin, end); });
 
   const int64_t blocks = (rows + kProductRows - 1) / kProductRows;
   const int64_t block_rows = (rows + blocks - 1) / blocks;
   const ProductArgs args{
-      .x = packed.const_data_ptr(),
+      .x = packed.get(),
       .rows = rows,
       .k = k,
       .n = n,
@@ -75,7 +75,7 @@ void multiply(const Product& product, const Activations& activations, const Tens
       .segment_count = static_cast<int64_t>(segments.size()),
       .packed_rows = packed_rows,
       .width = width,
-      .scales = codes ? activations.scales.const_data_ptr<float>() : nullptr,
+      .scales = activations.scales,
       .activation_groups = activations.groups.count,
       .zero = activations.zero(),
       .weight = static_cast<const uint8_t*>(weight.const_data_ptr()),
@@ -94,8 +94,8 @@ void multiply(const Product& product, const Activations& activations, const Tens
   if (rows <= kFewRows) {
     // Multiplying with a weight costs a twelfth of what an element costs elsewhere.
     for_rows((n + 15) / 16, 16 * k * rows / 12, [&](int64_t begin, int64_t end) {
-      const Tensor scratch = at::empty({lanes(std::min(end - begin, kFewPanels))}, at::kByte);
-      product.multiply_few(args, begin, end, scratch.mutable_data_ptr<uint8_t>());
+      const at::DataPtr scratch = new_scratch(lanes(std::min(end - begin, kFewPanels)));
+      product.multiply_few(args, begin, end, static_cast<uint8_t*>(scratch.get()));
     });
     return;
   }
@@ -103,9 +103,9 @@ void multiply(const Product& product, const Activations& activations, const Tens
   const int64_t tile = product.tile_members * product.panel * product.element_size / 4;  // in floats
   const int64_t starts = product.tile_members / 8 * product.panel, scales = groups.count * product.panel;
   for_rows(panels * blocks, product.panel * k / 4, [&](int64_t begin, int64_t end) {
-    const Tensor scratch = at::empty(
-        {tile + starts + scales + block_rows * product.panel + lanes(product.panel / 16) / 4}, at::kFloat);
-    float* memory = scratch.mutable_data_ptr<float>();
+    const at::DataPtr scratch =
+        new_scratch(4 * (tile + starts + scales + block_rows * product.panel) + lanes(product.panel / 16));
+    float* memory = static_cast<float*>(scratch.get());
     float* totals = memory + tile + starts + scales;
     product.multiply(args, begin, end,
                      {reinterpret_cast<uint8_t*>(totals + block_rows * product.panel), memory,
@@ -134,10 +134,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   const Tensor packed = weight.contiguous(), clips = weight_scale.contiguous();
   const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   const float* offsets = offset.defined() ? offset.const_data_ptr<float>() : nullptr;
-  auto sizes = x.sizes().vec();
+  at::DimVector sizes(x.sizes());
   sizes.back() = n;
-  const Tensor y = at::empty(sizes, x.options());
-  const Tensor out = y.view({rows, n}), input = x.reshape({rows, k}).contiguous();
+  const Tensor out = at::empty(sizes, x.scalar_type()), input = x.contiguous();
   if (activation_bits < 16) {
     TORCH_CHECK_VALUE(clip.has_value(),
                       "clip: expected the clips of the activations for activation_bits=", activation_bits);
@@ -145,8 +144,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
     if (is_repacked(weight)) check_whole_eights("activation_group_size", activation_groups);
     const Tensor table = checked_table("clip", *clip, activation_groups.count);
     const LanguageIds ids = checked_language(language, lead);
-    const Tensor codes = at::empty({rows, k}, at::kByte);
-    const Tensor scales = at::empty({rows, activation_groups.count}, at::kFloat);
+    const at::DataPtr codes = new_scratch(rows * k), scales = new_scratch(4 * rows * activation_groups.count);
     const QuantizeArgs args{
         .x = input.const_data_ptr(),
         .dtype = dtype,
@@ -160,32 +158,34 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
         .bits = static_cast<int>(activation_bits),
         .rotation = rotation.args(),
         .codes = nullptr,
-        .bytes = codes.mutable_data_ptr<uint8_t>(),
-        .scales = scales.mutable_data_ptr<float>(),
+        .bytes = static_cast<uint8_t*>(codes.get()),
+        .scales = static_cast<float*>(scales.get()),
     };
-    if (rows == 0 || n == 0) return y;
+    if (rows == 0 || n == 0) return out;
     for_rows(rows, k, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(rotation ? k : 0);
       kernels.quantize(args, begin, end, scratch.data(), nullptr);
-      float* scale = scales.mutable_data_ptr<float>();
-      for (int64_t i = begin * args.groups; i < end * args.groups; i++) scale[i] = value_scale(scale[i]);
+      for (int64_t i = begin * args.groups; i < end * args.groups; i++) {
+        args.scales[i] = value_scale(args.scales[i]);
+      }
     });
-    multiply(kernels.integer_product, {codes, scales, activation_groups, args.bits, args.codebook}, packed,
+    multiply(kernels.integer_product,
+             {args.bytes, dtype, rows, k, args.scales, activation_groups, args.bits, args.codebook}, packed,
              clips, groups, codebook, offsets, out);
-    return y;
+    return out;
   }
-  if (rows == 0 || n == 0) return y;
+  if (rows == 0 || n == 0) return out;
   Tensor activations = input;
   if (rotation) {
     // bfloat16 stays what it is, for its product; float16's range is not enough for sums of a block.
     activations = at::empty({rows, k}, dtype == DType::kBFloat16 ? at::kBFloat16 : at::kFloat);
     rotate_rows(input, rotation, activations);
   }
-  const Product& product =
-      activations.scalar_type() == at::kBFloat16 ? kernels.bfloat16_product : kernels.float_product;
-  multiply(product, {activations, {}, groups_of(k, 0), 0, codebook}, packed, clips, groups, codebook, offsets,
-           out);
-  return y;
+  const DType type = dtype_of("x", activations.scalar_type());
+  multiply(type == DType::kBFloat16 ? kernels.bfloat16_product : kernels.float_product,
+           {activations.const_data_ptr(), type, rows, k, nullptr, groups_of(k, 0), 0, codebook}, packed,
+           clips, groups, codebook, offsets, out);
+  return out;
 }
 
 }  // namespace

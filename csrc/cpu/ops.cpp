@@ -207,7 +207,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tenso
     table = checked_table("alpha", alpha, groups.count);
     ids = checked_language(language, lead);
   }
-  auto sizes = codes.sizes().vec();
+  at::DimVector sizes(codes.sizes());
   sizes.back() = k;
   const Tensor out = new_output(sizes, dtype);
   const DequantizeArgs args{
