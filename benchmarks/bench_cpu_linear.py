@@ -69,7 +69,7 @@ def in_turn(products: list[Product], x: Tensor) -> Callable[[], object]:
 
 def ours(weight: Weight, bits: int = 16, clip: Tensor | None = None, language: Tensor | None = None) -> list[Product]:
     """As a layer on the CPU calls it: with repacked weights, and arguments that were checked when it was made."""
-    options = ops.linear_options({"group_size": GROUP, "activation_bits": bits})
+    options = ops.linear_options(group_size=GROUP, activation_bits=bits)
 
     def product() -> Product:
         codes, scales = la_aciq.repack_weight(weight.codes), weight.scales.clone()

@@ -14,7 +14,7 @@ TORCH_LIBRARY(la_aciq, m) {
       "Tensor)");
   m.def(
       "dequantize(Tensor codes, Tensor alpha, Tensor? language=None, *, int k, int group_size=0, "
-      "str codebook=\"midrise\", bool per_row=False, ScalarType dtype) -> Tensor");
+      "str codebook=\"midrise\", bool per_row=False, ScalarType dtype=float) -> Tensor");
   m.def("rotate(Tensor x, Tensor signs, int block_size=0) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, *, int group_size=0, "

@@ -23,6 +23,7 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 NanPolicy = Literal["propagate", "omit", "raise"]
 
+_NAN_POLICIES: tuple[str, ...] = get_args(NanPolicy)
 STATE_SIZE = 8
 HISTOGRAM_BINS = 258
 COUNT, MEAN, M2, M3, M4, MIN, MAX, NONFINITE = range(STATE_SIZE)
@@ -107,6 +108,8 @@ class Moments:
     nan_policy: NanPolicy
 
     def __init__(self, state: Float64, histogram: Int64 | None, nan_policy: NanPolicy) -> None:
+        if nan_policy == "raise" and (bad := int(state[..., NONFINITE].sum())):
+            raise ValueError(f"x: expected finite values with nan_policy='raise', got {bad} NaN or infinite elements")
         self.state = state
         self.histogram = histogram
         self.nan_policy = nan_policy
@@ -129,8 +132,6 @@ class Moments:
             if histogram.shape[:-2] != state.shape[:-1]:
                 expected = [*state.shape[:-1], HISTOGRAM_BINS, 2]
                 raise ValueError(f"histogram: expected shape {expected} to match state, got {list(histogram.shape)}")
-        if nan_policy == "raise" and (bad := int(state[..., NONFINITE].sum())):
-            raise ValueError(f"x: expected finite values with nan_policy='raise', got {bad} NaN or infinite elements")
         return cls(state, histogram, nan_policy)
 
     @classmethod
@@ -268,7 +269,7 @@ class Moments:
 
 
 def check_nan_policy(nan_policy: str) -> None:
-    if nan_policy not in get_args(NanPolicy):
+    if nan_policy not in _NAN_POLICIES:
         raise ValueError(f"nan_policy: expected 'propagate', 'omit' or 'raise', got {nan_policy!r}")
 
 

@@ -153,6 +153,20 @@ class _Choice(threading.local):
 _choice = _Choice()
 
 
+def _overloads(namespace: Any) -> dict[str, Callable[..., Any]]:
+    return {name: getattr(namespace, name).default for name in OPERATIONS}
+
+
+# By backend and operation. Looking one up in torch.ops in every call takes twice as long.
+_FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
+    "reference": {name: getattr(reference, name) for name in OPERATIONS}
+}
+if WHY_NO_CORE is None:
+    _FUNCTIONS["cpu"] = _FUNCTIONS["cuda"] = _overloads(torch.ops.la_aciq)
+if _WHY_NOT["triton"] is None:
+    _FUNCTIONS["triton"] = _overloads(torch.ops.la_aciq_triton)
+
+
 def why_unavailable(backend: str) -> str | None:
     """Why a backend cannot run here, or None if it can. Raises ValueError for a name that is not a backend."""
     if backend not in get_args(Backend):
@@ -209,8 +223,4 @@ def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
 
 def implementation(operation: str, x: Tensor, rounded: bool = False) -> Callable[..., Any]:
     """The function, with the signature of the schema in csrc/ops.cpp, that `choose` chose."""
-    backend = choose(operation, x, rounded)
-    if backend == "reference":
-        return getattr(reference, operation)  # type: ignore[no-any-return]
-    namespace = torch.ops.la_aciq_triton if backend == "triton" else torch.ops.la_aciq
-    return getattr(namespace, operation)  # type: ignore[no-any-return]
+    return _FUNCTIONS[choose(operation, x, rounded)][operation]

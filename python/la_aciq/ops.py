@@ -38,15 +38,11 @@ _CODEBOOKS: tuple[str, ...] = get_args(Codebook)
 _STATISTICS: tuple[str, ...] = get_args(Statistic)
 _ACTIVATION_CLIPS: tuple[str, ...] = get_args(ActivationClip)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LINEAR_DEFAULTS: dict[str, Any] = {  # of the schema in csrc/ops.cpp
-    "group_size": 0,
-    "weight_codebook": "midrise",
-    "block_size": 0,
-    "activation_bits": 16,
-    "activation_clip": "static",
-    "activation_group_size": 0,
-    "activation_codebook": "midrise",
-}
+_DTYPES_OF_MOMENTS = (*_DTYPES, torch.float64)
+# The defaults of the operators' last arguments: reference.py has the signatures of csrc/ops.cpp.
+_DEFAULTS_OF_MOMENTS = reference.moments.__defaults__ or ()
+_DEFAULTS_OF_QUANTIZE = reference.quantize.__defaults__ or ()
+_DEFAULTS_OF_QUANTIZE_DYNAMIC = reference.quantize_dynamic.__defaults__ or ()
 _FEW_IDS = 64  # up to here Python finds the extremes before torch.aminmax has started
 _CLIP_RANGE = (2.0**-149, torch.finfo(torch.float32).max)  # of a clip that stays finite and positive in float32
 
@@ -81,7 +77,7 @@ def moments(
     read_counts: Any = counts.numpy(force=True) if histogram else None
     if language is None and languages is None:
         read, read_counts = read[0], read_counts[0] if histogram else None
-    return Moments.from_state(read, read_counts, nan_policy=nan_policy)
+    return Moments(read, read_counts, nan_policy)
 
 
 def moments_state(
@@ -89,7 +85,7 @@ def moments_state(
 ) -> tuple[Tensor, Tensor]:
     """The tensors `moments` is made of: float64 [languages, 8] and int64 [languages, 258, 2] ([languages, 0, 2] without
     histogram), left on the device of x. `Moments.from_state` reads them."""
-    if x.dtype not in (*_DTYPES, torch.float64):
+    if x.dtype not in _DTYPES_OF_MOMENTS:
         raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {_name(x.dtype)}")
     if languages is None:
         if language is not None:
@@ -97,8 +93,10 @@ def moments_state(
         languages = 1
     if languages < 1:
         raise ValueError(f"languages: expected at least 1, got {languages}")
-    language = _checked_language(language, languages, x.shape[:-1], x.device)
-    state: tuple[Tensor, Tensor] = implementation("moments", x)(x, language, languages, histogram)
+    if language is not None:
+        language = _checked_language(language, languages, x)
+    settings = _without_defaults(_DEFAULTS_OF_MOMENTS, language, languages, histogram)
+    state: tuple[Tensor, Tensor] = implementation("moments", x)(x, *settings)
     return state
 
 
@@ -129,12 +127,15 @@ def quantize(
     takes the code nearest zero, +-Inf the end codes.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
-    size, block = _checked_x(x, group_size, signs, block_size)
+    k = _checked_x(x)
+    block = _checked_block(block_size, signs, x, k)
+    size = _checked_group_size("group_size", group_size)
     _check_choice("codebook", codebook, _CODEBOOKS)
-    alpha = _checked_table("alpha", alpha, x, size)
-    language = _checked_language(language, alpha.shape[0], x.shape[:-1], x.device)
-    function = implementation("quantize", x)
-    codes, tail = function(x, alpha, language, size, codebook, signs, block, tail_sums)
+    alpha = _checked_table("alpha", alpha, x, k, size)
+    if language is not None:
+        language = _checked_language(language, alpha.shape[0], x)
+    settings = _without_defaults(_DEFAULTS_OF_QUANTIZE, language, size, codebook, signs, block, tail_sums)
+    codes, tail = implementation("quantize", x)(x, alpha, *settings)
     return (codes, tail) if tail_sums else codes
 
 
@@ -155,13 +156,16 @@ def quantize_dynamic(
     Returns codes uint8 [..., ceil(K / 2)] and the clips, float32 [..., groups], which `dequantize` takes as scales. A
     group of zeros has clip 0 and dequantizes to zeros.
     """
-    size, block = _checked_x(x, group_size, signs, block_size)
+    k = _checked_x(x)
+    block = _checked_block(block_size, signs, x, k)
+    size = _checked_group_size("group_size", group_size)
     _check_choice("statistic", statistic, _STATISTICS)
     _check_choice("codebook", codebook, _CODEBOOKS)
-    shape = _checked_table("shape", shape, x, size)
-    language = _checked_language(language, shape.shape[0], x.shape[:-1], x.device)
-    function = implementation("quantize_dynamic", x)
-    codes, scales = function(x, shape, language, size, statistic, codebook, signs, block)
+    shape = _checked_table("shape", shape, x, k, size)
+    if language is not None:
+        language = _checked_language(language, shape.shape[0], x)
+    settings = _without_defaults(_DEFAULTS_OF_QUANTIZE_DYNAMIC, language, size, statistic, codebook, signs, block)
+    codes, scales = implementation("quantize_dynamic", x)(x, shape, *settings)
     return codes, scales
 
 
@@ -182,32 +186,39 @@ def dequantize(
     """
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes: expected uint8, got {_name(codes.dtype)}")
-    if k < 1 or codes.dim() == 0 or codes.shape[-1] != (k + 1) // 2:
-        raise ValueError(f"codes: expected shape [..., {(k + 1) // 2}] for k={k}, got {list(codes.shape)}")
+    packed = codes.shape
+    if k < 1 or not packed or packed[-1] != (k + 1) // 2:
+        raise ValueError(f"codes: expected shape [..., {(k + 1) // 2}] for k={k}, got {list(packed)}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {_name(dtype)}")
     _check_choice("codebook", codebook, _CODEBOOKS)
     size = _checked_group_size("group_size", group_size)
-    lead = codes.shape[:-1]
     if (alpha is None) == (scales is None):
         raise ValueError("alpha, scales: expected exactly one of them")
     if scales is not None:
         if language is not None:
             raise ValueError("language: has no meaning with scales, which hold the clip of every row")
-        expected = (*lead, reference.group_count(k, size))
+        expected = (*packed[:-1], reference.group_count(k, size))
         if scales.dtype != torch.float32:
             raise TypeError(f"scales: expected float32, got {_name(scales.dtype)}")
         if scales.shape != expected:
             raise ValueError(f"scales: expected shape {list(expected)}, got {list(scales.shape)}")
-        _check_device("scales", scales, codes.device)
+        _check_device("scales", scales, codes)
         table = scales
     elif alpha is not None:
-        table = _table("alpha", alpha, reference.group_count(k, size), codes.device)
-        language = _checked_language(language, table.shape[0], lead, codes.device)
-    function = implementation("dequantize", codes)
-    out: Tensor = function(
-        codes, table, language, k=k, group_size=size, codebook=codebook, per_row=scales is not None, dtype=dtype
-    )
+        table = _checked_table("alpha", alpha, codes, k, size)
+        if language is not None:
+            language = _checked_language(language, table.shape[0], codes)
+    options: dict[str, Any] = {"k": k}  # and what is not the operator's default, as in linear_options
+    if size:
+        options["group_size"] = size
+    if codebook != "midrise":
+        options["codebook"] = codebook
+    if scales is not None:
+        options["per_row"] = True
+    if dtype != torch.float32:
+        options["dtype"] = dtype
+    out: Tensor = implementation("dequantize", codes)(codes, table, language, **options)
     return out
 
 
@@ -218,9 +229,8 @@ def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
     divides K; None for the largest. The transform is orthogonal; H_b is symmetric (Sylvester's order), so signs *
     rotate(y, ones) undoes it.
     """
-    _, block = _checked_x(x, None, signs, block_size)
-    function = implementation("rotate", x)
-    out: Tensor = function(x, signs, block)
+    block = _checked_block(block_size, signs, x, _checked_x(x))
+    out: Tensor = implementation("rotate", x)(x, signs, block)
     return out
 
 
@@ -257,60 +267,55 @@ def linear(
         statistic of each row's group of activation_group_size elements.
     language: int32 rows of the clip table.
     """
-    activation_size, block = _checked_x(x, activation_group_size, signs, block_size)
+    columns = _checked_x(x)
+    block = _checked_block(block_size, signs, x, columns)
     size = _checked_group_size("group_size", group_size)
+    activation_size = _checked_group_size("activation_group_size", activation_group_size)
     _check_choice("weight_codebook", weight_codebook, _CODEBOOKS)
     _check_choice("activation_clip", activation_clip, _ACTIVATION_CLIPS)
     _check_choice("activation_codebook", activation_codebook, _CODEBOOKS)
     if activation_bits not in (4, 8, 16):
         raise ValueError(f"activation_bits: expected 16, 8 or 4, got {activation_bits}")
-    if weight.dtype not in (torch.uint8, torch.int32):
-        raise TypeError(f"weight: expected uint8 codes, or int32 from repack_weight, got {_name(weight.dtype)}")
+    packed, scales = weight.shape, weight_scale.shape
     if weight_scale.dtype != torch.float32:
         raise TypeError(f"weight_scale: expected float32, got {_name(weight_scale.dtype)}")
-    columns = x.shape[-1]
-    groups = reference.group_count(columns, size)
     if weight.dtype == torch.uint8:
-        outputs = weight.shape[0] if weight.dim() else 0
-        if weight.dim() != 2 or weight.shape[1] != (columns + 1) // 2:
-            raise ValueError(
-                f"weight: expected shape [N, {(columns + 1) // 2}] for K={columns}, got {list(weight.shape)}"
-            )
-    else:
-        outputs = weight_scale.shape[0] if weight_scale.dim() else 0
+        if len(packed) != 2 or packed[1] != (columns + 1) // 2:
+            raise ValueError(f"weight: expected shape [N, {(columns + 1) // 2}] for K={columns}, got {list(packed)}")
+        outputs = packed[0]
+    elif weight.dtype == torch.int32:
+        outputs = scales[0] if scales else 0
         _check_repacked(weight, outputs, columns, x.device)
         _check_whole_eights("group_size", size, columns)
         _check_whole_eights("activation_group_size", activation_size if activation_bits < 16 else 0, columns)
-    _check_device("weight", weight, x.device)
-    if weight_scale.shape != (outputs, groups):
-        raise ValueError(f"weight_scale: expected shape {[outputs, groups]}, got {list(weight_scale.shape)}")
-    _check_device("weight_scale", weight_scale, x.device)
+    else:
+        raise TypeError(f"weight: expected uint8 codes, or int32 from repack_weight, got {_name(weight.dtype)}")
+    _check_device("weight", weight, x)
+    expected = (outputs, reference.group_count(columns, size))
+    if scales != expected:
+        raise ValueError(f"weight_scale: expected shape {list(expected)}, got {list(scales)}")
+    _check_device("weight_scale", weight_scale, x)
     if bias is not None:
         if not bias.is_floating_point():
             raise TypeError(f"bias: expected a floating-point tensor, got {_name(bias.dtype)}")
         if bias.shape != (outputs,):
             raise ValueError(f"bias: expected shape {[outputs]}, got {list(bias.shape)}")
-        _check_device("bias", bias, x.device)
+        _check_device("bias", bias, x)
     table = None
     if activation_bits < 16:
         if clip is None:
             raise ValueError(
                 f"clip: expected the clips of the activations for activation_bits={activation_bits}, got None"
             )
-        table = _checked_table("clip", clip, x, activation_size)
-        language = _checked_language(language, table.shape[0], x.shape[:-1], x.device)
+        table = _checked_table("clip", clip, x, columns, activation_size)
+        if language is not None:
+            language = _checked_language(language, table.shape[0], x)
     else:
         language = None  # 16-bit activations have no clip to look up
-    settings = {
-        "group_size": size,
-        "weight_codebook": weight_codebook,
-        "block_size": block,
-        "activation_bits": activation_bits,
-        "activation_clip": activation_clip,
-        "activation_group_size": activation_size,
-        "activation_codebook": activation_codebook,
-    }
-    return linear_unchecked(x, weight, weight_scale, bias, signs, table, language, linear_options(settings))
+    options = linear_options(
+        size, weight_codebook, block, activation_bits, activation_clip, activation_size, activation_codebook
+    )
+    return linear_unchecked(x, weight, weight_scale, bias, signs, table, language, options)
 
 
 def repack_weight(weight: Tensor) -> Tensor:
@@ -365,11 +370,43 @@ def linear_unchecked(
     return out
 
 
-def linear_options(settings: dict[str, Any]) -> dict[str, Any]:
+def linear_options(
+    group_size: int = 0,
+    weight_codebook: str = "midrise",
+    block_size: int = 0,
+    activation_bits: int = 16,
+    activation_clip: str = "static",
+    activation_group_size: int = 0,
+    activation_codebook: str = "midrise",
+) -> dict[str, Any]:
     """Those of `linear`'s settings that are not the operator's defaults: each that is handed over takes a quarter of a
-    microsecond, and all of them half of a small call.
+    microsecond, and all of them half of a small call. One by one, because a comprehension takes several times as long.
     """
-    return {name: value for name, value in settings.items() if value != _LINEAR_DEFAULTS[name]}
+    options: dict[str, Any] = {}
+    if group_size:
+        options["group_size"] = group_size
+    if weight_codebook != "midrise":
+        options["weight_codebook"] = weight_codebook
+    if block_size:
+        options["block_size"] = block_size
+    if activation_bits != 16:
+        options["activation_bits"] = activation_bits
+    if activation_clip != "static":
+        options["activation_clip"] = activation_clip
+    if activation_group_size:
+        options["activation_group_size"] = activation_group_size
+    if activation_codebook != "midrise":
+        options["activation_codebook"] = activation_codebook
+    return options
+
+
+def _without_defaults(defaults: tuple[Any, ...], *settings: Any) -> tuple[Any, ...]:
+    """`settings` up to the last that is not the operator's default: each that is handed over takes PyTorch longer than
+    this takes to leave it out."""
+    count = len(settings)
+    while count and settings[count - 1] is defaults[count - 1]:  # == would compare the elements of tensors
+        count -= 1
+    return settings[:count]
 
 
 # --- Checks of arguments --------------------------------------------------------------------------------------------
@@ -379,9 +416,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected on {device} like x, got on {tensor.device}")
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    # Asked for last: every look at `device` makes an object.
+    if not (tensor.is_cpu and x.is_cpu) and tensor.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device} like x, got on {tensor.device}")
 
 
 def _repacked_shape(n: int, k: int) -> tuple[int, int, int]:
@@ -418,60 +456,63 @@ def _checked_group_size(name: str, group_size: int | None) -> int:
     return group_size
 
 
-def _checked_x(x: Tensor, group_size: int | None, signs: Tensor | None, block_size: int | None) -> tuple[int, int]:
-    """Group size and Hadamard block as the operations take them (0 for None)."""
+def _checked_x(x: Tensor) -> int:
+    """K."""
     if x.dtype not in _DTYPES:
         raise TypeError(f"x: expected float32, bfloat16 or float16, got {_name(x.dtype)}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected shape [..., K] with K >= 1, got {list(x.shape)}")
-    k = x.shape[-1]
+    shape = x.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"x: expected shape [..., K] with K >= 1, got {list(shape)}")
+    return shape[-1]
+
+
+def _checked_block(block_size: int | None, signs: Tensor | None, x: Tensor, k: int) -> int:
+    """The Hadamard block as the operations take it (0 for None)."""
     block = block_size or 0
     if signs is None:
         if block:
             raise ValueError(f"block_size: has no meaning without signs, got {block}")
-    else:
-        if signs.dtype not in (torch.float32, torch.int8):
-            raise TypeError(f"signs: expected float32 or int8, got {_name(signs.dtype)}")
-        if signs.shape != (k,):
-            raise ValueError(f"signs: expected shape {[k]}, got {list(signs.shape)}")
-        _check_device("signs", signs, x.device)
-        if block < 0 or block & (block - 1) or (block and k % block):
-            raise ValueError(f"block_size: expected a power of two that divides K={k}, got {block}")
-    return _checked_group_size("group_size", group_size), block
+        return 0
+    if signs.dtype not in (torch.float32, torch.int8):
+        raise TypeError(f"signs: expected float32 or int8, got {_name(signs.dtype)}")
+    if signs.shape != (k,):
+        raise ValueError(f"signs: expected shape {[k]}, got {list(signs.shape)}")
+    _check_device("signs", signs, x)
+    if block and (block < 0 or block & (block - 1) or k % block):
+        raise ValueError(f"block_size: expected a power of two that divides K={k}, got {block}")
+    return block
 
 
-def _table(name: str, table: Tensor | float, groups: int, device: torch.device) -> Tensor:
-    """float32 [languages, groups] on device."""
+def _checked_table(name: str, table: Tensor | float, x: Tensor, k: int, group_size: int) -> Tensor:
+    """float32 [languages, groups] on the device of x."""
+    groups = reference.group_count(k, group_size)
     if not isinstance(table, Tensor):
         if not _CLIP_RANGE[0] <= table <= _CLIP_RANGE[1]:
             raise ValueError(f"{name}: expected a finite and positive number (in float32), got {table}")
-        return torch.full((1, groups), float(table), dtype=torch.float32, device=device)
-    if not table.is_floating_point():
-        raise TypeError(f"{name}: expected a float32 tensor, got {_name(table.dtype)}")
-    _check_device(name, table, device)
-    if table.dim() == 1:
-        table = table.unsqueeze(1).expand(-1, groups)
-    if table.dim() != 2 or table.shape[1] != groups or table.shape[0] == 0:
-        raise ValueError(f"{name}: expected shape [languages, {groups}] or [languages], got {list(table.shape)}")
-    return table if table.dtype == torch.float32 else table.to(torch.float32)
+        return torch.full((1, groups), float(table), dtype=torch.float32, device=x.device)
+    if table.dtype != torch.float32:
+        if not table.is_floating_point():
+            raise TypeError(f"{name}: expected a float32 tensor, got {_name(table.dtype)}")
+        table = table.to(torch.float32)
+    _check_device(name, table, x)
+    shape = table.shape
+    if len(shape) == 1 and shape[0]:
+        return table.unsqueeze(1).expand(-1, groups)
+    if len(shape) != 2 or shape[1] != groups or shape[0] == 0:
+        raise ValueError(f"{name}: expected shape [languages, {groups}] or [languages], got {list(shape)}")
+    return table
 
 
-def _checked_table(name: str, table: Tensor | float, x: Tensor, group_size: int) -> Tensor:
-    return _table(name, table, reference.group_count(x.shape[-1], group_size), x.device)
-
-
-def _checked_language(language: Tensor | None, languages: int, lead: torch.Size, device: torch.device) -> Tensor | None:
-    """language as int32 that matches the leading dimensions.
+def _checked_language(language: Tensor, languages: int, x: Tensor) -> Tensor:
+    """language as int32 that matches the leading dimensions of x.
 
     Ids are compared with the table on the CPU only, where looking at them costs no synchronisation, and not while a
     graph is captured; elsewhere an id out of range reads row 0.
     """
-    if language is None:
-        return None
     if language.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"language: expected int32, got {_name(language.dtype)}")
-    _check_device("language", language, device)
-    shape = language.shape
+    _check_device("language", language, x)
+    shape, lead = language.shape, x.shape[:-1]
     if shape != lead and (
         len(shape) > len(lead) or any(n not in (1, size) for n, size in zip(shape, lead, strict=False))
     ):
@@ -572,7 +613,7 @@ def _fake_dequantize(
     group_size: int = 0,
     codebook: str = "midrise",
     per_row: bool = False,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
 

@@ -1,5 +1,6 @@
 """The operations inside PyTorch: registration, torch.compile, threads, processes, and without the compiled core."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import torch
 from op_helpers import _C, make_inputs
 
 import la_aciq
-from la_aciq import backends, ops
+from la_aciq import backends, ops, reference
 
 needs_core = pytest.mark.skipif(_C is None, reason="needs the compiled core")
 ROOT = Path(__file__).parents[2]
+ONE = torch.ones(1, 1)
 
 
 def run_python(code, **environment):
@@ -34,6 +36,19 @@ def run_python(code, **environment):
 def test_opcheck(op, dtype):
     for args, kwargs in make_inputs(op, dtype):
         torch.library.opcheck(getattr(torch.ops.la_aciq, op).default, args, kwargs)
+
+
+@needs_core
+@pytest.mark.parametrize("op", backends.OPERATIONS)
+def test_the_reference_has_the_signatures_of_the_schema(op):
+    """ops.py leaves out what is a default of the reference, and the operator then takes its own."""
+    schema = getattr(torch.ops.la_aciq, op).default._schema
+    expected = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in schema.arguments}
+    if op == "dequantize":
+        assert torch.ops.la_aciq.dequantize(torch.zeros(1, 1, dtype=torch.uint8), ONE, k=2).dtype == torch.float32
+        expected["dtype"] = torch.float32  # which the schema knows by number
+    signature = inspect.signature(getattr(reference, op))
+    assert {parameter.name: parameter.default for parameter in signature.parameters.values()} == expected
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -193,7 +193,9 @@ def test_defaults_that_are_not_handed_over_are_the_operators():
     }
     defaults = {name: value for name, value in defaults.items() if value is not None}
     assert len(defaults) == 7
-    assert la_aciq.ops.linear_options(defaults) == {}
+    assert la_aciq.ops.linear_options(**defaults) == {}
+    changed = dict.fromkeys(defaults, 2)
+    assert la_aciq.ops.linear_options(**changed) == changed
 
 
 @given(n=st.integers(0, 70), k=st.integers(1, 90), seed=st.integers(0, 2**32 - 1))

@@ -570,6 +570,11 @@ ONES = torch.ones(2, 8)
         ),
         (lambda: la_aciq.quantize(ONES, 1.0, group_size=3), ValueError, "group_size: expected an even number .* got 3"),
         (lambda: la_aciq.quantize(ONES, 1.0, group_size=-2), ValueError, "group_size: .* got -2"),
+        (
+            lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(1, 1), activation_group_size=3),
+            ValueError,
+            "^activation_group_size: expected an even number .* got 3",
+        ),
         (lambda: la_aciq.quantize(ONES, 1.0, codebook="nf4"), ValueError, "codebook: expected 'midrise' or 'midtread'"),
         (lambda: la_aciq.quantize(ONES, torch.ones(2, 3), group_size=4), ValueError, r"alpha: .* \[languages, 2\]"),
         (lambda: la_aciq.quantize(ONES, torch.ones(2, dtype=torch.int32)), TypeError, "alpha: expected a float32"),

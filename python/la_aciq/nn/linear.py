@@ -125,7 +125,7 @@ class LanguageAwareLinear(LanguageAwareModule):
                 "activation_group_size": config.activation_group_size,
                 "activation_codebook": config.codebook,
             }
-        self._options = ops.linear_options(settings)
+        self._options = ops.linear_options(**settings)
 
     @classmethod
     def from_linear(
