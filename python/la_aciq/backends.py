@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .errors import LaAciqError
 
 Backend = Literal["reference", "cpu", "cuda", "triton"]
 OPERATIONS = ("moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear")
@@ -58,11 +59,18 @@ def read_table(path: Path) -> tuple[dict[str, Rules], bool]:
         raise ValueError(f"{path} is not a table of backends: {type(error).__name__}: {error}") from error
 
 
-_TABLE_FROM_ENVIRONMENT = os.environ.get("LA_ACIQ_BACKEND_TABLE") or None
+def _table_of_this_process() -> tuple[dict[str, Rules], bool]:
+    named = os.environ.get("LA_ACIQ_BACKEND_TABLE")
+    if not named:
+        return read_table(Path(__file__).with_name("cuda_backends.json"))
+    try:
+        return read_table(Path(named))
+    except ValueError as error:
+        raise LaAciqError(f"LA_ACIQ_BACKEND_TABLE: {error}") from error
+
+
 # VERIFIED_ON_GPU: whether the CUDA and Triton kernels have passed their tests and benchmarks/gpu.sh on a GPU.
-PREFERENCES, VERIFIED_ON_GPU = read_table(
-    Path(_TABLE_FROM_ENVIRONMENT) if _TABLE_FROM_ENVIRONMENT else Path(__file__).with_name("cuda_backends.json")
-)
+PREFERENCES, VERIFIED_ON_GPU = _table_of_this_process()
 
 
 def _load_core() -> str | None:

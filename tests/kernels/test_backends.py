@@ -246,6 +246,19 @@ def test_a_table_of_ones_own(tmp_path):
     assert process.stdout == "triton True\n"
 
 
+@pytest.mark.parametrize("content", [None, "{}", "not JSON"])
+def test_a_table_of_ones_own_that_is_none_names_the_variable_and_the_file(tmp_path, content):
+    path = tmp_path / "table.json"
+    if content is not None:
+        path.write_text(content)
+    environment = os.environ | {"LA_ACIQ_BACKEND_TABLE": str(path)}
+    command = [sys.executable, "-c", "from la_aciq import cli; raise SystemExit(cli.main(['info']))"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert f"LA_ACIQ_BACKEND_TABLE: {path} is not a table of backends: " in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
