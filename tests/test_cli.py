@@ -257,6 +257,7 @@ class TestCommands:
         assert status == 0
         for operation in ("read", "moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear"):
             assert re.search(rf"^{operation}\b.* ms .* GB/s .*%$", out, re.MULTILINE), out
+        assert re.search(r"^read \(torch\.(sum|max|dot)\) .* 100%$", out, re.MULTILINE), out
 
     def test_bench_times_a_layer(self, run, monkeypatch):
         monkeypatch.setattr("la_aciq.bench.layer._BYTES", 1)

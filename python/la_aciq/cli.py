@@ -499,7 +499,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="how fast operations, layers and servers are on this machine")
     benches = bench.add_subparsers(title="what", required=True, metavar="{ops,layer,serve}")
     bench_ops = command(
-        "ops", _bench_ops, "time each operation beside a pure read of memory, in half a minute", benches
+        "ops", _bench_ops, "time each operation beside PyTorch's fastest read of memory, in half a minute", benches
     )
     bench_ops.add_argument("--size_mib", type=_positive, help="size of the input in MiB (256 with the compiled core)")
     bench_layer = command("layer", _bench_layer, "time one quantized linear layer beside torch's, by rows", benches)
