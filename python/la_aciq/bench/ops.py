@@ -93,7 +93,7 @@ def _reads(x: torch.Tensor) -> list[tuple[str, Callable[[], object]]]:
 
     Each of them is the fastest at times, by the number of threads and what else the machine does: `max` as integers,
     without care for NaN; `dot` reads two streams. The fastest of them is close to the read in benchmarks/roofline.cpp,
-    which is compiled for the machine and prefetches. Minima and norms are no faster, `any` and sums of int32 much slower.
+    which is compiled for the machine and prefetches. Minima and norms are no faster, `any` and int32 sums far slower.
     """
     halves = x.view(torch.float64).view(2, -1)
     return [
