@@ -41,6 +41,7 @@ struct BFloat16Product {
   using Operand = I32;
   using Element = uint16_t;
   static constexpr int kDepth = 2;
+  static constexpr int kBlockRows = kFloatBlockRows;
   static constexpr int64_t kTileMembers = 128;
   static constexpr bool kIntegers = false;
   static constexpr int kSteps = 15;

@@ -1,6 +1,6 @@
 // Inner products and the decoding of weights in portable C++. The dot_<isa>.h headers offer the same
-// operations with the same integers. Of sums, kBlockRows x kPanelVectors fit their registers beside weights
-// from a tile, and few_rows(panels) x panels beside weights that are decoded there.
+// operations with the same integers. Of sums, k...BlockRows x kPanelVectors fit their registers beside
+// weights from a tile, and few_rows(panels) x panels beside weights that are decoded there.
 #pragma once
 
 #include "cpu/vec_baseline.h"
@@ -8,7 +8,7 @@
 namespace la_aciq::cpu {
 namespace {
 
-constexpr int kBlockRows = 2, kPanelVectors = 1;
+constexpr int kFloatBlockRows = 2, kIntegerBlockRows = 2, kPanelVectors = 1;
 constexpr int few_rows(int panels) { return panels == 1 ? 2 : 0; }
 
 // 4 bytes, in every lane.
@@ -36,6 +36,14 @@ inline I32 dot(const I32& sum, const I32& unsigned_bytes, const I32& signed_byte
     }
     return total;
   });
+}
+
+// Of 8 codes those of even index, then those of odd index, which is how bytes of weights are split; twice.
+// `out` may be x.
+inline void store_split(uint8_t* out, const uint8_t* x) {
+  uint8_t split[16];
+  for (int i = 0; i < 16; i++) split[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = x[i];
+  __builtin_memcpy(out, split, sizeof(split));
 }
 
 inline I32 load_lanes(const int32_t* p) {

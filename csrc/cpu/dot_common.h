@@ -20,16 +20,6 @@ inline ByteTable twice_levels(Codebook codebook) {
   return byte_table(entries);
 }
 
-// Of 8 codes those of even index, then those of odd index, which is how bytes of weights are split.
-inline uint64_t even_then_odd(uint64_t x) {
-  const auto every_other = [](uint64_t bytes) {
-    bytes &= 0x00FF00FF00FF00FF;
-    bytes = (bytes | bytes >> 8) & 0x0000FFFF0000FFFF;
-    return (bytes | bytes >> 16) & 0x00000000FFFFFFFF;
-  };
-  return every_other(x) | every_other(x >> 8) << 32;
-}
-
 // Of clips, as csrc/common has it for one.
 inline F32 value_scale(F32 clip) { return keep(both(greater(clip, f32(0)), finite(clip)), clip); }
 

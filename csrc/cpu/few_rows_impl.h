@@ -39,7 +39,7 @@ inline void multiply_few_block(const ProductArgs& args, const Product& product, 
   float clips[kClips][kPanels][16];
   int64_t clips_end = 0;
   F32 totals[kRows][kPanels], scaled[kRows][kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; p++) totals[r][p] = scaled[r][p] = f32(0);
@@ -62,7 +62,7 @@ inline void multiply_few_block(const ProductArgs& args, const Product& product, 
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; p++) {
       twice[p] = zeros(Sum{});
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) sums[r][p] = zeros(Sum{});
     }
     for (int64_t i = 0; i < padded; i += 8) {
@@ -76,14 +76,14 @@ inline void multiply_few_block(const ProductArgs& args, const Product& product, 
 #pragma GCC unroll 8
       for (int step = 0; step < 8 / Product::kDepth; step++) {
         Operand activations[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; r++) {
           activations[r] = Product::broadcast_at(x + r * padded + i + step * Product::kDepth);
         }
 #pragma GCC unroll 8
         for (int p = 0; p < kPanels; p++) {
           const Operand weights = product.decode(eights[p], step);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int r = 0; r < kRows; r++) {
             sums[r][p] = Product::add_product(sums[r][p], activations[r], weights);
           }
@@ -99,18 +99,18 @@ inline void multiply_few_block(const ProductArgs& args, const Product& product, 
     for (int p = 0; p < kPanels; p++) {
       if constexpr (Product::kIntegers) {
         const Sum start = half_times(twice[p], -product.zero);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; r++) sums[r][p] = add(sums[r][p], start);
       }
       const F32 clip = load(of_group[p]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
         scaled[r][p] = muladd(Product::sum_in_float(sums[r][p]), clip, scaled[r][p]);
       }
     }
     if (!segment->last_of_group) continue;
     const float* scales = args.scales + row * args.activation_groups + segment->activation_group;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const F32 clip = f32(Product::kIntegers ? scales[r * args.activation_groups] : 1.0f);
 #pragma GCC unroll 8
@@ -128,7 +128,7 @@ inline void multiply_few_block(const ProductArgs& args, const Product& product, 
       F32 bias = f32(0);
       if (args.bias)
         bias = outputs == 16 ? load(args.bias + first) : load_partial(args.bias + first, outputs);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
         auto* at = out + (row + r) * args.n + first;
         const F32 y = add(totals[r][p], bias);

@@ -19,6 +19,7 @@ struct FloatProduct {
   using Operand = F32;
   using Element = float;
   static constexpr int kDepth = 1;  // members of K in 4 bytes
+  static constexpr int kBlockRows = kFloatBlockRows;
   static constexpr int64_t kTileMembers = 128;
   static constexpr bool kIntegers = false;
   static constexpr int kSteps = 1;  // of the weights in their clip
@@ -40,6 +41,7 @@ struct IntegerProduct {
   using Operand = I32;
   using Element = uint8_t;
   static constexpr int kDepth = 4;
+  static constexpr int kBlockRows = kIntegerBlockRows;
   static constexpr int64_t kTileMembers = 256;
   static constexpr bool kIntegers = true;
   static constexpr int kSteps = 15;
@@ -63,18 +65,21 @@ inline void pack_codes(const PackArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row++) {
     for (const Segment* s = args.segments; s < args.segments + args.segment_count; s++) {
       uint8_t* packed = out + s->offset * args.packed_rows + row * s->padded();
-      for (int64_t i = 0; i < s->length; i += 8) {
-        uint64_t eight = 0;
-        if (row == args.rows) {  // ones, for the sums of the weights
-          eight = 0x0101010101010101;
-        } else if (i + 8 <= s->length) {
-          __builtin_memcpy(&eight, x + row * args.k + s->start + i, 8);
-        } else {
-          __builtin_memcpy(&eight, x + row * args.k + s->start + i, static_cast<size_t>(s->length - i));
+      const uint8_t* members = x + row * args.k + s->start;
+      for (int64_t i = 0; i < s->length; i += 16) {
+        if (row < args.rows && i + 16 <= s->length) {
+          store_split(packed + i, members + i);
+          continue;
         }
-        if (s->length - i < 8) eight &= (uint64_t{1} << 8 * (s->length - i)) - 1;
-        eight = even_then_odd(eight);
-        __builtin_memcpy(packed + i, &eight, 8);
+        uint8_t last[16] = {};
+        const auto rest = static_cast<size_t>(smaller(16, s->length - i));
+        if (row < args.rows) {
+          __builtin_memcpy(last, members + i, rest);
+        } else {
+          __builtin_memset(last, 1, rest);  // for the sums of the weights
+        }
+        store_split(last, last);
+        __builtin_memcpy(packed + i, last, static_cast<size_t>(smaller(16, s->padded() - i)));
       }
     }
   }
@@ -165,9 +170,12 @@ inline void load_clips(const ProductArgs& args, int64_t output, int64_t group, F
   for (int j = 0; j < 4; j++) clips[j] = mul(value_scale(as_float(columns[j])), unit);
 }
 
-// The clips of a panel: scales [groups, 16 kVectors].
+// The clips of a panel: scales [groups, 16 kVectors]. Asks for those of the next panel, which lie after them.
 template <class Product, int kVectors>
 inline void decode_clips(const ProductArgs& args, int64_t first, float* scales) {
+  const int64_t bytes = 16 * kVectors * args.weight_groups * static_cast<int64_t>(sizeof(float));
+  const auto next = reinterpret_cast<uintptr_t>(args.clips + first * args.weight_groups) + bytes;
+  for (int64_t i = 0; i < bytes; i += 64) prefetch<0>(reinterpret_cast<const void*>(next + i));
   for (int64_t group = 0; group < args.weight_groups; group += 4) {
     for (int v = 0; v < kVectors; v++) {
       F32 clips[4];
@@ -288,9 +296,9 @@ inline void multiply_panel(const ProductArgs& args, const Product& product, int6
       }
       tile += next->padded() / Product::kDepth * kVectors * kVectorElements;
     }
-    for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
-      add_rows<Product, kBlockRows, kVectors>(row_end - row, args, segment, next, row, scratch,
-                                              scratch.totals + (row - row_begin) * kWidth);
+    for (int64_t row = row_begin; row < row_end; row += Product::kBlockRows) {
+      add_rows<Product, Product::kBlockRows, kVectors>(row_end - row, args, segment, next, row, scratch,
+                                                       scratch.totals + (row - row_begin) * kWidth);
     }
   }
   // Last, so that sums are not rounded to the magnitude of the bias.
