@@ -1,17 +1,30 @@
-"""The tables of docs/kernels.md, from the result file of the CPU operations."""
+"""The tables of docs/kernels.md, from the result files of the CPU operations: the latest, and a few lines of each."""
 
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.results import Case, Results
 
-NAMES = ("machine", "limits", "streaming", "in-use", "threads", "small-calls", "linear-float32", "linear-bfloat16")
+NAMES = (
+    "machine",
+    "limits",
+    "streaming",
+    "in-use",
+    "threads",
+    "small-calls",
+    "linear-float32",
+    "linear-bfloat16",
+    "machines",
+)
+
+LIMIT_OF = {"rotate": "copy", "dequantize": "write"}  # in memory in use; of all others a read
+LARGE = (14336, 4096)  # of the products, the one that stands for a machine
 
 
-def latest(folder: Path) -> Results | None:
-    """The CPU's result file; where there are several, the one measured last; None where there is none."""
+def by_date(folder: Path) -> list[Results]:
+    """The result files of all CPUs, the one measured last first."""
     files = [results.load(path) for path in folder.glob("cpu-*.json")]
-    return max(files, key=lambda measured: measured.head["measured"], default=None)
+    return sorted(files, key=lambda measured: measured.head["measured"], reverse=True)
 
 
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -52,12 +65,11 @@ def streaming(measured: Results) -> str:
 
 def in_use(measured: Results) -> str:
     (case,) = measured.suite("in use")
-    limit = {"rotate": "copy", "dequantize": "write"}
     rows = [
         [name, milliseconds(case, name), f"{times(case.ratio(name, results.LIMIT + against))} x {against}"]
         for name in case.times
         if not name.startswith(results.LIMIT)
-        for against in [limit.get(name, "read")]
+        for against in [LIMIT_OF.get(name, "read")]
     ]
     return table(["operation, output in memory in use", "ms", "time"], rows)
 
@@ -123,8 +135,44 @@ def limits(measured: Results) -> str:
     return table(["limit", "least", "most"], rows)
 
 
-def cpu_tables(measured: Results | None) -> dict[str, str]:
+def machines(files: list[Results]) -> str:
+    """What every result file says of the operations, and of linear with one large matrix."""
+    rows: dict[str, list[str]] = {"measured": [measured.head["measured"][:10] for measured in files]}
+
+    def add(name: str, case: Case, one: str, other: str) -> None:
+        known = {one, other} <= case.times.keys()
+        rows.setdefault(name, []).append(times(case.ratio(one, other)) if known else "–")
+
+    for measured in files:
+        for case in measured.suite("streaming"):
+            if case.operation in ("moments", "moments with histogram"):
+                add(f"{case.operation}, x read", case, "la_aciq", f"{results.LIMIT}read")
+        for case in measured.suite("in use"):
+            for name in case.times:
+                if not name.startswith(results.LIMIT):
+                    against = LIMIT_OF.get(name, "read")
+                    add(f"{name}, x {against}", case, name, results.LIMIT + against)
+        for case in measured.suite("linear"):
+            if tuple(case.shape) != LARGE:
+                continue
+            name = f"linear, {case.rows} row{'s' * (case.rows > 1)} of {case.dtype}"
+            if case.rows <= 4 and case.dtype == "bfloat16":
+                for kind in ("A16", "A8"):
+                    rows.setdefault(f"{name}, {kind}, share of limit", []).append(
+                        f"{case.product_share(f'la_aciq {kind}'):.2f}"
+                    )
+                add(f"{name}, torch int4 / A16", case, "torch int4", "la_aciq A16")
+            if case.rows == 128:
+                for peer in (f"torch {case.dtype}", "torch int8 dynamic", "torchao int8 dynamic"):
+                    if peer in case.times:
+                        add(f"{name}, {peer} / A8", case, peer, "la_aciq A8")
+    header = ["", *(f"{measured.head['device']} ({measured.head['isa']})" for measured in files)]
+    return table(header, [[name, *values] for name, values in rows.items() if len(values) == len(files)])
+
+
+def cpu_tables(files: list[Results]) -> dict[str, str]:
     """What stands between the markers of docs/kernels.md, by their name."""
+    measured = files[0] if files else None
     if measured is None:
         return {f"cpu-{name}": "Not measured yet on a quiet machine: `make bench`.\n" for name in NAMES}
 
@@ -143,6 +191,7 @@ def cpu_tables(measured: Results | None) -> dict[str, str]:
         f"{plot('Share of the limit by shape, rows and bits of the activations', 'linear')}\n"
         + linear(measured, "float32"),
         linear(measured, "bfloat16"),
+        machines(files),
     )
     return {f"cpu-{name}": text for name, text in zip(NAMES, made, strict=True)}
 

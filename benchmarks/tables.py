@@ -87,7 +87,7 @@ def pages() -> dict[Path, str]:
             serving.read_text(encoding="utf-8"),
             serve_tables.tables(serve_tables.latest(RESULTS)) | {"soak": soaks(RESULTS), "scale": scale.table()},
         ),
-        kernels: with_tables(kernels.read_text(encoding="utf-8"), cpu_tables.cpu_tables(cpu_tables.latest(RESULTS))),
+        kernels: with_tables(kernels.read_text(encoding="utf-8"), cpu_tables.cpu_tables(cpu_tables.by_date(RESULTS))),
     }
 
 
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
         print(f"{path.relative_to(ROOT)}: {'differs from its result file' if argv else 'rewritten'}")
         if not argv:
             path.write_text(text, encoding="utf-8")
-    measured = cpu_tables.latest(RESULTS)
+    measured = next(iter(cpu_tables.by_date(RESULTS)), None)
     served = serve_tables.latest(RESULTS)
     drawn = plots.stale(measured, PLOTS) if measured else []
     drawn += serve_tables.stale(served, SERVING_PLOTS) if served else []

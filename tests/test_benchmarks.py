@@ -2,6 +2,7 @@
 
 import pytest
 
+import la_aciq.bench
 from benchmarks import measure, plots, results, roofline
 from benchmarks.results import Case
 
@@ -85,3 +86,18 @@ def test_the_roofline_reads_writes_and_copies():
     roofline.write(target)()
     assert target[:8].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
     assert target.view(8192, 8).eq(target[:8]).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 25, model 17)"),  # of several generations: what a virtual machine may say
+        ("AMD EPYC 9R14 96-Core Processor", "AMD EPYC 9R14 96-Core Processor"),
+    ],
+)
+def test_a_cpu_without_a_number_is_named_by_family_and_model(tmp_path, monkeypatch, said, expected):
+    cpuinfo = tmp_path / "cpuinfo"
+    of_one = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {said}\nflags\t\t: fpu vme\n\n"
+    cpuinfo.write_text(of_one + of_one.replace("processor\t: 0", "processor\t: 1"), encoding="utf-8")
+    monkeypatch.setattr(la_aciq.bench, "_CPUINFO", cpuinfo)
+    assert la_aciq.bench.cpu_name() == expected

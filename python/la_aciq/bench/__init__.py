@@ -10,11 +10,19 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu_name() -> str:
-    """The model of this machine's CPU, as Linux names it, or its architecture elsewhere."""
-    for line in _CPUINFO.read_text("utf-8").splitlines() if _CPUINFO.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """The model of this machine's CPU, as Linux names it, or its architecture elsewhere.
+
+    A virtual machine may call CPUs of several generations by one name without a number, such as "AMD EPYC": then family
+    and model are added.
+    """
+    lines = _CPUINFO.read_text("utf-8").splitlines() if _CPUINFO.exists() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = found.get("model name")
+    if not name:
+        return platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= found.keys():
+        return name
+    return f"{name} (family {found['cpu family']}, model {found['model']})"
 
 
 def in_file_names(device: str) -> str:
