@@ -225,9 +225,9 @@ def dequantize(
 def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
     """Randomized block Hadamard transform: y = H_b (signs * x) / sqrt(b) in each block of b along the last dimension.
 
-    x: float32, bfloat16 or float16 [..., K]. signs: +-1 as float32 or int8 [K]. block_size: a power of two that
-    divides K; None for the largest. The transform is orthogonal; H_b is symmetric (Sylvester's order), so signs *
-    rotate(y, ones) undoes it.
+    x: float32, bfloat16 or float16 [..., K]. signs: +-1 as float32 or int8 [K]; anything else is a ValueError on the
+    CPU and not looked for on a GPU. block_size: a power of two that divides K; None for the largest. The transform is
+    orthogonal; H_b is symmetric (Sylvester's order), so signs * rotate(y, ones) undoes it.
     """
     block = _checked_block(block_size, signs, x, _checked_x(x))
     out: Tensor = implementation("rotate", x)(x, signs, block)
