@@ -11,8 +11,8 @@ namespace la_aciq::cpu {
 namespace {
 
 // Asks for what a stream of reads needs kAhead bytes later, which need not exist. Two pages: prefetchers in
-// hardware stop at the end of a page, and the next one has to be found in the page tables first. Into the
-// second-level cache: the first would lose what a kernel keeps there, or what was asked for, until then.
+// hardware stop at the end of a page, and the next one has to be found in the page tables first. It goes to
+// the second-level cache: in the first, it and what a kernel works on would push each other out.
 template <int64_t kAhead = 8192>
 inline void prefetch(const void* p) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead), 0, 2);

@@ -2,6 +2,7 @@
 // dot_baseline.h documents the operations.
 #pragma once
 
+#include "cpu/dot_x86.h"
 #include "cpu/vec_avx2.h"
 
 namespace la_aciq::cpu {
@@ -37,12 +38,6 @@ inline __m256i dot8(__m256i sum, __m256i unsigned_bytes, __m256i signed_bytes) {
 }
 inline I32 dot(I32 sum, I32 unsigned_bytes, I32 signed_bytes) {
   return {dot8(sum.a, unsigned_bytes.a, signed_bytes.a), dot8(sum.b, unsigned_bytes.b, signed_bytes.b)};
-}
-
-inline void store_split(uint8_t* out, const uint8_t* x) {
-  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(bytes, order));
 }
 
 inline I32 load_lanes(const int32_t* p) {

@@ -2,6 +2,7 @@
 // dot_baseline.h documents the operations.
 #pragma once
 
+#include "cpu/dot_x86.h"
 #include "cpu/vec_avx512.h"
 
 namespace la_aciq::cpu {
@@ -10,7 +11,11 @@ namespace {
 // With 4 vectors of weights and one of activations, 12 sums and their totals. Of integers 8: beside 12, GCC
 // keeps one vector of weights in memory, within the innermost loop.
 constexpr int kFloatBlockRows = 3, kIntegerBlockRows = 2, kPanelVectors = 4;
+#if defined(__AVX512VNNI__)
 constexpr int few_rows(int panels) { return panels == 8 ? 1 : panels == 4 ? 4 : 8; }
+#else  // products of bytes take registers of their own
+constexpr int few_rows(int panels) { return panels == 8 ? 1 : 4; }
+#endif
 
 inline I32 broadcast(const uint8_t* p) {
   int32_t four;
@@ -32,12 +37,6 @@ inline I32 dot(I32 sum, I32 unsigned_bytes, I32 signed_bytes) {
   const __m512i pairs = _mm512_maddubs_epi16(unsigned_bytes, signed_bytes);
   return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
-}
-
-inline void store_split(uint8_t* out, const uint8_t* x) {
-  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(bytes, order));
 }
 
 inline I32 load_lanes(const int32_t* p) { return _mm512_loadu_si512(p); }

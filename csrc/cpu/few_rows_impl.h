@@ -23,7 +23,7 @@ inline void prefetch_clips(const ProductArgs& args, const FewPanels& panels, int
     const int64_t panel = panels.first + p * panels.stride + 1;
     const auto at = reinterpret_cast<uintptr_t>(args.clips) +
                     static_cast<uintptr_t>(panel * args.weight_groups + line) * 16 * sizeof(float);
-    __builtin_prefetch(reinterpret_cast<const void*>(at));
+    prefetch<0>(reinterpret_cast<const void*>(at));
   }
 }
 
@@ -156,15 +156,17 @@ template <class Product, int kPanels>
 inline void multiply_few_panels(const ProductArgs& args, const Product& product, int64_t begin, int64_t end,
                                 int64_t block_rows, uint8_t* scratch) {
   int64_t done = begin;
-  if (block_rows <= few_rows(kPanels)) {
-    FewPanels panels{begin, (end - begin) / kPanels, nullptr, 0};
-    done += kPanels * panels.stride;
-    panels.bytes = (args.repacked ? panels.stride : 1) * args.width * 8;
-    for (; panels.first < begin + panels.stride; panels.first++) {
-      panels.lanes = lanes_of(args, panels.first, kPanels, panels.stride, scratch);
-      for (int64_t row = 0; row < args.rows; row += block_rows) {
-        multiply_few_rows<Product, kPanels, few_rows(kPanels)>(smaller(block_rows, args.rows - row), args,
-                                                               product, panels, row);
+  if constexpr (few_rows(kPanels) > 0) {
+    if (block_rows <= few_rows(kPanels)) {
+      FewPanels panels{begin, (end - begin) / kPanels, nullptr, 0};
+      done += kPanels * panels.stride;
+      panels.bytes = (args.repacked ? panels.stride : 1) * args.width * 8;
+      for (; panels.first < begin + panels.stride; panels.first++) {
+        panels.lanes = lanes_of(args, panels.first, kPanels, panels.stride, scratch);
+        for (int64_t row = 0; row < args.rows; row += block_rows) {
+          multiply_few_rows<Product, kPanels, few_rows(kPanels)>(smaller(block_rows, args.rows - row), args,
+                                                                 product, panels, row);
+        }
       }
     }
   }

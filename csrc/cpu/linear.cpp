@@ -21,12 +21,12 @@ constexpr int64_t kProductRows = 192;  // their sums for a panel of outputs stay
 // The activations of a matrix product: floats, or codes of one byte with their clips.
 struct Activations {
   const void* x;  // [rows, k]
-  DType dtype;    // of the floats
+  DType dtype;    // of x, where it holds floats
   int64_t rows, k;
   const float* scales;  // [rows, groups.count], null for floats
   Groups groups;
   int bits;           // of the codes
-  Codebook codebook;  // of the codes
+  Codebook codebook;  // of the codes, as bits
 
   bool codes() const { return scales != nullptr; }
   int64_t levels() const { return int64_t{1} << bits; }
@@ -170,8 +170,15 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
       }
     });
     multiply(kernels.integer_product,
-             {args.bytes, dtype, rows, k, args.scales, activation_groups, args.bits, args.codebook}, packed,
-             clips, groups, codebook, offsets, out);
+             {.x = args.bytes,
+              .dtype = dtype,
+              .rows = rows,
+              .k = k,
+              .scales = args.scales,
+              .groups = activation_groups,
+              .bits = args.bits,
+              .codebook = args.codebook},
+             packed, clips, groups, codebook, offsets, out);
     return out;
   }
   if (rows == 0 || n == 0) return out;
@@ -183,8 +190,15 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
   }
   const DType type = dtype_of("x", activations.scalar_type());
   multiply(type == DType::kBFloat16 ? kernels.bfloat16_product : kernels.float_product,
-           {activations.const_data_ptr(), type, rows, k, nullptr, groups_of(k, 0), 0, codebook}, packed,
-           clips, groups, codebook, offsets, out);
+           {.x = activations.const_data_ptr(),
+            .dtype = type,
+            .rows = rows,
+            .k = k,
+            .scales = nullptr,
+            .groups = groups_of(k, 0),
+            .bits = 0,
+            .codebook = Codebook::kMidrise},
+           packed, clips, groups, codebook, offsets, out);
   return out;
 }
 

@@ -65,15 +65,15 @@ inline void pack_codes(const PackArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row++) {
     for (const Segment* s = args.segments; s < args.segments + args.segment_count; s++) {
       uint8_t* packed = out + s->offset * args.packed_rows + row * s->padded();
-      const uint8_t* members = x + row * args.k + s->start;
+      const uint8_t* members = row < args.rows ? x + row * args.k + s->start : nullptr;
       for (int64_t i = 0; i < s->length; i += 16) {
-        if (row < args.rows && i + 16 <= s->length) {
+        if (members && i + 16 <= s->length) {
           store_split(packed + i, members + i);
           continue;
         }
         uint8_t last[16] = {};
         const auto rest = static_cast<size_t>(smaller(16, s->length - i));
-        if (row < args.rows) {
+        if (members) {
           __builtin_memcpy(last, members + i, rest);
         } else {
           __builtin_memset(last, 1, rest);  // for the sums of the weights

@@ -75,7 +75,7 @@ inline Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_si
   bool others = false;
   const Tensor given = signs->contiguous();
   if (given.scalar_type() == at::kChar) {
-    memcpy(bytes.data(), given.const_data_ptr<int8_t>(), k);
+    std::memcpy(bytes.data(), given.const_data_ptr<int8_t>(), k);
   } else {
     const float* sign = given.const_data_ptr<float>();
     int8_t* __restrict byte = bytes.data();
@@ -99,7 +99,13 @@ inline Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_si
     // The product has the eight bits side by side in its highest byte.
     rotation.signs[i / 16] |= static_cast<uint16_t>((negative * 0x0102040810204080u >> 56) << i % 16);
   }
-  TORCH_CHECK_VALUE(!others, "signs: expected nothing but 1 and -1");
+  if (others) {
+    const Tensor values = given.to(at::kDouble);
+    const double* value = values.const_data_ptr<double>();
+    int64_t i = 0;
+    while (value[i] == 1 || value[i] == -1) i++;
+    TORCH_CHECK_VALUE(false, "signs: expected nothing but 1 and -1, got ", value[i], " at ", i);
+  }
   return rotation;
 }
 
