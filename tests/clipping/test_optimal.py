@@ -126,6 +126,13 @@ def test_convex_certificate(law, bits):
     assert c.gap < 1e-9
 
 
+def test_a_certificate_prints_without_its_knots():
+    certificate = optimal(Laplace(), 4, objective="exact").certificate
+    assert len(certificate.knots[0]) > 100
+    assert "gap=" in repr(certificate)
+    assert len(repr(certificate)) < 500
+
+
 def lower_bound_by_hand(law, knots, values, bits, codebook):
     """min over [l, r] of chord - C (a - l)(r - a), with C from |q| <= min(largest value, |x| / l + 1 / (N - 1))."""
     n = 2**bits

@@ -26,7 +26,7 @@ The in-range model is bounded on [l, r] by the tangents of its convex clipping t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,9 @@ class Certificate:
     slope: Any
     curvature: Any
     multiplier: float
-    knots: tuple[Array, ...] = ()
-    values: tuple[Array, ...] = ()
+    # Hundreds of numbers, which printing leaves out.
+    knots: tuple[Array, ...] = field(default=(), repr=False)
+    values: tuple[Array, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
