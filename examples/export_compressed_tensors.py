@@ -4,6 +4,8 @@
 
 Needs the extra: pip install 'la-aciq[compressed-tensors]'. Stock kernels do not rotate, have a level at zero, no
 bias by language, and leave activations in 16 bits; the weights' groups must divide every layer's inputs.
+MODEL is a folder or Hugging Face id, TEXTS a folder of <tag>.txt files, FOLDER a new one; MODEL and TEXTS may be
+"embedded", the test model and its texts.
 """
 
 import sys
@@ -12,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import la_aciq
-from la_aciq import calibration, clipping, models
+from la_aciq import calibration, clipping, embedded, models
 from la_aciq.integrations.compressed_tensors import export_compressed_tensors, load_table
 
-name, texts_folder, folder = sys.argv[1:]
-model, tokenizer = models.load_model(name)
-texts = calibration.load_texts(texts_folder)
+if len(sys.argv) != 4:
+    sys.exit(f"usage: python {sys.argv[0]} MODEL TEXTS FOLDER")
+name, texts_name, folder = sys.argv[1:]
+model, tokenizer = embedded.load_model() if name == "embedded" else models.load_model(name)
+texts = embedded.load_texts(["en", "sw", "th"]) if texts_name == "embedded" else calibration.load_texts(texts_name)
 settings = {"group_size": 32, "rotate": False}
 profile = la_aciq.calibrate(model, texts, tokenizer, seqlen=128, tokens=256, progress=False, **settings)
 config = la_aciq.QuantConfig(weights=4, activations=16, codebook="midtread", center=False, **settings)

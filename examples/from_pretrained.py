@@ -2,7 +2,8 @@
 
     python examples/from_pretrained.py MODEL TEXTS FOLDER
 
-MODEL is a folder or Hugging Face id with safetensors, TEXTS a folder of <tag>.txt files, FOLDER a new one.
+MODEL is a folder or Hugging Face id with safetensors, TEXTS a folder of <tag>.txt files, FOLDER a new one; MODEL and
+TEXTS may be "embedded", the test model and its texts.
 """
 
 import sys
@@ -11,15 +12,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import la_aciq
-from la_aciq import calibration, models
+from la_aciq import calibration, embedded, models
 from la_aciq.integrations.transformers import LaAciqConfig
 
-name, texts_folder, folder = sys.argv[1:]
+if len(sys.argv) != 4:
+    sys.exit(f"usage: python {sys.argv[0]} MODEL TEXTS FOLDER")
+name, texts_name, folder = sys.argv[1:]
 
 # Once: measure the model.
-model, tokenizer = models.load_model(name)
-texts = calibration.load_texts(texts_folder)
+model, tokenizer = embedded.load_model() if name == "embedded" else models.load_model(name)
+texts = embedded.load_texts(["en", "sw", "th"]) if texts_name == "embedded" else calibration.load_texts(texts_name)
 la_aciq.calibrate(model, texts, tokenizer, seqlen=128, tokens=256, progress=False).save(f"{folder}/profile")
+if name == "embedded":  # a GGUF file, of which transformers cannot quantize while it loads
+    name = f"{folder}/model"
+    model.save_pretrained(name)
 del model
 
 # Layer by layer: no more than one layer is in memory unquantized.

@@ -245,7 +245,7 @@ class TestCommands:
         from la_aciq import embedded, models
 
         asked = []
-        monkeypatch.setattr(embedded, "_package", lambda name, wheel: Path(name))
+        monkeypatch.setattr(embedded, "_package", lambda name: Path(name))
         monkeypatch.setattr(Path, "is_file", lambda self: True)
         monkeypatch.setattr(models, "load_model", lambda name, **rest: asked.append(rest) or (byte_llama(), None))
         arguments = cli._parser().parse_args(["demo", "--device", "cpu", "--dtype", "bfloat16"])

