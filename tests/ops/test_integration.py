@@ -38,14 +38,19 @@ def test_opcheck(op, dtype):
         torch.library.opcheck(getattr(torch.ops.la_aciq, op).default, args, kwargs)
 
 
-@needs_core
+@pytest.mark.parametrize(("backend", "namespace"), [("cpu", "la_aciq"), ("triton", "la_aciq_triton")])
 @pytest.mark.parametrize("op", backends.OPERATIONS)
-def test_the_reference_has_the_signatures_of_the_schema(op):
+def test_the_reference_has_the_signatures_of_the_schema(op, backend, namespace):
     """ops.py leaves out what is a default of the reference, and the operator then takes its own."""
-    schema = getattr(torch.ops.la_aciq, op).default._schema
-    expected = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in schema.arguments}
+    if (reason := backends.why_unavailable(backend)) is not None:
+        pytest.skip(reason)
+    operator = getattr(getattr(torch.ops, namespace), op).default
+    arguments = operator._schema.arguments
+    expected = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in arguments}
     if op == "dequantize":
-        assert torch.ops.la_aciq.dequantize(torch.zeros(1, 1, dtype=torch.uint8), ONE, k=2).dtype == torch.float32
+        device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+        codes = torch.zeros(1, 1, dtype=torch.uint8, device=device)
+        assert operator(codes, ONE.to(device), k=2).dtype == torch.float32
         expected["dtype"] = torch.float32  # which the schema knows by number
     signature = inspect.signature(getattr(reference, op))
     assert {parameter.name: parameter.default for parameter in signature.parameters.values()} == expected
