@@ -119,7 +119,8 @@ def quantize(
     group_size: elements along K that share a clip, even; None for all of them.
     codebook: "midrise" (values (q - 7.5) Delta, ends exactly +-alpha) or "midtread" ((q - 8) Delta, zero exact);
         Delta = 2 alpha / 15.
-    signs, block_size: quantize rotate(x, signs, block_size) instead of x.
+    signs, block_size: quantize rotate(x, signs, block_size) instead of x; as there, signs other than +-1 are a
+        ValueError on the CPU, and a GPU does not look.
     tail_sums: also return float64 [languages, groups, 4]: finite elements, those with |x| > alpha, the sum of |x| over
         those, non-finite elements.
 
@@ -152,7 +153,8 @@ def quantize_dynamic(
 ) -> tuple[Tensor, Tensor]:
     """INT4 codes of x under clips measured on x: alpha = shape * rms (or absmax) of the finite elements of each group.
 
-    shape: factors, a table as described on top of this module. The other arguments are those of `quantize`.
+    shape: factors, a table as described on top of this module. The other arguments are those of `quantize`; of signs
+        too a GPU does not look whether they are +-1.
     Returns codes uint8 [..., ceil(K / 2)] and the clips, float32 [..., groups], which `dequantize` takes as scales. A
     group of zeros has clip 0 and dequantizes to zeros.
     """
@@ -261,7 +263,8 @@ def linear(
         them, int32 [ceil(N / 16), ceil(K / 8), 16], for which groups (of the activations too) have to be multiples of 8
         or whole rows. weight_scale: their clips, float32 [N, groups].
     bias: [N].
-    signs, block_size: x is rotated first (the weights must have been rotated alike).
+    signs, block_size: x is rotated first (the weights must have been rotated alike); signs other than +-1 are a
+        ValueError on the CPU, and a GPU does not look.
     activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook, with
         activation_clip "static": clip is the table of clips; "rms", "absmax": clip is the table of factors on the
         statistic of each row's group of activation_group_size elements.

@@ -102,12 +102,19 @@ def restore(repacked: Tensor, n: int, k: int) -> Tensor:
 
 def rotate(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
     """y = H_b (signs * x) / sqrt(b) per block of b along the last dimension, in the dtype of x."""
-    return _rotate64(x, signs, block_size).to(x.dtype)
+    return _hadamard64(x, signs, block_size).to(x.dtype)
 
 
 def _rotate64(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
-    if signs is None:
-        return x.to(torch.float64)
+    return x.to(torch.float64) if signs is None else _hadamard64(x, signs, block_size)
+
+
+def _hadamard64(x: Tensor, signs: Tensor, block_size: int) -> Tensor:
+    # The values of real tensors only, and not of a GPU's, which would have to be waited for.
+    if not torch.compiler.is_compiling() and signs.is_cpu and type(signs) is Tensor:
+        others = (signs.abs() != 1).nonzero().flatten().tolist()
+        if others:
+            raise ValueError(f"signs: expected nothing but 1 and -1, got {signs[others[0]].item():g} at {others[0]}")
     k = x.shape[-1]
     block = block_size or rotation.block_size(k)
     y = (x.to(torch.float64) * signs.to(torch.float64)).reshape(*x.shape[:-1], k // block, block)

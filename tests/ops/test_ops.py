@@ -403,16 +403,19 @@ def test_strides_and_offsets(isa, layout, dtype, generator):
     )
 
 
-@pytest.mark.skipif(_C is None, reason="needs the compiled core")
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("place", [0, 7, 99])
-def test_signs_are_signs(dtype, place):
+def test_signs_are_signs(backend, dtype, place):
     """A sign is kept as a bit: what is neither 1 nor -1 must be an error and not a guess."""
+    if (reason := la_aciq.backends.why_unavailable(backend)) is not None:
+        pytest.skip(reason)
     signs = torch.ones(100, dtype=dtype)
     for other in (0, 2, -3, 126, -128, *((0.5, float("nan"), float("inf")) if dtype == torch.float32 else ())):
         signs[place] = other
         for call in (la_aciq.rotate, lambda x, signs: la_aciq.quantize(x, 1.0, signs=signs)):
-            with pytest.raises(ValueError, match=f"signs: expected nothing but 1 and -1, got .* at {place}"):
+            message = f"signs: expected nothing but 1 and -1, got .* at {place}"
+            with la_aciq.use_backend(backend), pytest.raises(ValueError, match=message):
                 call(torch.ones(2, 100), signs)
 
 
