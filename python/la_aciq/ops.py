@@ -5,12 +5,12 @@ results. The functions here are what `la_aciq.quantize` and its siblings are. Th
 torch.compile(fullgraph=True).
 
 Shapes: x is [..., K]; each index of the leading dimensions is a row. `language` holds int32 row numbers of the table
-of clips, matched with the leading dimensions of x from the left (a [batch] tensor for x [batch, tokens, K]; a
-dimension may be 1); None reads row 0. A table is float32 [languages, groups] with groups = ceil(K / group_size) and
-group_size None for one group per row; [languages] or a Python float stands for the same clip in every group. A float
-must be finite and positive. The entries of a tensor are not looked at, which every call would pay for (on the CPU with
-1.6 microseconds of a small `linear`'s 30, on a GPU by waiting for it): check a table where it is made. What is
-quantized under a clip that is not finite and positive comes back as 0.
+of clips (int64 ones are converted), matched with the leading dimensions of x from the left (a [batch] tensor for x
+[batch, tokens, K]; a dimension may be 1); None reads row 0. A table is float32 [languages, groups] with
+groups = ceil(K / group_size) and group_size None for one group per row; [languages], [] or a number stands for the same
+clip in every group. A number must be finite and positive. The entries of a tensor are not looked at, which every call
+would pay for (on the CPU with 1.6 microseconds of a small `linear`'s 30, on a GPU by waiting for it): check a table
+where it is made. What is quantized under a clip that is not finite and positive comes back as 0.
 
 A process forked after operations have run on several threads has to call torch.set_num_threads(1) first, as for any
 operation of PyTorch: OpenMP's threads do not survive the fork, and work handed to them is waited for without end.
@@ -18,6 +18,8 @@ operation of PyTorch: OpenMP's threads do not survive the fork, and work handed 
 The operations are for inference: no gradient goes through them (PyTorch warns of a backward pass that would need one).
 """
 
+import numbers
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -44,6 +46,7 @@ _DEFAULTS_OF_MOMENTS = reference.moments.__defaults__ or ()
 _DEFAULTS_OF_QUANTIZE = reference.quantize.__defaults__ or ()
 _DEFAULTS_OF_QUANTIZE_DYNAMIC = reference.quantize_dynamic.__defaults__ or ()
 _FEW_IDS = 64  # up to here Python finds the extremes before torch.aminmax has started
+_MISFITS = (AttributeError, RuntimeError, TypeError, ValueError)  # what an argument of another type may end in
 _CLIP_RANGE = (2.0**-149, torch.finfo(torch.float32).max)  # of a clip that stays finite and positive in float32
 
 
@@ -85,19 +88,23 @@ def moments_state(
 ) -> tuple[Tensor, Tensor]:
     """The tensors `moments` is made of: float64 [languages, 8] and int64 [languages, 258, 2] ([languages, 0, 2] without
     histogram), left on the device of x. `Moments.from_state` reads them."""
-    if x.dtype not in _DTYPES_OF_MOMENTS:
-        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {_name(x.dtype)}")
-    if languages is None:
+    try:
+        if x.dtype not in _DTYPES_OF_MOMENTS:
+            raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {_name(x.dtype)}")
+        if languages is None:
+            if language is not None:
+                raise ValueError("languages: expected the number of rows that language refers to, got None")
+            languages = 1
+        if languages < 1:
+            raise ValueError(f"languages: expected at least 1, got {languages}")
         if language is not None:
-            raise ValueError("languages: expected the number of rows that language refers to, got None")
-        languages = 1
-    if languages < 1:
-        raise ValueError(f"languages: expected at least 1, got {languages}")
-    if language is not None:
-        language = _checked_language(language, languages, x)
-    settings = _without_defaults(_DEFAULTS_OF_MOMENTS, language, languages, histogram)
-    state: tuple[Tensor, Tensor] = implementation("moments", x)(x, *settings)
-    return state
+            language = _checked_language(language, languages, x)
+        settings = _without_defaults(_DEFAULTS_OF_MOMENTS, language, languages, histogram)
+        state: tuple[Tensor, Tensor] = implementation("moments", x)(x, *settings)
+        return state
+    except _MISFITS:
+        _check_types(moments_state, locals())
+        raise
 
 
 def quantize(
@@ -128,16 +135,20 @@ def quantize(
     takes the code nearest zero, +-Inf the end codes.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
-    k = _checked_x(x)
-    block = _checked_block(block_size, signs, x, k)
-    size = _checked_group_size("group_size", group_size)
-    _check_choice("codebook", codebook, _CODEBOOKS)
-    alpha = _checked_table("alpha", alpha, x, k, size)
-    if language is not None:
-        language = _checked_language(language, alpha.shape[0], x)
-    settings = _without_defaults(_DEFAULTS_OF_QUANTIZE, language, size, codebook, signs, block, tail_sums)
-    codes, tail = implementation("quantize", x)(x, alpha, *settings)
-    return (codes, tail) if tail_sums else codes
+    try:
+        k = _checked_x(x)
+        block = _checked_block(block_size, signs, x, k)
+        size = _checked_group_size("group_size", group_size)
+        _check_choice("codebook", codebook, _CODEBOOKS)
+        alpha = _checked_table("alpha", alpha, x, k, size)
+        if language is not None:
+            language = _checked_language(language, alpha.shape[0], x)
+        settings = _without_defaults(_DEFAULTS_OF_QUANTIZE, language, size, codebook, signs, block, tail_sums)
+        codes, tail = implementation("quantize", x)(x, alpha, *settings)
+        return (codes, tail) if tail_sums else codes
+    except _MISFITS:
+        _check_types(quantize, locals())
+        raise
 
 
 def quantize_dynamic(
@@ -158,17 +169,21 @@ def quantize_dynamic(
     Returns codes uint8 [..., ceil(K / 2)] and the clips, float32 [..., groups], which `dequantize` takes as scales. A
     group of zeros has clip 0 and dequantizes to zeros.
     """
-    k = _checked_x(x)
-    block = _checked_block(block_size, signs, x, k)
-    size = _checked_group_size("group_size", group_size)
-    _check_choice("statistic", statistic, _STATISTICS)
-    _check_choice("codebook", codebook, _CODEBOOKS)
-    shape = _checked_table("shape", shape, x, k, size)
-    if language is not None:
-        language = _checked_language(language, shape.shape[0], x)
-    settings = _without_defaults(_DEFAULTS_OF_QUANTIZE_DYNAMIC, language, size, statistic, codebook, signs, block)
-    codes, scales = implementation("quantize_dynamic", x)(x, shape, *settings)
-    return codes, scales
+    try:
+        k = _checked_x(x)
+        block = _checked_block(block_size, signs, x, k)
+        size = _checked_group_size("group_size", group_size)
+        _check_choice("statistic", statistic, _STATISTICS)
+        _check_choice("codebook", codebook, _CODEBOOKS)
+        shape = _checked_table("shape", shape, x, k, size)
+        if language is not None:
+            language = _checked_language(language, shape.shape[0], x)
+        settings = _without_defaults(_DEFAULTS_OF_QUANTIZE_DYNAMIC, language, size, statistic, codebook, signs, block)
+        codes, scales = implementation("quantize_dynamic", x)(x, shape, *settings)
+        return codes, scales
+    except _MISFITS:
+        _check_types(quantize_dynamic, locals())
+        raise
 
 
 def dequantize(
@@ -186,42 +201,46 @@ def dequantize(
 
     Exactly one of alpha (with language, as given to `quantize`) and scales (as returned by `quantize_dynamic`).
     """
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes: expected uint8, got {_name(codes.dtype)}")
-    packed = codes.shape
-    if k < 1 or not packed or packed[-1] != (k + 1) // 2:
-        raise ValueError(f"codes: expected shape [..., {(k + 1) // 2}] for k={k}, got {list(packed)}")
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {_name(dtype)}")
-    _check_choice("codebook", codebook, _CODEBOOKS)
-    size = _checked_group_size("group_size", group_size)
-    if (alpha is None) == (scales is None):
-        raise ValueError("alpha, scales: expected exactly one of them")
-    if scales is not None:
-        if language is not None:
-            raise ValueError("language: has no meaning with scales, which hold the clip of every row")
-        expected = (*packed[:-1], reference.group_count(k, size))
-        if scales.dtype != torch.float32:
-            raise TypeError(f"scales: expected float32, got {_name(scales.dtype)}")
-        if scales.shape != expected:
-            raise ValueError(f"scales: expected shape {list(expected)}, got {list(scales.shape)}")
-        _check_device("scales", scales, codes)
-        table = scales
-    elif alpha is not None:
-        table = _checked_table("alpha", alpha, codes, k, size)
-        if language is not None:
-            language = _checked_language(language, table.shape[0], codes)
-    options: dict[str, Any] = {"k": k}  # and what is not the operator's default, as in linear_options
-    if size:
-        options["group_size"] = size
-    if codebook != "midrise":
-        options["codebook"] = codebook
-    if scales is not None:
-        options["per_row"] = True
-    if dtype != torch.float32:
-        options["dtype"] = dtype
-    out: Tensor = implementation("dequantize", codes)(codes, table, language, **options)
-    return out
+    try:
+        if codes.dtype != torch.uint8:
+            raise TypeError(f"codes: expected uint8, got {_name(codes.dtype)}")
+        packed = codes.shape
+        if k < 1 or not packed or packed[-1] != (k + 1) // 2:
+            raise ValueError(f"codes: expected shape [..., {(k + 1) // 2}] for k={k}, got {list(packed)}")
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {_name(dtype)}")
+        _check_choice("codebook", codebook, _CODEBOOKS)
+        size = _checked_group_size("group_size", group_size)
+        if (alpha is None) == (scales is None):
+            raise ValueError("alpha, scales: expected exactly one of them")
+        if scales is not None:
+            if language is not None:
+                raise ValueError("language: has no meaning with scales, which hold the clip of every row")
+            expected = (*packed[:-1], reference.group_count(k, size))
+            if scales.dtype != torch.float32:
+                raise TypeError(f"scales: expected float32, got {_name(scales.dtype)}")
+            if scales.shape != expected:
+                raise ValueError(f"scales: expected shape {list(expected)}, got {list(scales.shape)}")
+            _check_device("scales", scales, codes, "codes")
+            table = scales
+        elif alpha is not None:
+            table = _checked_table("alpha", alpha, codes, k, size, "codes")
+            if language is not None:
+                language = _checked_language(language, table.shape[0], codes, "codes")
+        options: dict[str, Any] = {"k": k}  # and what is not the operator's default, as in linear_options
+        if size:
+            options["group_size"] = size
+        if codebook != "midrise":
+            options["codebook"] = codebook
+        if scales is not None:
+            options["per_row"] = True
+        if dtype != torch.float32:
+            options["dtype"] = dtype
+        out: Tensor = implementation("dequantize", codes)(codes, table, language, **options)
+        return out
+    except _MISFITS:
+        _check_types(dequantize, locals())
+        raise
 
 
 def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
@@ -231,9 +250,13 @@ def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
     CPU and not looked for on a GPU. block_size: a power of two that divides K; None for the largest. The transform is
     orthogonal; H_b is symmetric (Sylvester's order), so signs * rotate(y, ones) undoes it.
     """
-    block = _checked_block(block_size, signs, x, _checked_x(x))
-    out: Tensor = implementation("rotate", x)(x, signs, block)
-    return out
+    try:
+        block = _checked_block(block_size, signs, x, _checked_x(x))
+        out: Tensor = implementation("rotate", x)(x, signs, block)
+        return out
+    except _MISFITS:
+        _check_types(rotate, locals())
+        raise
 
 
 def linear(
@@ -261,7 +284,9 @@ def linear(
     x: float32, bfloat16 or float16 [..., K].
     weight: codes uint8 [N, ceil(K / 2)] of group_size along K, or on the CPU the same codes as `repack_weight` arranges
         them, int32 [ceil(N / 16), ceil(K / 8), 16], for which groups (of the activations too) have to be multiples of 8
-        or whole rows. weight_scale: their clips, float32 [N, groups].
+        or whole rows.
+    weight_scale: their clips, float32 [N, groups]. An N that is wrong within 16 cannot be told from repacked weights:
+        outputs beyond theirs have code 0, which is not value 0.
     bias: [N].
     signs, block_size: x is rotated first (the weights must have been rotated alike); signs other than +-1 are a
         ValueError on the CPU, and a GPU does not look.
@@ -270,55 +295,61 @@ def linear(
         statistic of each row's group of activation_group_size elements.
     language: int32 rows of the clip table.
     """
-    columns = _checked_x(x)
-    block = _checked_block(block_size, signs, x, columns)
-    size = _checked_group_size("group_size", group_size)
-    activation_size = _checked_group_size("activation_group_size", activation_group_size)
-    _check_choice("weight_codebook", weight_codebook, _CODEBOOKS)
-    _check_choice("activation_clip", activation_clip, _ACTIVATION_CLIPS)
-    _check_choice("activation_codebook", activation_codebook, _CODEBOOKS)
-    if activation_bits not in (4, 8, 16):
-        raise ValueError(f"activation_bits: expected 16, 8 or 4, got {activation_bits}")
-    packed, scales = weight.shape, weight_scale.shape
-    if weight_scale.dtype != torch.float32:
-        raise TypeError(f"weight_scale: expected float32, got {_name(weight_scale.dtype)}")
-    if weight.dtype == torch.uint8:
-        if len(packed) != 2 or packed[1] != (columns + 1) // 2:
-            raise ValueError(f"weight: expected shape [N, {(columns + 1) // 2}] for K={columns}, got {list(packed)}")
-        outputs = packed[0]
-    elif weight.dtype == torch.int32:
-        outputs = scales[0] if scales else 0
-        _check_repacked(weight, outputs, columns, x.device)
-        _check_whole_eights("group_size", size, columns)
-        _check_whole_eights("activation_group_size", activation_size if activation_bits < 16 else 0, columns)
-    else:
-        raise TypeError(f"weight: expected uint8 codes, or int32 from repack_weight, got {_name(weight.dtype)}")
-    _check_device("weight", weight, x)
-    expected = (outputs, reference.group_count(columns, size))
-    if scales != expected:
-        raise ValueError(f"weight_scale: expected shape {list(expected)}, got {list(scales)}")
-    _check_device("weight_scale", weight_scale, x)
-    if bias is not None:
-        if not bias.is_floating_point():
-            raise TypeError(f"bias: expected a floating-point tensor, got {_name(bias.dtype)}")
-        if bias.shape != (outputs,):
-            raise ValueError(f"bias: expected shape {[outputs]}, got {list(bias.shape)}")
-        _check_device("bias", bias, x)
-    table = None
-    if activation_bits < 16:
-        if clip is None:
-            raise ValueError(
-                f"clip: expected the clips of the activations for activation_bits={activation_bits}, got None"
-            )
-        table = _checked_table("clip", clip, x, columns, activation_size)
-        if language is not None:
-            language = _checked_language(language, table.shape[0], x)
-    else:
-        language = None  # 16-bit activations have no clip to look up
-    options = linear_options(
-        size, weight_codebook, block, activation_bits, activation_clip, activation_size, activation_codebook
-    )
-    return linear_unchecked(x, weight, weight_scale, bias, signs, table, language, options)
+    try:
+        columns = _checked_x(x)
+        block = _checked_block(block_size, signs, x, columns)
+        size = _checked_group_size("group_size", group_size)
+        activation_size = _checked_group_size("activation_group_size", activation_group_size)
+        _check_choice("weight_codebook", weight_codebook, _CODEBOOKS)
+        _check_choice("activation_clip", activation_clip, _ACTIVATION_CLIPS)
+        _check_choice("activation_codebook", activation_codebook, _CODEBOOKS)
+        if activation_bits not in (4, 8, 16):
+            raise ValueError(f"activation_bits: expected 16, 8 or 4, got {activation_bits}")
+        packed, scales = weight.shape, weight_scale.shape
+        if weight_scale.dtype != torch.float32:
+            raise TypeError(f"weight_scale: expected float32, got {_name(weight_scale.dtype)}")
+        if weight.dtype == torch.uint8:
+            if len(packed) != 2 or packed[1] != (columns + 1) // 2:
+                raise ValueError(
+                    f"weight: expected shape [N, {(columns + 1) // 2}] for K={columns}, got {list(packed)}"
+                )
+            outputs = packed[0]
+        elif weight.dtype == torch.int32:
+            outputs = scales[0] if scales else 0
+            _check_repacked(weight, outputs, columns, x)
+            _check_whole_eights("group_size", size, columns)
+            _check_whole_eights("activation_group_size", activation_size if activation_bits < 16 else 0, columns)
+        else:
+            raise TypeError(f"weight: expected uint8 codes, or int32 from repack_weight, got {_name(weight.dtype)}")
+        _check_device("weight", weight, x)
+        expected = (outputs, reference.group_count(columns, size))
+        if scales != expected:
+            raise ValueError(f"weight_scale: expected shape {list(expected)}, got {list(scales)}")
+        _check_device("weight_scale", weight_scale, x)
+        if bias is not None:
+            if not bias.is_floating_point():
+                raise TypeError(f"bias: expected a floating-point tensor, got {_name(bias.dtype)}")
+            if bias.shape != (outputs,):
+                raise ValueError(f"bias: expected shape {[outputs]}, got {list(bias.shape)}")
+            _check_device("bias", bias, x)
+        table = None
+        if activation_bits < 16:
+            if clip is None:
+                raise ValueError(
+                    f"clip: expected the clips of the activations for activation_bits={activation_bits}, got None"
+                )
+            table = _checked_table("clip", clip, x, columns, activation_size)
+            if language is not None:
+                language = _checked_language(language, table.shape[0], x)
+        else:
+            language = None  # 16-bit activations have no clip to look up
+        options = linear_options(
+            size, weight_codebook, block, activation_bits, activation_clip, activation_size, activation_codebook
+        )
+        return linear_unchecked(x, weight, weight_scale, bias, signs, table, language, options)
+    except _MISFITS:
+        _check_types(linear, locals())
+        raise
 
 
 def repack_weight(weight: Tensor) -> Tensor:
@@ -326,28 +357,38 @@ def repack_weight(weight: Tensor) -> Tensor:
 
     Returns int32 [ceil(N / 16), ceil(K / 8), 16], which `linear` takes in place of `weight`: element [p, i, l] holds
     the codes of members 8 i to 8 i + 7 of output 16 p + l, member 8 i + j in bits 4 j to 4 j + 3. Outputs and members
-    that do not exist have code 0. Codes keep their 4 bits; `restore_weight` undoes it.
+    that do not exist have code 0, which is not value 0, and nothing tells them from others: N and K are not in the
+    result. Codes keep their 4 bits; `restore_weight` undoes it.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
-    if weight.dtype != torch.uint8:
-        raise TypeError(f"weight: expected uint8 codes, got {_name(weight.dtype)}")
-    if weight.dim() != 2 or weight.shape[1] == 0:
-        raise ValueError(f"weight: expected shape [N, ceil(K / 2)] with K >= 1, got {list(weight.shape)}")
-    return reference.repack(weight)
+    try:
+        if weight.dtype != torch.uint8:
+            raise TypeError(f"weight: expected uint8 codes, got {_name(weight.dtype)}")
+        if weight.dim() != 2 or weight.shape[1] == 0:
+            raise ValueError(f"weight: expected shape [N, ceil(K / 2)] with K >= 1, got {list(weight.shape)}")
+        return reference.repack(weight)
+    except _MISFITS:
+        _check_types(repack_weight, locals())
+        raise
 
 
 def restore_weight(repacked: Tensor, n: int, k: int) -> Tensor:
     """The codes uint8 [n, ceil(k / 2)] that `repack_weight` has rearranged.
 
+    An n that is wrong within 16, or a k within 8, cannot be told: codes beyond those that were given are 0.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
-    if repacked.dtype != torch.int32:
-        raise TypeError(f"repacked: expected int32, got {_name(repacked.dtype)}")
-    if n < 0 or k < 1 or repacked.shape != _repacked_shape(n, k):
-        raise ValueError(
-            f"repacked: expected shape {list(_repacked_shape(n, k))} for n={n}, k={k}, got {list(repacked.shape)}"
-        )
-    return reference.restore(repacked, n, k)
+    try:
+        if repacked.dtype != torch.int32:
+            raise TypeError(f"repacked: expected int32, got {_name(repacked.dtype)}")
+        if n < 0 or k < 1 or repacked.shape != _repacked_shape(n, k):
+            raise ValueError(
+                f"repacked: expected shape {list(_repacked_shape(n, k))} for n={n}, k={k}, got {list(repacked.shape)}"
+            )
+        return reference.restore(repacked, n, k)
+    except _MISFITS:
+        _check_types(restore_weight, locals())
+        raise
 
 
 def linear_unchecked(
@@ -415,23 +456,50 @@ def _without_defaults(defaults: tuple[Any, ...], *settings: Any) -> tuple[Any, .
 # --- Checks of arguments --------------------------------------------------------------------------------------------
 
 
+# What a parameter's annotation asks for, in words and as the types that do.
+_TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
+    Tensor: ("a tensor", (Tensor,)),
+    float: ("a number", (numbers.Real, torch.SymFloat)),
+    int: ("an int", (numbers.Integral, torch.SymInt)),
+    bool: ("a bool", (bool, np.bool_)),
+    torch.dtype: ("a torch.dtype", (torch.dtype,)),
+    type(None): ("None", (type(None),)),
+}
+
+
+def _check_types(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Raises the TypeError that names the first of `arguments` whose type is not what `function`'s signature says.
+
+    For calls that have failed: those that are good do not pay for it.
+    """
+    for name, annotation in function.__annotations__.items():
+        accepted = [_TYPES[kind] for kind in get_args(annotation) or (annotation,) if kind in _TYPES]
+        if name == "return" or not accepted or any(isinstance(arguments[name], types) for _, types in accepted):
+            continue
+        value = arguments[name]
+        plain = value is None or isinstance(value, str | numbers.Number)
+        got = repr(value) if plain else f"{type(value).__module__}.{type(value).__qualname__}"
+        expected = " or ".join(words for words, _ in accepted)
+        raise TypeError(f"{name}: expected {expected}, got {got.removeprefix('builtins.')}") from None
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor, x: Tensor, like: str = "x") -> None:
     # Asked for last: every look at `device` makes an object.
     if not (tensor.is_cpu and x.is_cpu) and tensor.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} like x, got on {tensor.device}")
+        raise ValueError(f"{name}: expected on {x.device} like {like}, got on {tensor.device}")
 
 
 def _repacked_shape(n: int, k: int) -> tuple[int, int, int]:
     return -(-n // 16), -(-k // 8), 16
 
 
-def _check_repacked(weight: Tensor, n: int, k: int, device: torch.device) -> None:
-    if device.type not in ("cpu", "meta"):
-        raise ValueError(f"weight: expected uint8 codes on {device}, got int32: repack_weight is for the CPU")
+def _check_repacked(weight: Tensor, n: int, k: int, x: Tensor) -> None:
+    if not (x.is_cpu or x.is_meta):
+        raise ValueError(f"weight: expected uint8 codes on {x.device}, got int32: repack_weight is for the CPU")
     if weight.shape != _repacked_shape(n, k):
         raise ValueError(
             f"weight: expected shape {list(_repacked_shape(n, k))} from repack_weight for N={n}, K={k}, "
@@ -486,8 +554,8 @@ def _checked_block(block_size: int | None, signs: Tensor | None, x: Tensor, k: i
     return block
 
 
-def _checked_table(name: str, table: Tensor | float, x: Tensor, k: int, group_size: int) -> Tensor:
-    """float32 [languages, groups] on the device of x."""
+def _checked_table(name: str, table: Tensor | float, x: Tensor, k: int, group_size: int, like: str = "x") -> Tensor:
+    """float32 [languages, groups] on the device of x, which is the argument called `like`."""
     groups = reference.group_count(k, group_size)
     if not isinstance(table, Tensor):
         if not _CLIP_RANGE[0] <= table <= _CLIP_RANGE[1]:
@@ -497,30 +565,32 @@ def _checked_table(name: str, table: Tensor | float, x: Tensor, k: int, group_si
         if not table.is_floating_point():
             raise TypeError(f"{name}: expected a float32 tensor, got {_name(table.dtype)}")
         table = table.to(torch.float32)
-    _check_device(name, table, x)
+    _check_device(name, table, x, like)
     shape = table.shape
     if len(shape) == 1 and shape[0]:
         return table.unsqueeze(1).expand(-1, groups)
     if len(shape) != 2 or shape[1] != groups or shape[0] == 0:
-        raise ValueError(f"{name}: expected shape [languages, {groups}] or [languages], got {list(shape)}")
+        if not shape:
+            return table.expand(1, groups)
+        raise ValueError(f"{name}: expected shape [languages, {groups}], [languages] or [], got {list(shape)}")
     return table
 
 
-def _checked_language(language: Tensor, languages: int, x: Tensor) -> Tensor:
-    """language as int32 that matches the leading dimensions of x.
+def _checked_language(language: Tensor, languages: int, x: Tensor, like: str = "x") -> Tensor:
+    """language as int32 that matches the leading dimensions of x, which is the argument called `like`.
 
     Ids are compared with the table on the CPU only, where looking at them costs no synchronisation, and not while a
     graph is captured; elsewhere an id out of range reads row 0.
     """
     if language.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"language: expected int32, got {_name(language.dtype)}")
-    _check_device("language", language, x)
+        raise TypeError(f"language: expected int32 or int64, got {_name(language.dtype)}")
+    _check_device("language", language, x, like)
     shape, lead = language.shape, x.shape[:-1]
     if shape != lead and (
         len(shape) > len(lead) or any(n not in (1, size) for n, size in zip(shape, lead, strict=False))
     ):
         raise ValueError(
-            f"language: expected a shape that matches the leading dimensions {list(lead)} of x from the left, "
+            f"language: expected a shape that matches the leading dimensions {list(lead)} of {like} from the left, "
             f"got {list(language.shape)}"
         )
     if (
@@ -550,7 +620,10 @@ class _Shared:
 
 def _tensor_from_array(x: Any) -> Tensor:
     """A tensor on the memory of a NumPy array where torch can express it, else on a copy."""
-    array = np.asarray(x)
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise TypeError(f"x: expected a tensor or an array of real numbers: {error}") from error
     if array.dtype.kind in "biu":
         array = array.astype(np.float64)
     if array.dtype.kind != "f":

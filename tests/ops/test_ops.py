@@ -1,5 +1,6 @@
 """Every operation and instruction set against the float64 reference."""
 
+import re
 import time
 
 import numpy as np
@@ -110,7 +111,8 @@ class TestQuantize:
         assert torch.equal(la_aciq.quantize(x, full[:, 0], language, group_size=32), expected)
         assert torch.equal(la_aciq.quantize(x, full.double(), language, group_size=32), expected)
         assert torch.equal(la_aciq.quantize(x, full.T.contiguous().T, language, group_size=32), expected)
-        assert torch.equal(la_aciq.quantize(x, 1.0, group_size=32)[0], expected[0])
+        for number in (1.0, np.float32(1), torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64)):
+            assert torch.equal(la_aciq.quantize(x, number, group_size=32)[0], expected[0])
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("k", "block"), [(1, None), (12, None), (64, None), (96, 16), (576, None), (4096, None)])
@@ -558,6 +560,8 @@ def test_ids_out_of_range(generator):
 
 
 WEIGHT = torch.zeros(3, 4, dtype=torch.uint8)
+SCALE = torch.ones(3, 1)
+SIGNS = torch.ones(8)
 ONES = torch.ones(2, 8)
 
 
@@ -581,7 +585,11 @@ ONES = torch.ones(2, 8)
         (lambda: la_aciq.quantize(ONES, 1.0, codebook="nf4"), ValueError, "codebook: expected 'midrise' or 'midtread'"),
         (lambda: la_aciq.quantize(ONES, torch.ones(2, 3), group_size=4), ValueError, r"alpha: .* \[languages, 2\]"),
         (lambda: la_aciq.quantize(ONES, torch.ones(2, dtype=torch.int32)), TypeError, "alpha: expected a float32"),
-        (lambda: la_aciq.quantize(ONES, 1.0, torch.ones(2)), TypeError, "language: expected int32, got float32"),
+        (
+            lambda: la_aciq.quantize(ONES, 1.0, torch.ones(2)),
+            TypeError,
+            "language: expected int32 or int64, got float32",
+        ),
         (
             lambda: la_aciq.quantize(ONES, 1.0, torch.zeros(3, dtype=torch.int32)),
             ValueError,
@@ -621,11 +629,104 @@ ONES = torch.ones(2, 8)
         (lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), activation_bits=4), ValueError, "clip: .* got None"),
         (lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), activation_clip="max"), ValueError, "activation_clip:"),
         (lambda: la_aciq.quantize(ONES, torch.ones(1, 1, device="meta")), ValueError, "alpha: expected on cpu like x"),
+        (
+            lambda: la_aciq.dequantize(WEIGHT, torch.ones(1, 1, device="meta"), k=8),
+            ValueError,
+            "alpha: expected on cpu like codes",
+        ),
+        (
+            lambda: la_aciq.dequantize(WEIGHT, scales=torch.ones(3, 1, device="meta"), k=8),
+            ValueError,
+            "scales: expected on cpu like codes",
+        ),
+        (
+            lambda: la_aciq.dequantize(WEIGHT, 1.0, torch.zeros(4, dtype=torch.int32), k=8),
+            ValueError,
+            r"language: .* dimensions \[3\] of codes .* got \[4\]",
+        ),
+        (
+            lambda: la_aciq.moments([[1.0], [2.0, 3.0]]),
+            TypeError,
+            "x: expected a tensor or an array of real numbers: .* inhomogeneous",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: la_aciq.quantize(ONES.numpy(), 1.0), "x: expected a tensor, got numpy.ndarray"),
+        (lambda: la_aciq.quantize(None, 1.0), "x: expected a tensor, got None"),
+        (lambda: la_aciq.rotate([1.0], SIGNS), "x: expected a tensor, got list"),
+        (lambda: la_aciq.linear("x", WEIGHT, SCALE), "x: expected a tensor, got 'x'"),
+        (lambda: la_aciq.quantize_dynamic(1.5, 1.0), "x: expected a tensor, got 1.5"),
+        (lambda: la_aciq.quantize(ONES, None), "alpha: expected a tensor or a number, got None"),
+        (lambda: la_aciq.quantize(ONES, [1.0]), "alpha: expected a tensor or a number, got list"),
+        (lambda: la_aciq.quantize(ONES, "1"), "alpha: expected a tensor or a number, got '1'"),
+        (lambda: la_aciq.quantize(ONES, np.ones((2, 1))), "alpha: expected a tensor or a number, got numpy.ndarray"),
+        (lambda: la_aciq.quantize_dynamic(ONES, None), "shape: expected a tensor or a number, got None"),
+        (lambda: la_aciq.quantize(ONES, 1.0, np.zeros(2, int)), "language: expected a tensor or None, got numpy.nd"),
+        (lambda: la_aciq.quantize(ONES, 1.0, group_size=8.0), "group_size: expected an int or None, got 8.0"),
+        (lambda: la_aciq.quantize(ONES, 1.0, group_size="8"), "group_size: expected an int or None, got '8'"),
+        (lambda: la_aciq.quantize(ONES, 1.0, signs=[1] * 8), "signs: expected a tensor or None, got list"),
+        (lambda: la_aciq.rotate(ONES, None), "signs: expected a tensor, got None"),
+        (lambda: la_aciq.rotate(ONES, SIGNS, 4.0), "block_size: expected an int or None, got 4.0"),
+        (lambda: la_aciq.dequantize(WEIGHT.numpy(), 1.0, k=8), "codes: expected a tensor, got numpy.ndarray"),
+        (lambda: la_aciq.dequantize(WEIGHT, [1.0], k=8), "alpha: expected a tensor or a number or None, got list"),
+        (
+            lambda: la_aciq.dequantize(WEIGHT, scales=np.ones((3, 1), np.float32), k=8),
+            "scales: expected a tensor or None, got numpy.ndarray",
+        ),
+        (lambda: la_aciq.dequantize(WEIGHT, 1.0, k=None), "k: expected an int, got None"),
+        (lambda: la_aciq.dequantize(WEIGHT, 1.0, k=8.0), "k: expected an int, got 8.0"),
+        (
+            lambda: la_aciq.dequantize(WEIGHT, 1.0, k=8, dtype="float32"),
+            "dtype: expected a torch.dtype, got 'float32'",
+        ),
+        (lambda: la_aciq.linear(ONES, WEIGHT.numpy(), SCALE), "weight: expected a tensor, got numpy.ndarray"),
+        (lambda: la_aciq.linear(ONES, WEIGHT, SCALE.numpy()), "weight_scale: expected a tensor, got numpy.ndarray"),
+        (lambda: la_aciq.linear(ONES, WEIGHT, SCALE, [0.0] * 3), "bias: expected a tensor or None, got list"),
+        (
+            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits="8", clip=1.0),
+            "activation_bits: expected an int, got '8'",
+        ),
+        (
+            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits=8, clip=[1.0]),
+            "clip: expected a tensor or a number or None, got list",
+        ),
+        (lambda: la_aciq.moments(ONES.numpy(), [0, 0], 2), "language: expected a tensor or None, got list"),
+        (
+            lambda: la_aciq.moments(ONES, torch.zeros(2, dtype=torch.int32), 2.0),
+            "languages: expected an int or None, got 2.0",
+        ),
+        (lambda: la_aciq.moments(ONES, None, "2"), "languages: expected an int or None, got '2'"),
+        (lambda: la_aciq.repack_weight(None), "weight: expected a tensor, got None"),
+        (lambda: la_aciq.restore_weight(la_aciq.repack_weight(WEIGHT), None, 8), "n: expected an int, got None"),
+    ],
+)
+def test_errors_name_the_argument_of_another_type(call, message, backend):
+    if (reason := la_aciq.backends.why_unavailable(backend)) is not None:
+        pytest.skip(reason)
+    with la_aciq.use_backend(backend), pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        call()
+
+
+@pytest.mark.skipif(_C is None, reason="the reference takes any number of bits")
+def test_what_the_operator_refuses_is_named_as_well():
+    with pytest.raises(TypeError, match=r"^activation_bits: expected an int, got 8\.0$"):
+        la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits=8.0, clip=1.0)
+
+
+def test_other_errors_are_not_blamed_on_numbers_of_numpy():
+    with pytest.raises(ValueError, match=r"group_size: expected an even number .* got 3"):
+        la_aciq.quantize(ONES, np.float32(1), group_size=np.int64(3))
+    with pytest.raises(ValueError, match="signs: expected shape"):
+        la_aciq.quantize(ONES, np.float64(1), group_size=np.int32(4), signs=SIGNS[:2])
 
 
 @pytest.mark.parametrize("clip", [float("nan"), float("inf"), 0.0, -1.0, 1e39, 1e-46])
