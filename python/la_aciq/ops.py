@@ -293,7 +293,7 @@ def linear(
     activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook, with
         activation_clip "static": clip is the table of clips; "rms", "absmax": clip is the table of factors on the
         statistic of each row's group of activation_group_size elements.
-    language: int32 rows of the clip table.
+    clip, language: the table and int32 rows of it; an error with activation_bits 16, which has no clips.
     """
     try:
         columns = _checked_x(x)
@@ -341,8 +341,9 @@ def linear(
             table = _checked_table("clip", clip, x, columns, activation_size)
             if language is not None:
                 language = _checked_language(language, table.shape[0], x)
-        else:
-            language = None  # 16-bit activations have no clip to look up
+        elif clip is not None or language is not None:
+            name = "language" if clip is None else "clip"
+            raise ValueError(f"{name}: has no meaning with activation_bits=16")
         options = linear_options(
             size, weight_codebook, block, activation_bits, activation_clip, activation_size, activation_codebook
         )

@@ -645,6 +645,16 @@ ONES = torch.ones(2, 8)
             r"language: .* dimensions \[3\] of codes .* got \[4\]",
         ),
         (
+            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, clip=1.0),
+            ValueError,
+            "clip: has no meaning with activation_bits=16",
+        ),
+        (
+            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, language=torch.zeros(2, dtype=torch.int32)),
+            ValueError,
+            "language: has no meaning with activation_bits=16",
+        ),
+        (
             lambda: la_aciq.moments([[1.0], [2.0, 3.0]]),
             TypeError,
             "x: expected a tensor or an array of real numbers: .* inhomogeneous",
