@@ -123,20 +123,26 @@ def test_what_the_docs_say_of_ways_to_choose_clips_holds():
 
 
 def test_what_the_docs_say_of_the_speed_of_a_model_holds():
-    (file,) = tables.RESULTS.glob("model-*.json")
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    step = {(row["name"], row["rows"]): row["step_s"] for row in rows}
-    prefill = {(row["name"], row["rows"]): row["prefill_s"] for row in rows}
-    for count in (1, 4, 16):
-        others = ("float32", "bfloat16", "torchao int4")
-        for name in ("la_aciq W4A16", "la_aciq W4A8", "la_aciq W4A4"):
-            assert all(step[name, count] < step[other, count] for other in others)
-            assert all(prefill[name, count] < prefill[other, count] for other in ("torch int4", "torchao int4"))
-        for name in ("la_aciq W4A8", "la_aciq W4A4"):
-            assert all(prefill[name, count] < prefill[other, count] for other in others)
-        assert prefill["bfloat16", count] < prefill["la_aciq W4A16", count]
-        assert step["torch int4, our attention", count] < step["la_aciq W4A16", count]
-    assert step["torch int4", 1] < step["la_aciq W4A16", 1] < 1.1 * step["torch int4", 1]
+    slower_than_torch = []  # with the same attention and 16 rows, by machine
+    for file in tables.RESULTS.glob("model-*.json"):
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        step = {(row["name"], row["rows"]): row["step_s"] for row in rows}
+        prefill = {(row["name"], row["rows"]): row["prefill_s"] for row in rows}
+        for count in (1, 4, 16):
+            others = ("float32", "bfloat16", "torchao int4")
+            for name in ("la_aciq W4A16", "la_aciq W4A8", "la_aciq W4A4"):
+                assert all(step[name, count] < step[other, count] for other in others)
+                assert all(prefill[name, count] < prefill[other, count] for other in ("torch int4", "torchao int4"))
+            for name in ("la_aciq W4A8", "la_aciq W4A4"):
+                assert all(prefill[name, count] < prefill[other, count] for other in others)
+        assert all(prefill["bfloat16", count] < prefill["la_aciq W4A16", count] for count in (4, 16))
+        behind = {
+            count: step["torch int4, our attention", count] < step["la_aciq W4A16", count] for count in (1, 4, 16)
+        }
+        assert behind[1] and behind[4]
+        slower_than_torch.append((step["la_aciq W4A16", 16], behind[16]))
+        assert step["torch int4", 1] < step["la_aciq W4A16", 1] < 1.1 * step["torch int4", 1]
+    assert [behind for _, behind in sorted(slower_than_torch)] == [True, False]  # the faster machine first
 
 
 def test_a_table_without_its_place_is_refused():
