@@ -486,7 +486,7 @@ class TestBadInput:
         refused(message, "bench", "ops")
         monkeypatch.setitem(backends._WHY_NOT, "cuda", "PyTorch finds no CUDA device")
         forced("cuda")
-        message = "LA_ACIQ_BACKEND: backend 'cuda' is not available: PyTorch finds no CUDA device"
+        message = r"backend 'cuda' \(of LA_ACIQ_BACKEND\) is not available: PyTorch finds no CUDA device"
         refused(message, *calibrate, *nowhere)
         refused(message, "bench", "ops")
         # Where there is a device, the tensors of this command are not on it.

@@ -193,8 +193,13 @@ def forced_by_environment() -> str | None:
     if forced not in _WHY_NOT:
         raise LaAciqError(f"LA_ACIQ_BACKEND: expected one of {', '.join(_WHY_NOT)}, got {forced!r}")
     if (reason := _WHY_NOT[forced]) is not None:
-        raise UnavailableError(f"LA_ACIQ_BACKEND: backend {forced!r} is not available: {reason}")
+        raise _unavailable(forced, reason)
     return forced
+
+
+def _unavailable(backend: str, reason: str) -> UnavailableError:
+    source = " (of LA_ACIQ_BACKEND)" if backend == _FROM_ENVIRONMENT else ""
+    return UnavailableError(f"backend {backend!r}{source} is not available: {reason}")
 
 
 @contextmanager
@@ -206,7 +211,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """
     reason = why_unavailable(backend)
     if reason is not None:
-        raise UnavailableError(f"backend {backend!r} is not available: {reason}")
+        raise _unavailable(backend, reason)
     before = _choice.backend
     _choice.backend = backend
     try:
@@ -222,16 +227,12 @@ def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
     """
     forced = _choice.backend
     if forced is not None:
-        if forced not in _WHY_NOT:  # use_backend refuses it
-            raise ValueError(f"LA_ACIQ_BACKEND: expected one of {', '.join(_WHY_NOT)}, got {forced!r}")
-        reason = _WHY_NOT[forced]
-        if reason is None and forced in ("cpu", "cuda") and x.device.type != forced:
-            reason = f"x is on {x.device}"
-        if reason is None and forced == "triton" and x.device.type != "cuda" and not _INTERPRETS:
-            reason = f"x is on {x.device}, and {_NOT_INTERPRETED}"
-        if reason is not None:
-            source = " (of LA_ACIQ_BACKEND)" if forced == _FROM_ENVIRONMENT else ""
-            raise UnavailableError(f"backend {forced!r}{source} is not available: {reason}")
+        if forced == _FROM_ENVIRONMENT:
+            forced_by_environment()  # another has been looked at by use_backend
+        if forced in ("cpu", "cuda") and x.device.type != forced:
+            raise _unavailable(forced, f"x is on {x.device}")
+        if forced == "triton" and x.device.type != "cuda" and not _INTERPRETS:
+            raise _unavailable(forced, f"x is on {x.device}, and {_NOT_INTERPRETED}")
         return forced
     if x.is_cpu:
         return "cpu" if WHY_NO_CORE is None else "reference"

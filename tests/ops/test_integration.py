@@ -201,7 +201,7 @@ def test_backend_from_the_environment():
     assert "backend 'cuda' (of LA_ACIQ_BACKEND) is not available" in bad.stderr
     unknown = run_python(code, LA_ACIQ_BACKEND="tpu")
     assert unknown.returncode != 0
-    assert "ValueError: LA_ACIQ_BACKEND: expected one of reference, cpu, cuda, triton, got 'tpu'" in unknown.stderr
+    assert "LaAciqError: LA_ACIQ_BACKEND: expected one of reference, cpu, cuda, triton, got 'tpu'" in unknown.stderr
 
 
 @needs_core
