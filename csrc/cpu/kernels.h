@@ -26,10 +26,11 @@ struct MomentsArgs {
 };
 
 // The randomized Hadamard transform in blocks of k: signs [ceil(k / 16)] has a bit for each member, set where
-// its sign is -1 (null: no rotation).
+// its sign is -1 (null: no rotation), scale is 1 / sqrt(block).
 struct RotationArgs {
   const uint16_t* signs;
   int64_t block;
+  float scale;
 };
 
 // x [rows, k] of dtype -> codes [rows, ceil(k / 2)] or, where bytes is given, codes [rows, k] of one byte

@@ -49,7 +49,7 @@ inline void hadamard_from(float* x, int64_t block, int64_t half) {
 template <class T>
 inline void rotate_row(const T* x, int64_t k, const RotationArgs& rotation, float* out) {
   const int64_t block = rotation.block;
-  const F32 scale = f32(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block))));
+  const F32 scale = f32(rotation.scale);
   const auto signed_and_scaled = [&](int64_t i, F32 v) {
     return negated(rotation.signs[i / 16], mul(v, scale));
   };

@@ -9,6 +9,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -63,37 +64,34 @@ inline at::DataPtr new_scratch(int64_t bytes) {
 struct Rotation {
   std::vector<uint16_t> signs;
   int64_t block = 0;
+  float scale = 1;
 
   explicit operator bool() const { return !signs.empty(); }
-  RotationArgs args() const { return {signs.empty() ? nullptr : signs.data(), block}; }
+  RotationArgs args() const { return {signs.empty() ? nullptr : signs.data(), block, scale}; }
 };
 
 inline Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_size, int64_t k) {
   if (!signs) return {};
   const int64_t block = checked_block(*signs, block_size, k);
-  std::vector<int8_t> bytes((k + 15) / 16 * 16, 1);
-  bool others = false;
   const Tensor given = signs->contiguous();
+  std::vector<int8_t> bytes((k + 15) / 16 * 16, 1);
   if (given.scalar_type() == at::kChar) {
     std::memcpy(bytes.data(), given.const_data_ptr<int8_t>(), k);
   } else {
     const float* sign = given.const_data_ptr<float>();
-    int8_t* __restrict byte = bytes.data();
-    int32_t differing = 0;
-    for (int64_t i = 0; i < k; i++) {
-      const int32_t unit = sign[i] < 0 ? -1 : 1;
-      byte[i] = static_cast<int8_t>(unit);
-      differing |= static_cast<int32_t>(sign[i] != static_cast<float>(unit));
-    }
-    others = differing != 0;
+    int8_t* __restrict byte = bytes.data();  // 0 for what is no sign
+    for (int64_t i = 0; i < k; i++) byte[i] = static_cast<int8_t>((sign[i] == 1) - (sign[i] == -1));
   }
+  Rotation rotation{std::vector<uint16_t>(bytes.size() / 16), block,
+                    static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)))};
   // Eight at a time: bit by bit, packing takes longer than rotating a row.
   constexpr uint64_t kOnes = 0x0101010101010101u;
-  Rotation rotation{std::vector<uint16_t>(bytes.size() / 16), block};
+  bool others = false;
   for (size_t i = 0; i < bytes.size(); i += 8) {
     uint64_t eight = 0;
-    for (size_t j = 0; j < 8; j++)
+    for (size_t j = 0; j < 8; j++) {
       eight |= static_cast<uint64_t>(static_cast<uint8_t>(bytes[i + j])) << 8 * j;
+    }
     const uint64_t negative = eight >> 7 & kOnes;
     others |= eight != (kOnes | negative * 0xFE);
     // The product has the eight bits side by side in its highest byte.

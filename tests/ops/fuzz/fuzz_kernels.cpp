@@ -248,18 +248,21 @@ struct Rotated {
 // A sign per member, and what it is multiplied with in all.
 struct Rotation {
   int64_t block;
+  float scale;
   Array<uint16_t> signs;
   Array<float> factors;
 
   Rotation(Random& random, int64_t k, int64_t block_size)
-      : block(block_size), signs(random, (k + 15) / 16), factors(random, k) {
-    const float unit = static_cast<float>(1 / sqrt(static_cast<double>(block)));
+      : block(block_size),
+        scale(static_cast<float>(1 / sqrt(static_cast<double>(block)))),
+        signs(random, (k + 15) / 16),
+        factors(random, k) {
     for (int64_t i = 0; i < k; i++) {
       const bool negative = signs[i / 16] >> i % 16 & 1;
-      factors[i] = negative ? -unit : unit;
+      factors[i] = negative ? -scale : scale;
     }
   }
-  RotationArgs args() { return {signs.bytes() ? signs.data() : nullptr, block}; }
+  RotationArgs args() { return {signs.bytes() ? signs.data() : nullptr, block, scale}; }
 };
 
 // The row with signs applied and each block transformed, by the definition: entry (i, j) is (-1)^popcount(i &
@@ -764,7 +767,7 @@ int make_fault(const std::string& kind) {
                             .clip = Clip::kStatic,
                             .codebook = Codebook::kMidrise,
                             .bits = 4,
-                            .rotation = {nullptr, 0},
+                            .rotation = {nullptr, 0, 1},
                             .codes = codes.data(),
                             .bytes = nullptr,
                             .scales = nullptr};
