@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 import la_aciq
-from la_aciq.backends import ROUNDED, why_unavailable
 from la_aciq.bench import in_file_names, versions
-from la_aciq.ops import moments_state
+from la_aciq.ops.backends import ROUNDED, why_unavailable
+from la_aciq.ops.functional import moments_state
 
 HERE = Path(__file__).parent
 GROUP, LANGUAGES = 64, 12

@@ -17,8 +17,9 @@ import la_aciq
 from benchmarks import tables
 from la_aciq import embedded
 from la_aciq.bench import cpu_name, in_file_names
+from la_aciq.checkpoint import save_quantized
 from la_aciq.integrations.compressed_tensors import export_compressed_tensors
-from la_aciq.nn import QuantConfig, quantize_model, save_quantized
+from la_aciq.nn import QuantConfig, quantize_model
 
 HERE = Path(__file__).parent
 LANGUAGES = ("en", "de", "ar", "sw", "th", "zh")

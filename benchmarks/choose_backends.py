@@ -1,4 +1,4 @@
-"""Which backend runs an operation on CUDA tensors, from what bench_gpu measured, into la_aciq/cuda_backends.json.
+"""Which backend runs an operation on CUDA tensors, from what bench_gpu measured, into la_aciq/ops/cuda_backends.json.
 
     python -m benchmarks.choose_backends [RESULT] [--output FILE]
 
@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).parents[1] / "python" / "la_aciq" / "cuda_backends.json"
+TABLE = Path(__file__).parents[1] / "python" / "la_aciq" / "ops" / "cuda_backends.json"
 TIE = math.log(1.03)
 CHECKS = ("build", "load", "tests-cuda", "tests-triton", "memcheck", "racecheck")
 

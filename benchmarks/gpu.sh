@@ -50,7 +50,7 @@ build() {
   rm -rf "$LIBRARY" "$LOGS"/*.status
   step build 150 env LA_ACIQ_BUILD=1 LA_ACIQ_CUDA=1 "$PYTHON" setup.py build --build-lib "$LIBRARY"
   # Without this the tests of a core that does not load would be skipped, and all would look well.
-  step load 30 "$PYTHON" -c 'from la_aciq.backends import why_unavailable as why
+  step load 30 "$PYTHON" -c 'from la_aciq.ops.backends import why_unavailable as why
 reasons = [why("cuda"), why("triton")]
 print(reasons)
 raise SystemExit(reasons != [None, None])'

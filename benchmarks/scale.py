@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from la_aciq._moments import HISTOGRAM_BINS, STATE_SIZE
 from la_aciq.nn.config import QuantConfig
 from la_aciq.nn.context import LanguageState
 from la_aciq.nn.linear import LanguageAwareLinear
+from la_aciq.ops.streaming import HISTOGRAM_BINS, STATE_SIZE
 
 LANGUAGES = 100
 GROUP = 64

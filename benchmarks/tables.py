@@ -168,7 +168,7 @@ def caption(results: dict, how: str) -> str:
 
 
 def embedded_rows(results: dict) -> str:
-    """The rows of benchmarks/evaluation.py: mean, worst, gap, tail rate, bits per weight, tokens per second."""
+    """Rows of benchmarks/research/evaluation.py: mean, worst, gap, tail rate, bits per weight, tokens per second."""
     settings = results["settings"]
     read = f"calibrated on the first {settings['calibration_tokens']} tokens of each text, read after "
     lines = [caption(results, f"{read}{settings['skipped_tokens']}")]
@@ -233,7 +233,7 @@ def verdicts(pair: dict) -> list[str]:
 
 
 def experiments(results: dict) -> str:
-    """The rows of benchmarks/experiments.py, by question, and their differences."""
+    """The rows of benchmarks/research/experiments.py, by question, and their differences."""
     settings = results["settings"]
     read = f"calibrated on {settings['calibration_tokens']} tokens of each; groups of {settings['group_size']}"
     lines = [

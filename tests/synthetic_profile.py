@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from la_aciq import Moments
-from la_aciq.calibration.profile import Profile, SiteStats
+from la_aciq.profile.profile import Profile, SiteStats
 
 Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.baselines import BASELINES, GROUP, NF4, InputStatistics, quantized_copy
+from benchmarks.research.baselines import BASELINES, GROUP, NF4, InputStatistics, quantized_copy
 
 K = 2 * GROUP
 

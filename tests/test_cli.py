@@ -15,11 +15,13 @@ import torch
 from byte_llama import byte_llama, byte_tokenizer, sentences
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
-from la_aciq import backends, cli
+from la_aciq import cli
 from la_aciq._files import check_output
-from la_aciq.calibration import Profile, collect
+from la_aciq.calibration import collect
+from la_aciq.checkpoint import load_quantized
 from la_aciq.evaluation import Report
-from la_aciq.nn import load_quantized
+from la_aciq.ops import backends
+from la_aciq.profile import Profile
 
 SMALL = ["--seqlen", "32", "--nsamples", "4", "--group_size", "10"]
 
@@ -283,7 +285,7 @@ class TestCommands:
         ],
     )
     def test_info_shows_the_forced_backend(self, run, monkeypatch, forced, said):
-        monkeypatch.setattr("la_aciq.backends._FROM_ENVIRONMENT", forced)
+        monkeypatch.setattr("la_aciq.ops.backends._FROM_ENVIRONMENT", forced)
         status, out, _ = run("info")
         assert status == 0
         assert re.search(rf"^forced +{re.escape(said)}$", out, re.MULTILINE), out
@@ -476,8 +478,8 @@ class TestBadInput:
     def test_a_backend_in_the_environment_that_cannot_be_had(self, refused, calibrate, monkeypatch):
         def forced(name):
             monkeypatch.setenv("LA_ACIQ_BACKEND", name)
-            monkeypatch.setattr("la_aciq.backends._FROM_ENVIRONMENT", name)
-            monkeypatch.setattr("la_aciq.backends._choice.backend", name)
+            monkeypatch.setattr("la_aciq.ops.backends._FROM_ENVIRONMENT", name)
+            monkeypatch.setattr("la_aciq.ops.backends._choice.backend", name)
 
         nowhere = ("--model", "nowhere")  # said before a model is looked for
         forced("cpuu")

@@ -1,12 +1,13 @@
-"""What benchmarks/evaluation.py makes of rows: which are held against which, and which have a speed."""
+"""What benchmarks/research/evaluation.py makes of rows: which are held against which, and which have a speed."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import baselines, tables
-from benchmarks.evaluation import COMPARISONS, Run, best_of_ours, chosen, runs, summary
+from benchmarks import tables
+from benchmarks.research import baselines
+from benchmarks.research.evaluation import COMPARISONS, Run, best_of_ours, chosen, runs, summary
 from la_aciq.nn import QuantConfig
 
 TAGS = ("en", "sw", "th")

@@ -1,4 +1,4 @@
-"""The rounding that benchmarks/experiments.py does by itself, and how it chooses clips."""
+"""The rounding that benchmarks/research/experiments.py does by itself, and how it chooses clips."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from nearest_value import nearest
 from torch import nn
 
-from benchmarks import baselines
-from benchmarks.experiments import SHARES, Row, Simulated, experiments, least, rounded
+from benchmarks.research import baselines
+from benchmarks.research.experiments import SHARES, Row, Simulated, experiments, least, rounded
 
 K = 128
 

@@ -24,7 +24,7 @@ QUOTED = {
 
 @pytest.fixture(scope="module")
 def generate():
-    spec = importlib.util.spec_from_file_location("generate_theory", DOCS / "generate_theory.py")
+    spec = importlib.util.spec_from_file_location("generate_theory", DOCS.parent / "tools" / "generate_theory.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

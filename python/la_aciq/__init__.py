@@ -1,23 +1,31 @@
-"""LA-ACIQ: INT4 quantization of multilingual models with a clip chosen for each request's language.
+"""LA-ACIQ: language-aware analytical clipping for integer quantization of multilingual models.
 
-Names are imported on first use, so that `la_aciq.clipping`, `la_aciq.disparity` and `la_aciq.Moments` need NumPy and
-SciPy only and do not pay for importing PyTorch.
+The names below are stable; docs/api.md says what is experimental. They are imported at first use: `import la_aciq`
+loads neither PyTorch nor transformers, and `la_aciq.clipping`, `la_aciq.disparity` and `la_aciq.Moments` never load
+PyTorch. `la_aciq.ops` registers `torch.ops.la_aciq.*`.
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
-from .integrations import _register
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from ._moments import Moments
-    from .calibration import Profile, calibrate
+    from .calibration import calibrate
+    from .checkpoint import load_quantized, save_quantized
     from .clipping import ClipTable
-    from .errors import LaAciqError
+    from .errors import LaAciqError, UnavailableError
     from .evaluation import evaluate
     from .nn import QuantConfig, language, languages, quantize_model
     from .ops import (
+        Moments,
         dequantize,
         linear,
         moments,
@@ -28,30 +36,7 @@ if TYPE_CHECKING:
         rotate,
         use_backend,
     )
-
-# The submodule is `_moments` because importing a submodule `moments` would shadow the function of that name.
-_HOME = {
-    "ClipTable": "clipping",
-    "LaAciqError": "errors",
-    "Moments": "_moments",
-    "Profile": "calibration",
-    "QuantConfig": "nn",
-    "calibrate": "calibration",
-    "dequantize": "ops",
-    "evaluate": "evaluation",
-    "language": "nn",
-    "languages": "nn",
-    "linear": "ops",
-    "moments": "ops",
-    "quantize": "ops",
-    "quantize_dynamic": "ops",
-    "quantize_model": "nn",
-    "repack_weight": "ops",
-    "restore_weight": "ops",
-    "rotate": "ops",
-    "use_backend": "ops",
-}
-_SUBPACKAGES = ("calibration", "clipping", "disparity", "evaluation", "integrations", "nn")
+    from .profile import Profile
 
 __all__ = [
     "ClipTable",
@@ -59,6 +44,7 @@ __all__ = [
     "Moments",
     "Profile",
     "QuantConfig",
+    "UnavailableError",
     "__version__",
     "calibrate",
     "dequantize",
@@ -66,6 +52,7 @@ __all__ = [
     "language",
     "languages",
     "linear",
+    "load_quantized",
     "moments",
     "quantize",
     "quantize_dynamic",
@@ -73,22 +60,101 @@ __all__ = [
     "repack_weight",
     "restore_weight",
     "rotate",
+    "save_quantized",
     "use_backend",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+def _lazy(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package that imports its names at first use.
+
+    homes: for each submodule, the names that the package has from it; a submodule without names is itself one.
+    """
+    home_of = {name: module for module, names in homes.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name in home_of:
+            value = getattr(importlib.import_module(f".{home_of[name]}", package), name)
+        elif name in homes:
+            value = importlib.import_module(f".{name}", package)
+        else:
+            from ._deprecated import moved
+
+            return moved(package, name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return __getattr__
+
+
+_HOMES: dict[str, tuple[str, ...]] = {
+    "calibration": ("calibrate",),
+    "checkpoint": ("load_quantized", "save_quantized"),
+    "clipping": ("ClipTable",),
+    "disparity": (),
+    "embedded": (),
+    "errors": ("LaAciqError", "UnavailableError"),
+    "evaluation": ("evaluate",),
+    "integrations": (),
+    "models": (),
+    "nn": ("QuantConfig", "language", "languages", "quantize_model"),
+    "ops": (
+        "Moments",
+        "dequantize",
+        "linear",
+        "moments",
+        "quantize",
+        "quantize_dynamic",
+        "repack_weight",
+        "restore_weight",
+        "rotate",
+        "use_backend",
+    ),
+    "profile": ("Profile",),
+    "tags": (),
+}
+__getattr__ = _lazy(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, *_SUBPACKAGES})
+    return sorted({*globals(), *__all__, *_HOMES})
 
 
-_register.register()
+# transformers has no entry point for other packages' quantization methods: it looks them up in a table of this module.
+# Importing transformers takes seconds, so the method is registered when something else imports it.
+_METHODS = "transformers.quantizers.auto"
+
+
+def _register_method() -> None:
+    try:
+        importlib.import_module("la_aciq.integrations.transformers")
+    except ImportError as error:  # another version of transformers; everything else works without it
+        warnings.warn(f"LA-ACIQ cannot register with the installed transformers: {error}", stacklevel=2)
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Finds the module of transformers' table as Python does, once, and registers after its code has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _METHODS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            loader = spec.loader
+            execute = loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register_method()
+
+            loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _METHODS in sys.modules:
+    _register_method()
+elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+    sys.meta_path.insert(0, _RegisterAfterImport())

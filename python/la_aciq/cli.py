@@ -74,7 +74,7 @@ def _quiet_libraries() -> None:
 def _check_backend() -> None:
     """Before any work: that LA_ACIQ_BACKEND, where it is set, names a backend that runs here."""
     if os.environ.get("LA_ACIQ_BACKEND"):
-        from .backends import forced_by_environment
+        from .ops.backends import forced_by_environment
 
         forced_by_environment()
 
@@ -85,7 +85,7 @@ def _check_backend() -> None:
 def _calibrate(arguments: argparse.Namespace) -> None:
     from .calibration import calibrate, calibrate_distributed
     from .calibration.distributed import torchrun_group
-    from .calibration.profile import JSON_FILE
+    from .profile.profile import JSON_FILE
 
     output = Path(arguments.output_dir)
     check_output(output, JSON_FILE, arguments.force)
@@ -118,10 +118,11 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from .calibration import Profile
+    from .checkpoint import save_quantized
+    from .checkpoint.folder import ARCHITECTURE
     from .evaluation import Report
-    from .nn import QuantConfig, bits_per_weight, quantize_model, save_quantized
-    from .nn.checkpoint import ARCHITECTURE
+    from .nn import QuantConfig, bits_per_weight, quantize_model
+    from .profile import Profile
 
     output = Path(arguments.output_dir)
     check_output(output, ARCHITECTURE, arguments.force)
@@ -167,10 +168,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from .calibration import Profile
+    from .checkpoint import load_quantized
     from .demo import configurations, write_report
     from .evaluation import evaluate, evaluate_configurations
-    from .nn import load_quantized
+    from .profile import Profile
 
     output = Path(arguments.output_dir)
     check_output(output, "report.json", arguments.force)
@@ -423,7 +424,7 @@ def _threads() -> str:
 
 def _forced() -> str:
     """The backend that LA_ACIQ_BACKEND forces, in words."""
-    from .backends import forced_by_environment
+    from .ops.backends import forced_by_environment
 
     try:
         forced = forced_by_environment()

@@ -11,6 +11,7 @@ import langcodes
 from .errors import LaAciqError
 
 UND = "und"
+SINK = "sink"  # the entry of a sequence's first token, the attention sink; no language
 
 # The longest tag that a registry-conforming client sends is far shorter; a longer string is somebody's mistake.
 _MAX_LENGTH = 64

@@ -13,9 +13,10 @@ from byte_llama import byte_llama
 from torch import nn
 
 import la_aciq
-from la_aciq import rotation
-from la_aciq.calibration import Profile, fingerprint
 from la_aciq.errors import LaAciqError
+from la_aciq.models import fingerprint
+from la_aciq.ops import rotation
+from la_aciq.profile import Profile
 
 TAGS = ("en", "sw", "th")
 SEQLEN, TOKENS, GROUP = 24, 60, 16
@@ -89,7 +90,7 @@ def check_row(moments, values):
     np.testing.assert_allclose(moments.min, [v.min() for v in values], atol=1e-6 * max(scale))
     counts = moments.histogram[..., 0]
     assert counts.sum(-1).tolist() == [v.size for v in values]
-    edges = la_aciq._moments.histogram_edges()
+    edges = la_aciq.ops.streaming.histogram_edges()
     for group, v in zip(counts, values, strict=True):
         exact = np.histogram(np.abs(v), edges)[0]
         # An element within rounding of an edge may fall on its other side.

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from byte_llama import byte_llama, byte_tokenizer, sentences
 
 import la_aciq
-from la_aciq.calibration import Profile, calibrate_distributed
+from la_aciq.calibration import calibrate_distributed
 from la_aciq.calibration.collect import Calibration, _Collector
 from la_aciq.calibration.distributed import DEFAULTS
 from la_aciq.calibration.parts import Part, Parts
+from la_aciq.profile import Profile
 
 TEXTS = {tag: sentences(tag) for tag in ("en", "sw", "th")}
 KILLED = 9

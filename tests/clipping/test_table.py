@@ -7,9 +7,9 @@ import pytest
 from synthetic_profile import log_histogram, moments_state, normal, student, synthetic_profile
 
 from la_aciq import clipping
-from la_aciq.calibration.profile import Profile
 from la_aciq.clipping import ClipTable
 from la_aciq.clipping.table import PRIOR_SAMPLES
+from la_aciq.profile.profile import Profile
 
 SITES = ("layers.q_proj.in", "layers.down_proj.in", "layers.k_proj.output")
 SIGMA = {"en": 1.0, "sw": 1.4, "pt-BR": 0.6}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from la_aciq.backends import why_unavailable
+from la_aciq.ops.backends import why_unavailable
 
 
 class Backend:

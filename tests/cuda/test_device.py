@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import la_aciq
-from la_aciq import reference
-from la_aciq.backends import why_unavailable
-from la_aciq.ops import moments_state
+from la_aciq.ops import reference
+from la_aciq.ops.backends import why_unavailable
+from la_aciq.ops.functional import moments_state
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_calls import small_calls
 
-from la_aciq import reference
+from la_aciq.ops import reference
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler")
 

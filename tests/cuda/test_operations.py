@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_calls import small_calls
 
-from la_aciq import reference
+from la_aciq.ops import reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 import la_aciq
+from la_aciq.checkpoint import load_quantized
 from la_aciq.errors import LaAciqError
 from la_aciq.integrations.transformers import LaAciqConfig
-from la_aciq.nn import LanguageAwareExperts, QuantConfig, load_quantized
+from la_aciq.nn import LanguageAwareExperts, QuantConfig
 
 VOCABULARY = 64
 GROUP = 16

@@ -14,9 +14,10 @@ from tiny_llama import random_texts, tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM
 
 import la_aciq
+from la_aciq.checkpoint import load_quantized, save_quantized
 from la_aciq.errors import LaAciqError
 from la_aciq.integrations.transformers import LaAciqConfig
-from la_aciq.nn import LanguageAwareLinear, QuantConfig, load_quantized, quantize_model, save_quantized
+from la_aciq.nn import LanguageAwareLinear, QuantConfig, quantize_model
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from la_aciq import backends, reference
+from la_aciq.ops import backends, reference
 
 
 def calls(device: str) -> dict:

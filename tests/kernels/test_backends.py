@@ -10,8 +10,9 @@ import torch
 
 import la_aciq
 from benchmarks import choose_backends
-from la_aciq import backends, ops
+from la_aciq import ops
 from la_aciq.bench import in_file_names
+from la_aciq.ops import backends
 
 from .cases import DEVICE, Case, assert_codes, reference
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from la_aciq import reference
+from la_aciq.ops import reference
 
 from .cases import CODEBOOKS, DEVICE, DTYPES, NAMED, Case, assert_codes, cases, kernel, rotated64
 

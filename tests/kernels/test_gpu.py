@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import la_aciq
-from la_aciq import backends
+from la_aciq.ops import backends
 
 from .cases import Case
 

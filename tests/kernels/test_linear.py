@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from la_aciq import reference
+from la_aciq.ops import reference
 
 from .cases import CODEBOOKS, DEVICE, DTYPES, kernel
 

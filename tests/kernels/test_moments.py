@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from la_aciq import reference
+from la_aciq.ops import reference
 
 from .cases import DEVICE, DTYPES, Case, cases, kernel
 

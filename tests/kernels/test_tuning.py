@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import triton_compile, tune_triton
-from la_aciq import reference
+from la_aciq.ops import reference
 
 from .cases import DEVICE, Case, assert_codes, kernel
 

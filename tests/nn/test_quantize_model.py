@@ -16,11 +16,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import la_aciq
 from la_aciq import clipping
-from la_aciq.calibration.second_moments import SecondMoments
 from la_aciq.errors import LaAciqError
 from la_aciq.models import fingerprint
 from la_aciq.nn import LanguageAwareLinear, QuantConfig, bits_per_weight, languages, quantize_model
 from la_aciq.nn.weights import quantize_weight
+from la_aciq.profile.second_moments import SecondMoments
 
 GROUP = 16
 LAYERS = 7 * 2

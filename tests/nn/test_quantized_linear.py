@@ -8,10 +8,10 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from la_aciq import rotation
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageAwareLinear, LanguageState, QuantConfig, languages
 from la_aciq.nn.weights import quantize_weight, weight_clips
+from la_aciq.ops import rotation
 
 ROWS = ("und", "en", "sw", "sink")
 

@@ -13,7 +13,8 @@ from tiny_llama import random_texts, tiny_llama
 from torch import nn
 
 import la_aciq
-from la_aciq.nn import LanguageAwareLinear, QuantConfig, load_quantized, quantize_model, save_quantized
+from la_aciq.checkpoint import load_quantized, save_quantized
+from la_aciq.nn import LanguageAwareLinear, QuantConfig, quantize_model
 from la_aciq.nn.context import LanguageState
 
 IDS = torch.arange(1, 25).view(2, 12)

@@ -7,7 +7,8 @@ import torch
 from tiny_llama import random_texts, tiny_llama
 
 import la_aciq
-from la_aciq.nn import LanguageAwareLinear, QuantConfig, load_quantized, quantize_model, save_quantized
+from la_aciq.checkpoint import load_quantized, save_quantized
+from la_aciq.nn import LanguageAwareLinear, QuantConfig, quantize_model
 
 IDS = torch.arange(1, 25).view(2, 12)
 

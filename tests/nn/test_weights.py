@@ -185,7 +185,7 @@ class TestLayer:
         errors = {}
         for rounding in ("feedback", "nearest"):
             settings = QuantConfig(activations=16, group_size=16, rounding=rounding)
-            signs = torch.from_numpy(la_aciq.rotation.signs(48, 0))
+            signs = torch.from_numpy(la_aciq.ops.rotation.signs(48, 0))
             rotated = ops.rotate(torch.from_numpy(x).float(), signs).double()
             layer = LanguageAwareLinear.from_linear(
                 linear, settings, state, None, second_moments=(rotated.T @ rotated).float()

@@ -2,7 +2,8 @@
 
 import torch
 
-from la_aciq import ops, reference
+from la_aciq import ops
+from la_aciq.ops import reference
 
 try:
     from la_aciq import _C

@@ -12,7 +12,8 @@ import torch
 from op_helpers import _C, make_inputs
 
 import la_aciq
-from la_aciq import backends, ops, reference
+from la_aciq import ops
+from la_aciq.ops import backends, reference
 
 needs_core = pytest.mark.skipif(_C is None, reason="needs the compiled core")
 ROOT = Path(__file__).parents[2]

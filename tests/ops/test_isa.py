@@ -8,7 +8,7 @@ import torch
 from op_helpers import _C
 
 import la_aciq
-from la_aciq import reference
+from la_aciq.ops import reference
 
 ROOT = Path(__file__).parents[2]
 SECTION = (ROOT / "docs" / "kernels.md").read_text("utf-8").partition("### Instruction sets\n")[2].partition("\n#")[0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from op_helpers import _C, CODEBOOKS, DTYPES
 
 import la_aciq
-from la_aciq import reference
+from la_aciq.ops import reference
 
 LAYOUTS = ["portable", "repacked"]
 MATRICES = [
@@ -185,7 +185,7 @@ def test_threads_and_neighbours_change_nothing(isa, layout, k, generator):
             torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(la_aciq.backends.WHY_NO_CORE is not None, reason="the schema is the compiled core's")
+@pytest.mark.skipif(la_aciq.ops.backends.WHY_NO_CORE is not None, reason="the schema is the compiled core's")
 def test_defaults_that_are_not_handed_over_are_the_operators():
     schema = torch.ops.la_aciq.linear.default._schema
     defaults = {

@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 import la_aciq
 from la_aciq import Moments
-from la_aciq._moments import histogram_edges, histogram_sums
-from la_aciq.ops import moments_state
+from la_aciq.ops.functional import moments_state
+from la_aciq.ops.streaming import histogram_edges, histogram_sums
 
 ARRAYS = hnp.arrays(
     np.float64,
@@ -172,7 +172,7 @@ def test_arrays_of_every_kind_are_read_in_place_or_converted():
 def test_reading_an_array_copies_nothing_and_warns_of_nothing(recwarn):
     x = np.zeros(1 << 20)
     x.flags.writeable = False
-    from la_aciq.ops import _tensor_from_array
+    from la_aciq.ops.functional import _tensor_from_array
 
     assert _tensor_from_array(x).data_ptr() == x.ctypes.data
     assert not recwarn.list

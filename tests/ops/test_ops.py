@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from op_helpers import _C, CODEBOOKS, DTYPES, assert_codes_match, on_reference
 
 import la_aciq
-from la_aciq import ops, reference
-from la_aciq._moments import histogram_edges, histogram_sums
+from la_aciq import ops
+from la_aciq.ops import reference
+from la_aciq.ops.streaming import histogram_edges, histogram_sums
 
 KS = [1, 2, 31, 64, 97, 576]
 GROUP_SIZES = [None, 2, 32, 64, 128]
@@ -410,7 +411,7 @@ def test_strides_and_offsets(isa, layout, dtype, generator):
 @pytest.mark.parametrize("place", [0, 7, 99])
 def test_signs_are_signs(backend, dtype, place):
     """A sign is kept as a bit: what is neither 1 nor -1 must be an error and not a guess."""
-    if (reason := la_aciq.backends.why_unavailable(backend)) is not None:
+    if (reason := la_aciq.ops.backends.why_unavailable(backend)) is not None:
         pytest.skip(reason)
     signs = torch.ones(100, dtype=dtype)
     for other in (0, 2, -3, 126, -128, *((0.5, float("nan"), float("inf")) if dtype == torch.float32 else ())):
@@ -720,7 +721,7 @@ def test_errors_name_the_argument(call, error, message):
     ],
 )
 def test_errors_name_the_argument_of_another_type(call, message, backend):
-    if (reason := la_aciq.backends.why_unavailable(backend)) is not None:
+    if (reason := la_aciq.ops.backends.why_unavailable(backend)) is not None:
         pytest.skip(reason)
     with la_aciq.use_backend(backend), pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         call()

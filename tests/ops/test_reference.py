@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from la_aciq import reference
+from la_aciq.ops import reference
 
 
 def code_by_definition(x: float, alpha: float, bits: int, codebook: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 from byte_llama import SENTENCES, byte_llama, byte_tokenizer, sentences
 
 import la_aciq
-from la_aciq.nn import save_quantized
+from la_aciq.checkpoint import save_quantized
 
 if importlib.util.find_spec("vllm"):
     os.environ |= {  # before vLLM is imported, which reads them

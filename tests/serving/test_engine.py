@@ -17,7 +17,7 @@ from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 import la_aciq
-from la_aciq.nn import load_quantized
+from la_aciq.checkpoint import load_quantized
 
 TAGS = [None, "en", "sw", "th", "sw-KE", "fi"]  # fi has no row
 CAPACITY = 32

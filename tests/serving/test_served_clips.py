@@ -12,13 +12,13 @@ pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make t
 from vllm import LLM, SamplingParams
 
 import la_aciq
-from la_aciq import reference
+from la_aciq.checkpoint import save_quantized
+from la_aciq.checkpoint.folder import read_folder
 from la_aciq.clipping.adapt import AdaptationRule
 from la_aciq.errors import LaAciqError
 from la_aciq.integrations.vllm import adapt
 from la_aciq.integrations.vllm.method import LaAciqConfig, _tensor_files
-from la_aciq.nn import save_quantized
-from la_aciq.nn.checkpoint import read_folder
+from la_aciq.ops import reference
 
 PROMPT = "The committee met on Tuesday, and nobody could say why the river had risen."
 TOKENS = 24

@@ -14,8 +14,8 @@ from byte_llama import SENTENCES, byte_llama, byte_tokenizer, sentences
 
 import la_aciq
 from benchmarks import soak
+from la_aciq.checkpoint import save_quantized
 from la_aciq.errors import LaAciqError
-from la_aciq.nn import save_quantized
 
 PROMPT = "The committee met on Tuesday, and nobody could say why the river had risen."
 OPTIONS = ["--tensor-parallel-size", "2", "--max-model-len", "256", "--max-num-seqs", "4"]

@@ -136,7 +136,7 @@ def _engine(folder: str, dtype: str, most: int, kind: str) -> None:
     from vllm import LLM, SamplingParams
 
     from ..integrations.vllm.rows import ServedRows
-    from ..nn.context import SINK
+    from ..tags import SINK
 
     writing: list[float] = []
     begin = ServedRows.begin

@@ -24,9 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.folder import METHOD
 from ..errors import LaAciqError
 from ..integrations.vllm.serve import ENVIRONMENT
-from ..nn.checkpoint import METHOD
 from . import cpu_name, data_plane, versions
 
 SCHEMA = 1

@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import ops, rotation
+from .. import __version__, ops
 from .._files import check_output
-from .._moments import Moments
-from .._version import __version__
 from ..errors import LaAciqError
 from ..models import fingerprint, is_experts, is_ignored, linear_weight, output_head
 from ..nn.context import LanguageState
-from ..tags import UND, canonical
+from ..ops import rotation
+from ..ops.streaming import Moments
+from ..profile.profile import JSON_FILE, Kind, Profile
+from ..profile.second_moments import SecondMoments
+from ..tags import SINK, UND, canonical
 from .parts import Part, Parts
-from .profile import JSON_FILE, SINK, Kind, Profile
-from .second_moments import SecondMoments
 from .texts import TokenizedText, tokenize
 
 

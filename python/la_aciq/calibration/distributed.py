@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import LaAciqError
+from ..profile.profile import Profile
+from ..profile.second_moments import Float32, SecondMoments, triangle
 from .collect import Calibration, calibrate
 from .parts import Part, Parts
-from .profile import Profile
-from .second_moments import Float32, SecondMoments, triangle
 
 # Others wait for the slowest; a process that died is noticed by its closed connections, whatever this is.
 _PATIENCE = datetime.timedelta(days=1)

@@ -14,9 +14,10 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from .._moments import HISTOGRAM_BINS, Moments
-from .profile import SINK, Kind, Profile, histogram_window
-from .second_moments import SecondMoments
+from ..ops.streaming import HISTOGRAM_BINS, Moments
+from ..profile.profile import Kind, Profile, histogram_window
+from ..profile.second_moments import SecondMoments
+from ..tags import SINK
 
 Sums = Mapping[str, tuple[NDArray[np.float64], int]]  # by site, the sum of the inputs [K] and their number
 

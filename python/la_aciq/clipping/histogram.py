@@ -18,8 +18,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._moments import HISTOGRAM_BINS as BINS
-from .._moments import histogram_edges, histogram_sums
+from ..ops.streaming import HISTOGRAM_BINS as BINS
+from ..ops.streaming import histogram_edges, histogram_sums
 from .laws import Array, Law
 from .objectives import check_alpha, check_problem, mse_unchecked, noise_factor, slope, thresholds
 

@@ -1,4 +1,4 @@
-"""Written by docs/fit_kurtosis.py; keys are (codebook, or `aciq` for the convex model; bits)."""
+"""Written by tools/fit_kurtosis.py; keys are (codebook, or `aciq` for the convex model; bits)."""
 
 # c, d, worst-case excess error on 0 <= kappa <= 22.2.
 LINEAR = {

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LaAciqError
-from ..rotation import block_size
+from ..ops.rotation import block_size
 from .histogram import Bins, optimal_bins
 from .language_objectives import LANGUAGE_OBJECTIVES, language_weights_array, shared_bins
 from .laws import Array

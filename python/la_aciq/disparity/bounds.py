@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .._moments import HISTOGRAM_BINS
 from ..clipping.histogram import Bins, HistogramLaw, optimal_bins
 from ..clipping.language_objectives import language_weights_array, shared_bins
 from ..clipping.laws import Array, Empirical, Gaussian, Laplace, Law
 from ..clipping.objectives import check_bits, check_problem, mse_unchecked, quantize, thresholds
 from ..clipping.optimal import optimal
+from ..ops.streaming import HISTOGRAM_BINS
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .._moments import COUNT, M2, M3, M4, MEAN
 from ..clipping.language_objectives import normalized_weights
 from ..clipping.laws import Array, Law
+from ..ops.streaming import COUNT, M2, M3, M4, MEAN
 
 
 class EffectiveLaw:

@@ -15,10 +15,11 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..calibration import Profile, Window, tokenize
+from ..calibration import Window, tokenize
 from ..errors import LaAciqError
 from ..models import fingerprint
 from ..nn import QuantConfig, Quantization, bits_per_weight, quantize_model
+from ..profile import Profile
 from .loss import (
     CONFIDENCE,
     RESAMPLES,

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from .. import clipping, disparity
-from ..calibration import Profile, SiteStats
 from ..nn import QuantConfig
+from ..profile import Profile, SiteStats
 from .report import Curve, Layers
 
 # Clips of the curves as multiples of the rms. INT4's optima lie between 2.5 (Gaussian) and about 6.

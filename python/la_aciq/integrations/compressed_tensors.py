@@ -24,9 +24,9 @@ from torch import nn
 
 from .. import __version__
 from .._files import new_folder
+from ..checkpoint.folder import stored_tensors
 from ..clipping import ClipTable
 from ..errors import LaAciqError
-from ..nn.checkpoint import stored_tensors
 from ..nn.config import QuantConfig
 from ..nn.linear import LanguageAwareLinear
 from ..nn.quantize import Quantization

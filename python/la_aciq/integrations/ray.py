@@ -21,9 +21,9 @@ import ray.data
 from ..calibration.collect import Calibration
 from ..calibration.distributed import DEFAULTS
 from ..calibration.parts import Part, Parts
-from ..calibration.profile import Profile
-from ..calibration.second_moments import Float32, SecondMoments, triangle
 from ..errors import LaAciqError
+from ..profile.profile import Profile
+from ..profile.second_moments import Float32, SecondMoments, triangle
 
 
 def calibrate(

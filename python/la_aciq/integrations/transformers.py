@@ -7,7 +7,7 @@
 
 Importing this module registers the method "la_aciq"; `import la_aciq` sees to that as soon as transformers is imported,
 before or after. Without it transformers does not know the method of the checkpoint, warns, and refuses the shapes of
-its tensors. `la_aciq.nn.checkpoint` describes the files.
+its tensors. `la_aciq.checkpoint.folder` describes the files.
 """
 
 import copy
@@ -20,12 +20,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..calibration import Profile
+from ..checkpoint.folder import METHOD, check_files, describe, digest, read_description, stored_tensors
 from ..errors import LaAciqError
 from ..models import fingerprint_of, sample
-from ..nn.checkpoint import METHOD, check_files, describe, digest, read_description, stored_tensors
 from ..nn.config import QuantConfig
 from ..nn.quantize import Plan, Quantization, adopt, install
+from ..profile import Profile
 
 
 @register_quantization_config(METHOD)
@@ -35,7 +35,7 @@ class LaAciqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
     profile: a `Profile` of this model, or the folder of one. settings: fields of `QuantConfig`; group_size, rotate and
     ignore are the profile's unless given.
 
-    After loading, `description` is what was done (see `la_aciq.nn.checkpoint`), and what config.json holds.
+    After loading, `description` is what was done (see `la_aciq.checkpoint.folder`), and what config.json holds.
     """
 
     def __init__(self, profile: Profile | str | os.PathLike[str], **settings: Any) -> None:

@@ -1,16 +1,16 @@
-"""Quantized layers, the language of a request, and quantized models on disk."""
+"""Quantized layers, the language of a request, and `quantize_model`. Names are imported at first use."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .checkpoint import load_quantized, save_quantized
-from .config import QuantConfig
-from .context import LanguageState, language, languages
-from .experts import LanguageAwareExperts
-from .linear import LanguageAwareLinear
-from .quantize import Quantization, bits_per_weight, quantize_model
+from .. import _lazy
 
 if TYPE_CHECKING:
     from .cache import LanguageAwareCache
+    from .config import QuantConfig
+    from .context import LanguageState, language, languages
+    from .experts import LanguageAwareExperts
+    from .linear import LanguageAwareLinear
+    from .quantize import Quantization, bits_per_weight, quantize_model
 
 __all__ = [
     "LanguageAwareCache",
@@ -22,16 +22,17 @@ __all__ = [
     "bits_per_weight",
     "language",
     "languages",
-    "load_quantized",
     "quantize_model",
-    "save_quantized",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """`LanguageAwareCache` at its first use: it builds on transformers, which the rest does without."""
-    if name == "LanguageAwareCache":
-        from .cache import LanguageAwareCache
-
-        return LanguageAwareCache
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = _lazy(
+    __name__,
+    {
+        "cache": ("LanguageAwareCache",),
+        "config": ("QuantConfig",),
+        "context": ("LanguageState", "language", "languages"),
+        "experts": ("LanguageAwareExperts",),
+        "linear": ("LanguageAwareLinear",),
+        "quantize": ("Quantization", "bits_per_weight", "quantize_model"),
+    },
+)

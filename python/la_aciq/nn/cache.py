@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .. import ops, rotation
-from ..calibration.profile import Kind
+from .. import ops
 from ..errors import LaAciqError
+from ..ops import rotation
+from ..profile.profile import Kind
 from .config import ABSMAX_SHARE, QuantConfig
 from .context import LanguageState
 from .kv import BLOCK, SINKS, WINDOW, KeyValueClips, centre, site

@@ -4,23 +4,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .. import choices
+from ..choices import ActivationClip, Codebook
 from ..errors import LaAciqError
 from ..models import is_ignored
-from ..ops import ActivationClip, Codebook
 
 ABSMAX_SHARE = 0.9  # of the largest magnitude, for INT4 "absmax" clips: a little of it clipped has the smaller error
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "weights": (4, 16),
-    "activations": (4, 8, 16),
-    "kv": (4, 16),
-    "codebook": ("midrise", "midtread"),
-    "clip": ("static", "rms", "absmax"),
-    "kv_clip": ("static", "rms", "absmax"),
-    "sharing": ("language", "pooled"),
-    "granularity": ("group", "layer", "model", "token"),
-    "objective": ("exact", "in_range", "aciq"),
-    "rounding": ("auto", "nearest", "feedback"),
+    "weights": choices.WEIGHT_BITS,
+    "activations": choices.ACTIVATION_BITS,
+    "kv": choices.KV_BITS,
+    "codebook": choices.CODEBOOKS,
+    "clip": choices.ACTIVATION_CLIPS,
+    "kv_clip": choices.ACTIVATION_CLIPS,
+    "sharing": choices.SHARINGS,
+    "granularity": choices.GRANULARITIES,
+    "objective": choices.OBJECTIVES,
+    "rounding": choices.ROUNDINGS,
 }
 
 
@@ -60,10 +61,10 @@ class QuantConfig:
     weights: int = 4
     activations: int = 4
     kv: int = 16
-    group_size: int = 64
-    codebook: Codebook = "midrise"
-    clip: ActivationClip = "absmax"
-    kv_clip: ActivationClip = "absmax"
+    group_size: int = choices.GROUP_SIZE
+    codebook: Codebook = choices.CODEBOOK
+    clip: ActivationClip = choices.CLIP
+    kv_clip: ActivationClip = choices.CLIP
     sharing: str = "language"
     granularity: str = "group"
     objective: str = "exact"
@@ -74,10 +75,10 @@ class QuantConfig:
     ignore: tuple[str, ...] = ("lm_head",)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, accepted in _CHOICES.items():
             value = getattr(self, name)
-            if not isinstance(value, type(choices[0])) or value not in choices or isinstance(value, bool):
-                raise LaAciqError(f"{name} = {value!r}; expected {' or '.join(repr(choice) for choice in choices)}")
+            if not isinstance(value, type(accepted[0])) or value not in accepted or isinstance(value, bool):
+                raise LaAciqError(f"{name} = {value!r}; expected {' or '.join(repr(choice) for choice in accepted)}")
         if (
             not isinstance(self.group_size, int)
             or isinstance(self.group_size, bool)

@@ -24,9 +24,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import LaAciqError
-from ..tags import UND, canonical, match
-
-SINK = "sink"
+from ..tags import SINK, UND, canonical, match
 
 # A tag for the whole batch, one tag per row of the batch, or None: the pooled row.
 _requested: ContextVar[str | tuple[str, ...] | None] = ContextVar("la_aciq_language", default=None)

@@ -6,12 +6,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from .. import ops, rotation
-from ..backends import WHY_NO_CORE
+from .. import ops
 from ..errors import LaAciqError
 from ..models import linear_weight
+from ..ops import rotation
+from ..ops.backends import WHY_NO_CORE
+from ..tags import SINK
 from .config import QuantConfig
-from .context import SINK, LanguageState
+from .context import LanguageState
 from .shared import SharedInput
 from .weights import Rounding, quantize_weight
 

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import clipping, ops, rotation
-from ..calibration import Profile
+from .. import clipping, ops
 from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, is_quantized, linear_weight, output_head
+from ..ops import rotation
+from ..profile import Profile
 from ..tags import UND
 from .config import ABSMAX_SHARE, QuantConfig
 from .context import LanguageState, add_language_to_generate

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import Codebook
+from ..choices import Codebook
 
 # The clips tried for a group of weights, as shares of its largest magnitude: first coarsely, then around the best of
 # those. Over groups of 64 or more Gaussian weights the squared error is within 0.2 % of that of the best of 1001 clips,

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from ... import ops
-from ...calibration import Profile
 from ...clipping.adapt import AdaptationRule, Adapted, rolled_back, start, update
 from ...errors import LaAciqError
-from ...nn.context import SINK
 from ...nn.linear import LanguageAwareLinear, row_of_each
 from ...nn.quantize import Quantization
+from ...profile import Profile
+from ...tags import SINK
 from .serve import ADAPT, SAMPLE_STEPS
 
 SAMPLES = 16  # between two moves of the clips

@@ -19,11 +19,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
-from ... import rotation
-from ...calibration import Profile
+from ...checkpoint.folder import METHOD, check_tensors, read_description
 from ...errors import LaAciqError
-from ...nn.checkpoint import METHOD, check_tensors, read_description
 from ...nn.linear import LanguageAwareLinear, check_clips
+from ...ops import rotation
+from ...profile import Profile
 from . import adapt, metrics
 from .rows import ServedRows
 from .serve import ADAPT, BATCH_INVARIANT

@@ -7,7 +7,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from ...nn.context import SINK, LanguageState
+from ...nn.context import LanguageState
+from ...tags import SINK
 
 
 class ServedRows(LanguageState):

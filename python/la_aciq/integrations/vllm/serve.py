@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...calibration import Profile
+from ...checkpoint.folder import check_tensors, read_description, read_folder
 from ...errors import LaAciqError
-from ...nn.checkpoint import check_tensors, read_description, read_folder
-from ...nn.context import SINK
-from ...tags import UND
+from ...profile import Profile
+from ...tags import SINK, UND
 
 BATCH_INVARIANT = "LA_ACIQ_BATCH_INVARIANT"  # environment: "1" for the same bits whatever the batch, on a CPU, slower
 ADAPT = "LA_ACIQ_ADAPT"  # environment: the profile folder that static clips move from, with what is served

@@ -9,9 +9,9 @@ from byte_llama import byte_llama
 from transformers import BertConfig, GPT2Config, T5Config
 
 import la_aciq
+from la_aciq.checkpoint import save_quantized
 from la_aciq.errors import LaAciqError
 from la_aciq.models import load_model
-from la_aciq.nn import save_quantized
 
 
 def refused(name, message, **arguments):

@@ -13,9 +13,9 @@ from byte_llama import byte_llama
 from safetensors.numpy import load_file, save_file
 
 import la_aciq
-from la_aciq._moments import HISTOGRAM_BINS, Moments, histogram_edges
-from la_aciq.calibration import Profile, SiteStats
 from la_aciq.errors import LaAciqError
+from la_aciq.ops.streaming import HISTOGRAM_BINS, Moments, histogram_edges
+from la_aciq.profile import Profile, SiteStats
 
 
 def ids(seed, n=120):
@@ -263,7 +263,7 @@ class TestRefusedOnLoad:
         ],
     )
     def test_tensors_that_contradict_themselves_under_a_valid_checksum(self, profile, saved, change, message):
-        from la_aciq.calibration.profile import _checksum
+        from la_aciq.profile.profile import _checksum
 
         tensors = load_file(saved / "profile.safetensors")
         change(tensors, "model.layers.0.mlp.down_proj")

@@ -21,8 +21,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..errors import LaAciqError, UnavailableError
 from . import reference
-from .errors import LaAciqError, UnavailableError
 
 Backend = Literal["reference", "cpu", "cuda", "triton"]
 OPERATIONS = ("moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear")
@@ -76,7 +76,7 @@ PREFERENCES, VERIFIED_ON_GPU = _table_of_this_process()
 def _load_core() -> str | None:
     """Registers the compiled operations; the reason if that is not possible."""
     try:
-        from . import _C
+        from .. import _C
     except ImportError as error:
         return f"the compiled core la_aciq._C cannot be loaded ({error})"
     built = _C.build_info()["torch"].split(".")[:2]
@@ -106,7 +106,7 @@ def _load_triton(cuda_devices: bool) -> str | None:
 def _why_no_cuda(cuda_devices: bool) -> str | None:
     if WHY_NO_CORE is not None:
         return WHY_NO_CORE
-    from . import _C
+    from .. import _C
 
     if not _C.build_info()["cuda"]:
         return "the compiled core was built without CUDA (LA_ACIQ_CUDA=1 builds it, where nvcc and a CUDA PyTorch are)"

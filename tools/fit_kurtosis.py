@@ -1,7 +1,7 @@
 """Refits the kurtosis rules and rewrites python/la_aciq/clipping/kurtosis_coefficients.py (minutes: run it when a
 rule's form changes).
 
-    python docs/fit_kurtosis.py
+    python tools/fit_kurtosis.py
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ KINDS = {"midrise": ("midrise", "exact"), "midtread": ("midtread", "exact"), "ac
 
 def main() -> None:
     lines = [
-        '"""Written by docs/fit_kurtosis.py; keys are (codebook, or `aciq` for the convex model; bits)."""',
+        '"""Written by tools/fit_kurtosis.py; keys are (codebook, or `aciq` for the convex model; bits)."""',
         "",
         "# c, d, worst-case excess error on 0 <= kappa <= 22.2.",
         "LINEAR = {",

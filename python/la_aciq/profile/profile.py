@@ -30,7 +30,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from .._files import new_folder
-from .._moments import (
+from ..errors import LaAciqError
+from ..ops.streaming import (
     COUNT,
     HISTOGRAM_BINS,
     M2,
@@ -43,12 +44,10 @@ from .._moments import (
     histogram_edges,
     histogram_sums,
 )
-from ..errors import LaAciqError
-from ..tags import UND, canonical
+from ..tags import SINK, UND, canonical
 from .second_moments import SecondMoments
 
 SCHEMA = 1
-SINK = "sink"
 JSON_FILE = "profile.json"
 TENSOR_FILE = "profile.safetensors"
 SECOND_MOMENTS_FILE = "second_moments.safetensors"

@@ -1,7 +1,7 @@
 """What each configuration costs each language on the embedded model, beside what others do at the same bits.
 
-    python -m benchmarks.evaluation [--only NAME ...] [--tokens N] [--skip N] [--languages TAG ...]
-    python -m benchmarks.evaluation --speed
+    python -m benchmarks.research.evaluation [--only NAME ...] [--tokens N] [--skip N] [--languages TAG ...]
+    python -m benchmarks.research.evaluation --speed
 
 Writes results/evaluation-embedded.json after every configuration, so that an interrupted run, or one of a few
 configurations, keeps the others' rows as long as the settings and the versions are the same; after a change of the
@@ -33,7 +33,7 @@ from torch import nn
 import la_aciq
 from la_aciq import embedded
 from la_aciq.bench import cpu_name, versions
-from la_aciq.calibration import Profile, tokenize
+from la_aciq.calibration import tokenize
 from la_aciq.demo import LANGUAGES
 from la_aciq.evaluation.loss import (
     Estimate,
@@ -44,10 +44,12 @@ from la_aciq.evaluation.loss import (
     token_losses,
 )
 from la_aciq.nn import QuantConfig, bits_per_weight, quantize_model
+from la_aciq.profile import Profile
 
-from . import baselines, bench_model
+from .. import bench_model
+from . import baselines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation-embedded.json"
 SEQLEN, CALIBRATION = 512, 1024  # tokens; calibration's are the first of each text
 _BITS_PER_NAT = 1 / np.log(2)

@@ -1,8 +1,8 @@
 """Computes every number and plot of docs/theory.md and writes the page from docs/theory/page.md.
 
-    python docs/generate_theory.py                   recompute docs/theory/numbers.json and the plots, write the page
-    python docs/generate_theory.py --profile DIR     first summarize a calibration profile into
-    docs/theory/profile_summary.json python docs/generate_theory.py --check           write nothing; fail when the page
+    python tools/generate_theory.py                   recompute docs/theory/numbers.json and the plots, write the page
+    python tools/generate_theory.py --profile DIR     first summarize a calibration profile into
+    docs/theory/profile_summary.json python tools/generate_theory.py --check           write nothing; fail when the page
     is not what numbers.json gives
 
 In docs/theory/page.md, {{name}} stands for a value of numbers.json, {{name:.3f}} for one in that format and {{name%}}
@@ -43,7 +43,7 @@ from la_aciq.clipping import kurtosis_coefficients as coefficients
 from la_aciq.clipping.kurtosis import reference_laws
 from la_aciq.clipping.published import BANNER_GAUSS, BANNER_LAPLACE, MAX_STEPS, banner_clip, uniform_gaussian_quantizer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "docs"
 FOLDER = HERE / "theory"
 TEMPLATE, NUMBERS, PAGE = FOLDER / "page.md", FOLDER / "numbers.json", HERE / "theory.md"
 SUMMARY = FOLDER / "profile_summary.json"
@@ -472,7 +472,7 @@ def tables() -> dict[str, Callable[[dict[str, Any]], str]]:
     def profile(n: dict[str, Any]) -> str:
         p = n["profile"]
         if p is None:
-            return "No profile has been summarized yet: `python docs/generate_theory.py --profile DIR` does it."
+            return "No profile has been summarized yet: `python tools/generate_theory.py --profile DIR` does it."
         rows = [
             [tag, f"{x['kurtosis_eff']:.1f}", " / ".join(f"{k:.1f}" for k in x["kurtosis_layers"]), f"{x['shape']:.3f}",
              f"{x['shannon']:.5f}", f"{x['lloyd_max']:.5f}", f"{x['quantizer']:.5f}", f"{x['shared']:.5f}"]
@@ -520,7 +520,9 @@ def page(n: dict[str, Any]) -> str:
         return format(n[name], spec)
 
     text = re.sub(r"\{\{(?P<name>\w+)(?P<kind>[:%]?)(?P<spec>[^}]*)\}\}", fill, TEMPLATE.read_text(encoding="utf-8"))
-    return "<!-- Made from docs/theory/page.md by docs/generate_theory.py: edit that file, not this one. -->\n\n" + text
+    return (
+        "<!-- Made from docs/theory/page.md by tools/generate_theory.py: edit that file, not this one. -->\n\n" + text
+    )
 
 
 # Plots
@@ -635,7 +637,7 @@ def main(argv: list[str] | None = None) -> int:
         stored = json.loads(NUMBERS.read_text(encoding="utf-8")) | measured()
         if PAGE.read_text(encoding="utf-8") != page(stored):
             print(
-                "docs/theory.md differs from docs/theory/page.md and numbers.json: run python docs/generate_theory.py"
+                "docs/theory.md differs from docs/theory/page.md and numbers.json: run python tools/generate_theory.py"
             )
             return 1
         return 0

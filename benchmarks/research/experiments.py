@@ -1,9 +1,9 @@
 """What other ways of choosing clips would change on the embedded model, each against the way it would replace.
 
-    python -m benchmarks.experiments [--only NAME ...] [--again] [--output FILE]
+    python -m benchmarks.research.experiments [--only NAME ...] [--again] [--output FILE]
 
 Writes results/experiments-embedded.json after every row, so that an interrupted run continues. Rows are as in
-`benchmarks.evaluation`, of fewer languages and less text. But for two rows of the package's own kernels and those of
+`benchmarks.research.evaluation`, of fewer languages and less text. But for two rows of the own kernels and those of
 weights, activations alone are rounded: weights stay bfloat16, and the rounding is this file's own (`Simulated`), which
 knows any number of bits and any clip. Measurements are kept in build/experiments.
 """
@@ -27,19 +27,20 @@ import torch
 from torch import Tensor, nn
 
 import la_aciq
-from la_aciq import clipping, embedded, ops, rotation
-from la_aciq.calibration import Profile
-from la_aciq.calibration.profile import SINK
-from la_aciq.calibration.second_moments import SecondMoments
+from la_aciq import clipping, embedded, ops
 from la_aciq.clipping import adapt
 from la_aciq.evaluation.loss import segment_sums, token_losses
 from la_aciq.models import linear_weight
 from la_aciq.nn import QuantConfig, quantize_model
 from la_aciq.nn.config import ABSMAX_SHARE
+from la_aciq.ops import rotation
+from la_aciq.profile import Profile
+from la_aciq.profile.second_moments import SecondMoments
+from la_aciq.tags import SINK
 
 from .evaluation import CALIBRATION, SEQLEN, Bench, chosen, comparison, in_words, summary, write
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments-embedded.json"
 LANGUAGES = ("en", "de", "ru", "ar", "th", "zh", "sw", "ko")
 TOKENS = 2048

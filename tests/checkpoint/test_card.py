@@ -6,9 +6,10 @@ import yaml
 from tiny_llama import random_texts, tiny_llama
 
 import la_aciq
+from la_aciq.checkpoint import save_quantized
+from la_aciq.checkpoint.card import model_card
 from la_aciq.errors import LaAciqError
-from la_aciq.nn import QuantConfig, quantize_model, save_quantized
-from la_aciq.nn.card import model_card
+from la_aciq.nn import QuantConfig, quantize_model
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import rotation
-from ._moments import HISTOGRAM_BINS
+from .streaming import HISTOGRAM_BINS
 
 
 def group_count(k: int, group_size: int) -> int:

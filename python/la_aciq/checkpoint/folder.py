@@ -53,14 +53,13 @@ from torch import nn
 
 from .. import __version__
 from .._files import new_folder
-from ..calibration.profile import SINK
 from ..errors import LaAciqError
-from ..tags import UND, canonical
+from ..nn.config import QuantConfig
+from ..nn.context import LanguageState
+from ..nn.linear import LanguageAwareModule, check_clips
+from ..nn.quantize import Quantization
+from ..tags import SINK, UND, canonical
 from .card import model_card
-from .config import QuantConfig
-from .context import LanguageState
-from .linear import LanguageAwareModule, check_clips
-from .quantize import Quantization
 
 if TYPE_CHECKING:
     from ..evaluation import Report

@@ -9,8 +9,9 @@ import torch
 from tiny_llama import random_texts, tiny_llama
 
 import la_aciq
+from la_aciq.checkpoint import load_quantized, save_quantized
 from la_aciq.errors import LaAciqError
-from la_aciq.nn import QuantConfig, load_quantized, quantize_model, save_quantized
+from la_aciq.nn import QuantConfig, quantize_model
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 

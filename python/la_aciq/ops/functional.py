@@ -22,27 +22,21 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..choices import ACTIVATION_CLIPS, CODEBOOKS, STATISTICS, ActivationClip, Codebook, Statistic
 from . import reference
-from ._moments import HISTOGRAM_BINS, STATE_SIZE, Moments, NanPolicy, check_nan_policy
 from .backends import WHY_NO_CORE, implementation
 from .backends import use_backend as use_backend
 from .backends import why_unavailable as why_unavailable
+from .streaming import HISTOGRAM_BINS, STATE_SIZE, Moments, NanPolicy, check_nan_policy
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Codebook = Literal["midrise", "midtread"]
-Statistic = Literal["rms", "absmax"]
-ActivationClip = Literal["static", "rms", "absmax"]
-
-_CODEBOOKS: tuple[str, ...] = get_args(Codebook)
-_STATISTICS: tuple[str, ...] = get_args(Statistic)
-_ACTIVATION_CLIPS: tuple[str, ...] = get_args(ActivationClip)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES_OF_MOMENTS = (*_DTYPES, torch.float64)
 # The defaults of the operators' last arguments: reference.py has the signatures of csrc/ops.cpp.
@@ -184,7 +178,7 @@ def quantize(
     k = _checked_x(x)
     block = _checked_block(block_size, signs, x, k)
     size = _checked_group_size("group_size", group_size)
-    _check_choice("codebook", codebook, _CODEBOOKS)
+    _check_choice("codebook", codebook, CODEBOOKS)
     alpha = _checked_table("alpha", alpha, x, k, size)
     if language is not None:
         language = _checked_language(language, alpha.shape[0], x)
@@ -215,8 +209,8 @@ def quantize_dynamic(
     k = _checked_x(x)
     block = _checked_block(block_size, signs, x, k)
     size = _checked_group_size("group_size", group_size)
-    _check_choice("statistic", statistic, _STATISTICS)
-    _check_choice("codebook", codebook, _CODEBOOKS)
+    _check_choice("statistic", statistic, STATISTICS)
+    _check_choice("codebook", codebook, CODEBOOKS)
     shape = _checked_table("shape", shape, x, k, size)
     if language is not None:
         language = _checked_language(language, shape.shape[0], x)
@@ -248,7 +242,7 @@ def dequantize(
         raise ValueError(f"codes: expected shape [..., {(k + 1) // 2}] for k={k}, got {list(packed)}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {_name(dtype)}")
-    _check_choice("codebook", codebook, _CODEBOOKS)
+    _check_choice("codebook", codebook, CODEBOOKS)
     size = _checked_group_size("group_size", group_size)
     if (alpha is None) == (scales is None):
         raise ValueError("alpha, scales: expected exactly one of them")
@@ -333,9 +327,9 @@ def linear(
     block = _checked_block(block_size, signs, x, columns)
     size = _checked_group_size("group_size", group_size)
     activation_size = _checked_group_size("activation_group_size", activation_group_size)
-    _check_choice("weight_codebook", weight_codebook, _CODEBOOKS)
-    _check_choice("activation_clip", activation_clip, _ACTIVATION_CLIPS)
-    _check_choice("activation_codebook", activation_codebook, _CODEBOOKS)
+    _check_choice("weight_codebook", weight_codebook, CODEBOOKS)
+    _check_choice("activation_clip", activation_clip, ACTIVATION_CLIPS)
+    _check_choice("activation_codebook", activation_codebook, CODEBOOKS)
     if activation_bits not in (4, 8, 16):
         raise ValueError(f"activation_bits: expected 16, 8 or 4, got {activation_bits}")
     packed, scales = weight.shape, weight_scale.shape

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import LaAciqError
-from .linear import LanguageAwareLinear
-from .quantize import Quantization, bits_per_weight
+from ..nn.linear import LanguageAwareLinear
+from ..nn.quantize import Quantization, bits_per_weight
 
 if TYPE_CHECKING:
     from ..evaluation import Configuration, Report

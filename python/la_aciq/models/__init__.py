@@ -1,0 +1,50 @@
+"""Models of Hugging Face transformers: what they are (`architecture`) and loading them (`loading`)."""
+
+from typing import TYPE_CHECKING
+
+from .. import _lazy
+
+if TYPE_CHECKING:
+    from .architecture import (
+        EXPERT_WEIGHTS,
+        fingerprint,
+        fingerprint_of,
+        is_experts,
+        is_ignored,
+        is_quantized,
+        linear_weight,
+        output_head,
+        sample,
+    )
+    from .loading import load_model
+
+__all__ = [
+    "EXPERT_WEIGHTS",
+    "fingerprint",
+    "fingerprint_of",
+    "is_experts",
+    "is_ignored",
+    "is_quantized",
+    "linear_weight",
+    "load_model",
+    "output_head",
+    "sample",
+]
+
+__getattr__ = _lazy(
+    __name__,
+    {
+        "architecture": (
+            "EXPERT_WEIGHTS",
+            "fingerprint",
+            "fingerprint_of",
+            "is_experts",
+            "is_ignored",
+            "is_quantized",
+            "linear_weight",
+            "output_head",
+            "sample",
+        ),
+        "loading": ("load_model",),
+    },
+)
