@@ -90,6 +90,7 @@ def _lazy(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], A
 _HOMES: dict[str, tuple[str, ...]] = {
     "calibration": ("calibrate",),
     "checkpoint": ("load_quantized", "save_quantized"),
+    "choices": (),
     "clipping": ("ClipTable",),
     "disparity": (),
     "embedded": (),

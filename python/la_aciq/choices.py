@@ -1,4 +1,4 @@
-"""What a setting may be: the choices shared by the operations, the clip optimizer, `QuantConfig` and the command line."""
+"""What a setting may be: choices shared by the operations, the clip optimizer, `QuantConfig` and the command line."""
 
 from typing import Literal, get_args
 
