@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from la_aciq.nn.config import QuantConfig
-from la_aciq.nn.context import LanguageState
+from la_aciq.nn.forward_pass import LanguageState
 from la_aciq.nn.linear import LanguageAwareLinear
 from la_aciq.ops.streaming import HISTOGRAM_BINS, STATE_SIZE
 

@@ -24,7 +24,7 @@ profile = la_aciq.calibrate(model, texts, tokenizer, seqlen=128, tokens=256, pro
 config = la_aciq.QuantConfig(weights=4, activations=8)
 int4 = la_aciq.quantize_model(model, profile, config, progress=False)
 print(f"{len(int4.la_aciq.layers)} layers quantized; left as they were: {int4.la_aciq.skipped}")
-print(f"clips for {', '.join(int4.la_aciq.state.rows)}")
+print(f"clips for {', '.join(int4.la_aciq.state.entries)}")
 
 prompt = tokenizer("Habari ya asubuhi", return_tensors="pt", return_token_type_ids=False)
 with la_aciq.language("sw"):

@@ -50,12 +50,6 @@ CIRCLES = {
     ("la_aciq.integrations.vllm.requests", "la_aciq.integrations.vllm.serve"),
     ("la_aciq.integrations.vllm.serve", "la_aciq.integrations.vllm.adapt"),
     ("la_aciq.integrations.vllm.serve", "la_aciq.integrations.vllm.requests"),
-    ("la_aciq.nn.cache", "la_aciq.nn.context"),
-    ("la_aciq.nn.cache", "la_aciq.nn.kv"),
-    ("la_aciq.nn.context", "la_aciq.nn.cache"),
-    ("la_aciq.nn.kv", "la_aciq.nn.context"),
-    ("la_aciq.nn.kv", "la_aciq.nn.linear"),
-    ("la_aciq.nn.linear", "la_aciq.nn.context"),
 }
 
 

@@ -69,7 +69,7 @@ def test_the_loaded_model_computes_the_same_bits(setting, setting_in_16_bits, tm
     assert not loaded.training
     assert next(loaded.parameters()).dtype == dtype
     assert loaded.la_aciq.config == model.la_aciq.config
-    assert loaded.la_aciq.state.rows == model.la_aciq.state.rows
+    assert loaded.la_aciq.state.entries == model.la_aciq.state.entries
     assert loaded.la_aciq.skipped == model.la_aciq.skipped
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     # And it can be saved again.

@@ -33,13 +33,13 @@ def test_one_query(dtype, heads, shared, wide, masked, monkeypatch):
     mask[..., 3] = True
     if masked == "float":
         mask = torch.randn(2, 1, 1, 11).to(dtype)
-    given = None if masked == "not" else mask
+    attention_mask = None if masked == "not" else mask
     before = query.clone()
-    out, weights = attention.attention(None, query, key, value, given, scaling=0.3)
+    out, weights = attention.attention(None, query, key, value, attention_mask, scaling=0.3)
     assert weights is None
     assert out.dtype == dtype
     assert torch.equal(query, before)
-    exact = expected(query, key, value, given, 0.3)
+    exact = expected(query, key, value, attention_mask, 0.3)
     torch.testing.assert_close(out.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 

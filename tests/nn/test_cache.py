@@ -36,14 +36,14 @@ ROWS = ("und", "en", "sw", "sink")
 class Pass:
     """What a layer asks of the running pass."""
 
-    def __init__(self, rows, starts=None):
-        self.rows, self.starts = rows, starts
+    def __init__(self, entries, starts=None):
+        self.entries, self.starts = entries, starts
 
-    def rows_of_batch(self, batch, device):
-        return torch.tensor(self.rows, dtype=torch.int32)
+    def batch_ids(self, batch, device):
+        return torch.tensor(self.entries, dtype=torch.int32)
 
-    def check_rows(self, rows):
-        assert rows.tolist() == self.rows
+    def check_batch_ids(self, ids):
+        assert ids.tolist() == self.entries
 
     def starts_of_batch(self, batch, device):
         return None if self.starts is None else torch.tensor(self.starts)
@@ -89,7 +89,7 @@ def expected(x, coded, layer, half, starts=(0, 0), first=0):
             if clip == "absmax":
                 alpha = 0.9 * np.abs(rotated).max(axis=1, keepdims=True)
             else:
-                alpha = float(layer._tables.get_buffer("0_clip")[layer._state.rows[row], half * HEADS + head])
+                alpha = float(layer._tables.get_buffer("0_clip")[layer._state.entries[row], half * HEADS + head])
                 if clip == "rms":
                     alpha = alpha * np.sqrt((rotated**2).mean(axis=1, keepdims=True))
             # A dynamic clip is stored in bfloat16, after it was used to round.
@@ -109,9 +109,9 @@ def coded_after(pieces):
     return [*before, coded]
 
 
-def check(given, want):
+def check(actual, want):
     """Equal up to float32, except where a value lies between two codes."""
-    difference = np.abs(given.double().numpy() - want)
+    difference = np.abs(actual.double().numpy() - want)
     assert (difference > 1e-4).mean() < 2e-3
     assert difference.max() < 3
 
@@ -175,9 +175,9 @@ def test_sliding_windows_see_what_transformers_does_and_forget_the_rest(window):
     for piece in pieces:
         begin, end = end, end + piece
         assert layer.get_mask_sizes(piece) == theirs.get_mask_sizes(piece)
-        given = keys[:, :, begin:end], values[:, :, begin:end]
-        own, other, everything = layer.update(*given), theirs.update(*given), full.update(*given)
-        for mine, their, all_ in zip(own, other, everything, strict=True):
+        added = keys[:, :, begin:end], values[:, :, begin:end]
+        ours, other, everything = layer.update(*added), theirs.update(*added), full.update(*added)
+        for mine, their, all_ in zip(ours, other, everything, strict=True):
             assert mine.shape == their.shape
             torch.testing.assert_close(mine, all_[:, :, all_.shape[2] - mine.shape[2] :], rtol=0, atol=0)
         assert layer.get_seq_length() == theirs.get_seq_length() == end
@@ -229,18 +229,18 @@ def test_rows_of_the_batch_are_reordered_selected_and_repeated():
 
     def filled(pick, clip="rms"):
         layer = layer_of(clip, starts=[0, 7])
-        layer._state.rows, layer._state.starts = [[2, 1][i] for i in pick], [[0, 7][i] for i in pick]
+        layer._state.entries, layer._state.starts = [[2, 1][i] for i in pick], [[0, 7][i] for i in pick]
         layer.update(keys[pick], values[pick])
         return layer
 
     changed = filled([0, 1])
     changed.reorder_cache(order)
-    changed._state.rows = [1, 1, 2]
+    changed._state.entries = [1, 1, 2]
     selected = filled([0, 1])
     selected.batch_repeat_interleave(2)
     selected.batch_select_indices(torch.tensor([False, True, False, True]))
     selected.reorder_cache(torch.tensor([1, 1, 0]))
-    selected._state.rows = [1, 1, 2]
+    selected._state.entries = [1, 1, 2]
     more = states(1, batch=3, seed=1)
     want = filled([1, 1, 0]).update(*more)
     for layer in (changed, selected):
@@ -326,10 +326,10 @@ def test_the_profile_has_the_keys_and_values_that_the_cache_rounds(model, profil
             rotated.append(((block - mean) @ hadamard(8) / np.sqrt(8))[:, 1 if begin == 0 else 0 :])
     site = profile.sites["cache.1.key"]
     assert (site.kind, site.layer_kind, site.k, site.group_size) == ("key", "key", 16, 8)
-    own = site.moments[profile.rows.index("sw")]
+    measured = site.moments[profile.rows.index("sw")]
     both = np.concatenate(rotated, axis=1)
-    assert own.count.tolist() == [both[0].size] * 2
-    np.testing.assert_allclose(own.variance, both.var(axis=(1, 2)), rtol=1e-4)
+    assert measured.count.tolist() == [both[0].size] * 2
+    np.testing.assert_allclose(measured.variance, both.var(axis=(1, 2)), rtol=1e-4)
     assert profile.layers["cache.0.value"] == "cache.0.value"
 
 
@@ -344,7 +344,7 @@ def test_a_mixed_batch_generates_what_its_rows_do_alone(model, profile, clip):
         alone = generate(out, IDS[row : row + 1], language=tag)
         assert torch.equal(alone.sequences[0], together.sequences[row])
     if clip == "static":
-        assert [layer._rows.tolist() for layer in together.past_key_values.layers] == [[3, 1, 2]] * 2
+        assert [layer._language_ids.tolist() for layer in together.past_key_values.layers] == [[3, 1, 2]] * 2
 
 
 def test_padding_changes_nothing_that_is_read(model, profile):
@@ -391,11 +391,11 @@ def test_a_copied_cache_belongs_to_the_same_model_and_is_its_own(model, profile,
     copied = copy.deepcopy(begun)
     assert all(layer._state is out.la_aciq.state for layer in copied.layers)
     assert all(layer._tables is out.la_aciq_cache for layer in copied.layers)
-    found = read(copied, start, 140)
+    logits = read(copied, start, 140)
     assert begun.get_seq_length() == start
-    assert torch.equal(found, read(begun, start, 140))
+    assert torch.equal(logits, read(begun, start, 140))
     for one, other in zip(begun.layers, copied.layers, strict=True):
-        assert one._rows.tolist() == other._rows.tolist() == [out.la_aciq.state.row("sw")]
+        assert one._language_ids.tolist() == other._language_ids.tolist() == [out.la_aciq.state.entry("sw")]
         assert one._codes.data_ptr() != other._codes.data_ptr()
     with pytest.raises(LaAciqError, match="languages of the batch changed"):
         read(copied, 140, 141, "th")
@@ -405,7 +405,7 @@ def test_beams_return_sequences_and_prompt_lookup(model, profile):
     out = quantized(model, profile, kv_clip="static")
     beams = generate(out, language=["th", "en", "sw"], num_beams=3, num_return_sequences=2)
     assert beams.sequences.shape == (6, 156)
-    assert beams.past_key_values.layers[0]._rows.tolist() == [3, 3, 3, 1, 1, 1, 2, 2, 2]
+    assert beams.past_key_values.layers[0]._language_ids.tolist() == [3, 3, 3, 1, 1, 1, 2, 2, 2]
     alone = generate(out, IDS[1:2], language="en", num_beams=3, num_return_sequences=2)
     assert torch.equal(alone.sequences, beams.sequences[2:4])
     sampled = out.generate(IDS, max_new_tokens=2, do_sample=True, num_return_sequences=2, language=["th", "en", "sw"])
@@ -441,9 +441,11 @@ def test_a_cache_that_is_not_int4_is_named_once(model, profile):
         warnings.simplefilter("error")
         generate(out, past_key_values=LanguageAwareCache(out), language="sw")
         generate(out, language="sw")
-    with pytest.warns(UserWarning, match="kv = 4, but the StaticCache given keeps keys and values") as caught:
-        made = generate(out, language="sw", cache_implementation="static")
-    assert type(made.past_key_values) is StaticCache
+    with pytest.warns(
+        UserWarning, match="kv = 4, but past_key_values is a StaticCache, which keeps keys and values"
+    ) as caught:
+        output = generate(out, language="sw", cache_implementation="static")
+    assert type(output.past_key_values) is StaticCache
     assert sum("kv = 4" in str(one.message) for one in caught) == 1
 
 
@@ -487,11 +489,11 @@ def test_the_decoder_of_an_encoder_decoder():
     t5 = T5ForConditionalGeneration(config).eval()
     profile = la_aciq.calibrate(t5, random_texts(), seqlen=64, tokens=64, group_size=16, progress=False)
     out = quantized(t5, profile)
-    made = out.generate(
+    output = out.generate(
         IDS[:, :20], max_new_tokens=110, min_new_tokens=110, num_beams=2, language=["en", "sw", "th"],
         return_dict_in_generate=True,
     )  # fmt: skip
-    cache = made.past_key_values
+    cache = output.past_key_values
     assert isinstance(cache.self_attention_cache, LanguageAwareCache)
     assert cache.self_attention_cache.layers[1]._coded == 64
     assert type(cache.cross_attention_cache) is DynamicCache  # what it holds never grows; it keeps 16 bits

@@ -1,4 +1,4 @@
-"""Which row of the clip tables each token of a forward pass reads."""
+"""Which entry of the clip tables each token of a forward pass reads."""
 
 import asyncio
 import contextvars
@@ -13,9 +13,9 @@ from torch import nn
 
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageState, language, languages
-from la_aciq.nn.context import _match
+from la_aciq.nn.entries import _match
 
-ROWS = ("und", "en", "sw", "pt", "sink")
+ENTRIES = ("und", "en", "sw", "pt", "sink")
 UND, EN, SW, PT, SINK = range(5)
 
 
@@ -34,13 +34,13 @@ class Spy(nn.Module):
 
     def __init__(self, inside=None):
         super().__init__()
-        self.state = LanguageState(ROWS)
+        self.state = LanguageState(ENTRIES)
         self.state.attach(self)
         self.inside = inside
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None):
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        ids = self.state.ids_for(torch.zeros(*given.shape[:2], 3))
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        ids = self.state.ids_for(torch.zeros(*inputs.shape[:2], 3))
         if self.inside is not None:
             self.inside()
         return ids.clone()
@@ -50,7 +50,7 @@ def ids(batch=1, tokens=4):
     return torch.zeros(batch, tokens, dtype=torch.int64)
 
 
-def test_no_context_reads_the_pooled_row_and_the_sink():
+def test_no_context_reads_the_pooled_entry_and_the_sink():
     assert Spy()(ids(2)).tolist() == [[SINK, UND, UND, UND]] * 2
 
 
@@ -89,7 +89,7 @@ def test_first_token_in_a_later_chunk_after_long_padding():
     assert out.tolist() == [[UND, SINK], [UND, UND]]
 
 
-def test_rows_without_a_sink():
+def test_entries_without_a_sink():
     state = LanguageState(("und", "en"))
     model = nn.Module()
     model.forward = lambda input_ids: state.ids_for(torch.zeros(1, 2, 3)).clone()
@@ -132,7 +132,7 @@ def test_contexts_nest_and_end():
 
 
 def test_ids_of_a_shape_keep_their_address():
-    state = LanguageState(ROWS)
+    state = LanguageState(ENTRIES)
     model = nn.Module()
     model.forward = lambda input_ids: state.ids_for(torch.zeros(*input_ids.shape, 3)).data_ptr()
     state.attach(model)
@@ -142,7 +142,7 @@ def test_ids_of_a_shape_keep_their_address():
     # Many lengths share few buffers: at most two entries per token of the longest, and per row of the largest batch.
     for tokens in range(1, 300):
         model(ids(1, tokens))
-    assert sum(buffer.numel() for buffer in state._buffers.values()) <= 2 * (1024 + 2)
+    assert state._buffers.elements <= 2 * (1024 + 2)
 
 
 def test_passes_in_and_out_of_inference_mode_share_the_buffer():
@@ -157,7 +157,7 @@ def test_passes_in_and_out_of_inference_mode_share_the_buffer():
 
 def test_flattened_and_shortened_inputs():
     seen = []
-    state = LanguageState(ROWS)
+    state = LanguageState(ENTRIES)
     model = nn.Module()
 
     def forward(input_ids):
@@ -176,7 +176,7 @@ def test_flattened_and_shortened_inputs():
 
 
 def test_outside_a_pass_there_are_no_ids():
-    assert LanguageState(ROWS).ids_for(torch.zeros(1, 4, 3)) is None
+    assert LanguageState(ENTRIES).ids_for(torch.zeros(1, 4, 3)) is None
 
 
 def test_two_threads_at_once_are_refused_and_never_mixed():
@@ -242,11 +242,11 @@ def test_a_pass_without_a_language_warns_once():
             warnings.simplefilter("error")
             one(ids())
     without = Spy()
-    without.state._warn = LanguageState(("und", "sink"))._warn
+    without.state._entries._warn = LanguageState(("und", "sink"))._entries._warn
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         without(ids())
-        assert not LanguageState(ROWS, by_language=False)._warn
+        assert not LanguageState(ENTRIES, by_language=False)._entries._warn
 
 
 def test_asyncio_tasks_keep_their_own_language():
@@ -311,7 +311,7 @@ class Body(nn.Module):
     def __init__(self):
         super().__init__()
         self.base_model = Spy()
-        self.state = self.base_model.state = LanguageState(ROWS)
+        self.state = self.base_model.state = LanguageState(ENTRIES)
         self.base_model._forward_pre_hooks.clear()
         self.base_model._forward_hooks.clear()
         self.state.attach(self)
@@ -374,9 +374,17 @@ def test_a_call_without_tokens_is_refused():
         Spy()(torch.zeros(3))
 
 
-def test_rows_must_start_with_und():
+def test_entries_must_start_with_und():
     with pytest.raises(ValueError, match="must start with 'und'"):
         LanguageState(("en", "und"))
+
+
+def test_old_names_work_and_say_the_new_ones():
+    state = LanguageState(ENTRIES)
+    with pytest.warns(DeprecationWarning, match=r"LanguageState\.rows is now LanguageState\.entries"):
+        assert state.rows == state.entries == ENTRIES
+    with pytest.warns(DeprecationWarning, match=r"LanguageState\.row is now LanguageState\.entry"):
+        assert state.row("sw") == state.entry("sw") == SW
 
 
 class Part(nn.Module):
@@ -387,19 +395,19 @@ class Part(nn.Module):
         self.state, self.main_input_name, self.seen = state, reads, {}
 
     def forward(self, input_ids=None, encoder_hidden_states=None, encoder_attention_mask=None, **inputs):
-        given = inputs.get(self.main_input_name, input_ids)
-        tokens = given.shape[1] if self.main_input_name == "input_ids" else 2 * given.shape[1]
-        self.seen["own"] = self.state.ids_for(torch.zeros(len(given), tokens, 5)).clone()
+        read = inputs.get(self.main_input_name, input_ids)
+        tokens = read.shape[1] if self.main_input_name == "input_ids" else 2 * read.shape[1]
+        self.seen["tokens"] = self.state.ids_for(torch.zeros(len(read), tokens, 5)).clone()
         if encoder_hidden_states is not None:
             self.seen["memory"] = self.state.ids_for(encoder_hidden_states).clone()
-        return torch.zeros(len(given), tokens, 8)
+        return torch.zeros(len(read), tokens, 8)
 
 
 class EncoderDecoder(nn.Module):
     def __init__(self, reads="input_ids"):
         super().__init__()
         self.config = SimpleNamespace(is_encoder_decoder=True)
-        self.state = LanguageState(ROWS)
+        self.state = LanguageState(ENTRIES)
         self.encoder, self.decoder = Part(self.state, reads), Part(self.state)
         self.state.attach(self)
 
@@ -423,10 +431,10 @@ def test_encoder_and_decoder_have_positions_of_their_own(decoded):
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     with languages(["sw", "ja"]):
         model(ids(2, decoded), attention_mask=mask, input_ids=ids(2, 3))
-    assert model.encoder.seen["own"].tolist() == [[SINK, SW, SW], [UND, SINK, UND]]
+    assert model.encoder.seen["tokens"].tolist() == [[SINK, SW, SW], [UND, SINK, UND]]
     # Cross-attention reads the encoder's positions, also where there are as many as the decoder's.
     assert model.decoder.seen["memory"].tolist() == [[SINK, SW, SW], [UND, SINK, UND]]
-    assert model.decoder.seen["own"].tolist() == [[SINK, *[SW] * (decoded - 1)], [SINK, *[UND] * (decoded - 1)]]
+    assert model.decoder.seen["tokens"].tolist() == [[SINK, *[SW] * (decoded - 1)], [SINK, *[UND] * (decoded - 1)]]
     assert model.state.unserved == {"ja": 1}  # once, not once for each part
     assert model.state.ids_for(torch.zeros(2, 3, 5)) is None
 
@@ -435,9 +443,9 @@ def test_an_encoder_of_features_has_languages_and_no_first_token():
     model = EncoderDecoder("input_features")
     with languages(["sw", "en"]):
         model(ids(2, 3), input_features=torch.zeros(2, 80, 7))
-    assert model.encoder.seen["own"].tolist() == [SW, EN]
+    assert model.encoder.seen["tokens"].tolist() == [SW, EN]
     assert model.decoder.seen["memory"].tolist() == [SW, EN]
-    assert model.decoder.seen["own"].tolist() == [[SINK, SW, SW], [SINK, EN, EN]]
+    assert model.decoder.seen["tokens"].tolist() == [[SINK, SW, SW], [SINK, EN, EN]]
 
 
 def test_rows_picked_out_of_the_pass_keep_their_languages():
@@ -458,10 +466,10 @@ def test_rows_picked_out_of_the_pass_keep_their_languages():
         assert model.state.ids_for(torch.zeros(1, 7)) is None
 
 
-def test_the_row_that_all_tokens_have():
+def test_the_entry_that_all_tokens_have():
     model = Spy()
     rows = []
-    model.inside = lambda: rows.append(model.state.common_row)
+    model.inside = lambda: rows.append(model.state.common_entry)
     mask = torch.tensor([[0, 0, 0, 0, 0, 1]])
     with language("sw"):
         model(ids(2, 3))  # with first tokens
@@ -473,4 +481,4 @@ def test_the_row_that_all_tokens_have():
         model(ids(2, 1), past_key_values=Cache(7))
     model(ids(1, 1), past_key_values=Cache(7))
     assert rows == [None, SW, None, None, EN, UND]
-    assert model.state.common_row is None
+    assert model.state.common_entry is None

@@ -174,7 +174,7 @@ def test_left_padding_and_cached_decoding_change_nothing(model, profile, changes
 def test_without_a_sink_row_the_first_token_has_its_languages(model, profile):
     name = "model.layers.1.mlp.down_proj"
     usual, without = quantized(model, profile), quantized(model, profile, sink=False)
-    assert without.la_aciq.state.rows == profile.rows[:-1]
+    assert without.la_aciq.state.entries == profile.rows[:-1]
     ours, theirs = without.get_submodule(name), usual.get_submodule(name)
     for table in ("clip", "center", "bias"):
         np.testing.assert_array_equal(getattr(ours, table).numpy(), getattr(theirs, table).numpy()[:-1])
@@ -324,7 +324,7 @@ def test_a_language_the_profile_lacks_is_pooled_and_counted(model, profile):
 
 def test_pooled_tables_have_one_row_for_all_languages(model, profile):
     out = quantized(model, profile, sharing="pooled", kv=4, kv_clip="static")
-    assert out.la_aciq.state.rows == ("und", "sink")
+    assert out.la_aciq.state.entries == ("und", "sink")
     name = "model.layers.0.self_attn.q_proj"
     layer, table = out.get_submodule(name), clipping.table(profile, bits=4, sharing="pooled")
     for row, place in enumerate([0, -1]):  # of the profile's rows
@@ -336,7 +336,7 @@ def test_pooled_tables_have_one_row_for_all_languages(model, profile):
         assert torch.equal(logits(out, IDS), together)
     assert not out.la_aciq.state.unserved  # no language has a row to miss
     alone = quantized(model, profile, sharing="pooled", sink=False)
-    assert alone.la_aciq.state.rows == ("und",)
+    assert alone.la_aciq.state.entries == ("und",)
     assert alone.get_submodule(name).clip.shape[0] == 1
 
 

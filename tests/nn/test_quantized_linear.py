@@ -53,10 +53,10 @@ def weight_values(layer):
 class Running:
     """A state in the middle of a pass over the given ids."""
 
-    common_row = None
+    common_entry = None
 
-    def __init__(self, rows, ids):
-        self.rows, self.ids = rows, ids
+    def __init__(self, entries, ids):
+        self.entries, self.ids = entries, ids
 
     def ids_for(self, x):
         return self.ids

@@ -15,7 +15,7 @@ from torch import nn
 import la_aciq
 from la_aciq.checkpoint import load_quantized, save_quantized
 from la_aciq.nn import LanguageAwareLinear, QuantConfig, quantize_model
-from la_aciq.nn.context import LanguageState
+from la_aciq.nn.forward_pass import LanguageState
 
 IDS = torch.arange(1, 25).view(2, 12)
 # Written by the version before weights were repacked.

@@ -16,7 +16,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from la_aciq.integrations.vllm.method import LaAciqConfig, check_supported
 from la_aciq.integrations.vllm.requests import LanguageProcessor
 from la_aciq.integrations.vllm.rows import ServedRows
-from la_aciq.nn.context import LanguageState
+from la_aciq.nn.forward_pass import LanguageState
 
 ROWS = ("und", "en", "sw", "th", "sink")
 SLOTS = 8

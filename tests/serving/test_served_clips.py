@@ -80,7 +80,7 @@ def test_values_and_clipped_values_by_row(llm, engine, config, static):
     clipped = 0.0
     handles = []
     wanted = {sums.name for sums in config.tail_sums}
-    row = config.done.state.rows.index("sw")
+    row = config.done.state.entries.index("sw")
 
     def count(layer, inputs):
         nonlocal clipped
@@ -116,7 +116,7 @@ def test_the_clips_of_a_language_follow_it_and_no_others(llm, engine, config, pr
     """A language is served what no calibration text was like: its own clips move, and its cached blocks are not found
     again; the others' are, bit for bit, where they were. Then all are rolled back, and stay."""
     calibrated = clips(config)
-    rows = config.done.state.rows
+    rows = config.done.state.entries
     th = rows.index("th")
     llm.reset_prefix_cache()
     assert [ask(llm, tag).num_cached_tokens for tag in ("th", "sw", "th", "sw")] == [0, 0, 64, 64]

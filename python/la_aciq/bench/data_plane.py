@@ -150,7 +150,7 @@ def _engine(folder: str, dtype: str, most: int, kind: str) -> None:
     changed.begin = timed
     llm = LLM(folder, dtype=dtype, max_model_len=256, max_num_seqs=most, enable_prefix_caching=False)
     engine: Any = llm.llm_engine
-    rows = engine.vllm_config.quant_config.done.state.rows
+    rows = engine.vllm_config.quant_config.done.state.entries
     tags = [tag for tag in rows[1:] if tag != SINK]
     prompt = {"prompt_token_ids": list(range(100, 100 + _PROMPT))}
     for line in itertools.chain(["1"], sys.stdin):  # the first answer says that it is ready

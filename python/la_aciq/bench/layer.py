@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..nn import LanguageAwareLinear, QuantConfig
-from ..nn.context import LanguageState
+from ..nn.forward_pass import LanguageState
 
 _LANGUAGES = 12
 ROWS = (1, 4, 16, 128)
@@ -99,8 +99,8 @@ def _quantized(linear: nn.Linear, config: QuantConfig, generator: torch.Generato
     state, k = _Rows(), linear.in_features
     clip = None
     if config.activations < 16:
-        clip = torch.rand(len(state.rows), config.groups(k), generator=generator) + 2
-    center = torch.randn(len(state.rows), k, generator=generator) / 10
+        clip = torch.rand(len(state.entries), config.groups(k), generator=generator) + 2
+    center = torch.randn(len(state.entries), k, generator=generator) / 10
     return LanguageAwareLinear.from_linear(linear, config, state, clip, center=center).to(torch.bfloat16)
 
 

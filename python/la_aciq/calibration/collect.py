@@ -25,7 +25,7 @@ from .. import __version__, ops
 from .._files import check_output
 from ..errors import LaAciqError
 from ..models import fingerprint, is_experts, is_ignored, linear_weight, output_head
-from ..nn.context import LanguageState
+from ..nn.forward_pass import LanguageState
 from ..ops import rotation
 from ..ops.streaming import Moments
 from ..profile.profile import JSON_FILE, Kind, Profile

@@ -86,7 +86,7 @@ def _configuration(report: "Report", done: Quantization) -> "Configuration":
 
 def _calibration_table(model: nn.Module, done: Quantization) -> str:
     """Per language the tokens its statistics come from, and its clips relative to the pooled ones where it has any."""
-    names = dict.fromkeys([*done.state.rows, *done.calibration_tokens])  # pooled tables have no rows of languages
+    names = dict.fromkeys([*done.state.entries, *done.calibration_tokens])  # pooled tables have no rows of languages
     rows = {row: f"| {row} | {done.calibration_tokens.get(row, '')} |" for row in names}
     layers = [module for module in model.modules() if isinstance(module, LanguageAwareLinear)]
     clips = [layer.clip for layer in layers if layer.clip is not None and not layer.clip.is_meta]
@@ -96,7 +96,7 @@ def _calibration_table(model: nn.Module, done: Quantization) -> str:
     # Geometric means over the groups of all layers, of each row's clips over the pooled row's.
     mean = torch.stack([torch.log(clip / clip[:1]).double().mean(dim=1) for clip in clips]).mean(dim=0).exp().tolist()
     lines = ["| row | calibration tokens | clips |", "| --- | ---: | ---: |"]
-    clip = dict(zip(done.state.rows, mean, strict=True))
+    clip = dict(zip(done.state.entries, mean, strict=True))
     lines += [f"{line} {clip.get(row, 1):.3f} |" for row, line in rows.items()]
     return (
         "Not evaluated yet. What the clips were chosen on, and the activations' clips relative to those of the pooled "

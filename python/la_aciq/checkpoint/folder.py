@@ -55,7 +55,7 @@ from .. import __version__
 from .._files import new_folder
 from ..errors import LaAciqError
 from ..nn.config import QuantConfig
-from ..nn.context import LanguageState
+from ..nn.forward_pass import LanguageState
 from ..nn.linear import LanguageAwareModule, check_clips
 from ..nn.quantize import Quantization
 from ..tags import SINK, UND, canonical
@@ -173,7 +173,7 @@ def describe(done: Quantization, sha256: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "version": __version__,
         "config": done.config.to_dict(),
-        "rows": list(done.state.rows),
+        "rows": list(done.state.entries),
         "layers": list(done.layers),
         "shared": [list(names) for names in done.shared],
         "cache": done.cache,

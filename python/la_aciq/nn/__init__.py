@@ -7,10 +7,11 @@ from .. import _lazy
 if TYPE_CHECKING:
     from .cache import LanguageAwareCache
     from .config import QuantConfig
-    from .context import LanguageState, language, languages
     from .experts import LanguageAwareExperts
+    from .forward_pass import LanguageState
     from .linear import LanguageAwareLinear
     from .quantize import Quantization, bits_per_weight, quantize_model
+    from .request import language, languages
 
 __all__ = [
     "LanguageAwareCache",
@@ -30,9 +31,10 @@ __getattr__ = _lazy(
     {
         "cache": ("LanguageAwareCache",),
         "config": ("QuantConfig",),
-        "context": ("LanguageState", "language", "languages"),
         "experts": ("LanguageAwareExperts",),
+        "forward_pass": ("LanguageState",),
         "linear": ("LanguageAwareLinear",),
         "quantize": ("Quantization", "bits_per_weight", "quantize_model"),
+        "request": ("language", "languages"),
     },
 )

@@ -13,21 +13,29 @@ and means, heads of 64 channels take 4.5 bits per element of a key and 4.25 of a
 """
 
 import copy
-from collections.abc import Callable
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 from .. import ops
 from ..errors import LaAciqError
 from ..ops import rotation
 from ..profile.profile import Kind
 from .config import ABSMAX_SHARE, QuantConfig
-from .context import LanguageState
-from .kv import BLOCK, SINKS, WINDOW, KeyValueClips, centre, site
+from .forward_pass import LanguageState
+from .kv import BLOCK, SINKS, WINDOW, KeyValueClips, center, site
 
 
 class LanguageAwareCache(DynamicCache):  # type: ignore[misc]  # transformers has no type information
@@ -71,6 +79,43 @@ class LanguageAwareCache(DynamicCache):  # type: ignore[misc]  # transformers ha
         return 8 * self.nbytes / elements if elements else 0.0
 
 
+class CacheMaker:
+    """Gives the passes of a model quantized with `QuantConfig(kv=4)` an INT4 cache where they would make one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._warn = True
+
+    def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
+        """The new cache for a pass of a module of the model with these arguments; None to leave the caller's.
+
+        An empty DynamicCache becomes an INT4 cache in place.
+        """
+        whole: Any = self._model
+        cache = arguments.get("past_key_values")
+        if cache is None:
+            uses = arguments.get("use_cache")
+            if "past_key_values" not in inspect.signature(module.forward).parameters or not (
+                getattr(whole.config, "use_cache", False) if uses is None else uses
+            ):
+                return None
+            quantized = LanguageAwareCache(whole)
+            if not whole.config.is_encoder_decoder:
+                return quantized
+            return EncoderDecoderCache(quantized, DynamicCache(config=whole.config.get_text_config(decoder=True)))
+        past = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if type(past) is DynamicCache and not past.offloading and past.get_seq_length() == 0:
+            LanguageAwareCache.take_over(past, whole)
+        elif not isinstance(past, LanguageAwareCache) and self._warn:
+            self._warn = False
+            warnings.warn(
+                f"kv = 4, but past_key_values is a {type(past).__name__}, which keeps keys and values as they are; "
+                "expected none, an empty DynamicCache without offloading, or a LanguageAwareCache",
+                stacklevel=2,
+            )
+        return None
+
+
 def _quantized(layer: Any, index: int, clips: KeyValueClips | None, state: LanguageState, config: QuantConfig) -> Any:
     """The INT4 layer in place of one of transformers', or that one where it holds something else."""
     if type(layer) is DynamicSlidingWindowLayer:
@@ -111,12 +156,12 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LanguageAwareLayer":
         """A layer with tensors of its own, of the same model: a prompt's cache is copied to be gone on with twice."""
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        own = self.__dict__.copy()
-        models = {name: own.pop(name) for name in ("_tables", "_state", "_config")}
-        made.__dict__.update(copy.deepcopy(own, memo) | models)
-        return made
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        attributes = self.__dict__.copy()
+        models = {name: attributes.pop(name) for name in ("_tables", "_state", "_config")}
+        twin.__dict__.update(copy.deepcopy(attributes, memo) | models)
+        return twin
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the shapes, the languages and the padding of the first tokens' pass."""
@@ -135,10 +180,10 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._tables is None:
             groups = self._width // self._group
             self._table = torch.full((1, groups), ABSMAX_SHARE, dtype=torch.float32, device=self.device)
-            self._rows = None
+            self._language_ids = None
         else:
             self._table = self._tables.table(self._index, self._heads, self._key_dim, self._value_dim).to(self.device)
-            self._rows = self._state.rows_of_batch(self.batch_size, self.device)
+            self._language_ids = self._state.batch_ids(self.batch_size, self.device)
         self._starts: Tensor | None = None
         self._last_start = 0
 
@@ -210,8 +255,8 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"the cache holds {self.dtype} on {self.device} and got {states.dtype} on {states.device}; after "
                 "moving the model start with a new cache"
             )
-        if self._rows is not None:
-            self._state.check_rows(self._rows)
+        if self._language_ids is not None:
+            self._state.check_batch_ids(self._language_ids)
 
     def _find_starts(self) -> None:
         """Where the sequences begin after left padding, as far as the running pass's mask tells."""
@@ -239,8 +284,8 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         """The stored rows from block `skipped` to row `end`; those after the codes hold nothing of meaning."""
         rows = slice(skipped * BLOCK, end)
         if self._config.kv_clip == "static":
-            language = None if self._rows is None else self._rows[None]
-            clip: dict[str, Any] = {"alpha": self._table, "language": language}
+            language_ids = None if self._language_ids is None else self._language_ids[None]
+            clip: dict[str, Any] = {"alpha": self._table, "language": language_ids}
         else:
             clip = {"scales": self._clips[rows].float()}
         out = ops.dequantize(
@@ -264,8 +309,8 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         x = self._recent[:count]
         self._keep_sinks(x)
         values = x.to(torch.float32, copy=True)
-        values[..., : self._keys], means = centre(values[..., : self._keys], self._counted(count))
-        language = None if self._rows is None else self._rows[None]
+        values[..., : self._keys], means = center(values[..., : self._keys], self._counted(count))
+        language_ids = None if self._language_ids is None else self._language_ids[None]
         settings: dict[str, Any] = {
             "group_size": self._group,
             "codebook": self._config.codebook,
@@ -275,10 +320,10 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         held = self._coded - self._first
         capacity = held + count + WINDOW + BLOCK
         if self._config.kv_clip == "static":
-            codes = ops.quantize(values, self._table, language, **settings)
+            codes = ops.quantize(values, self._table, language_ids, **settings)
         else:
             codes, clips = ops.quantize_dynamic(
-                values, self._table, language, statistic=self._config.kv_clip, **settings
+                values, self._table, language_ids, statistic=self._config.kv_clip, **settings
             )
             self._clips = _grown(self._clips[:held], clips, capacity)
         self._codes = _grown(self._codes[:held], codes, capacity)
@@ -397,7 +442,7 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         self._codes, self._clips, self._means = change(self._codes, 1), change(self._clips, 1), change(self._means, 1)
         self._recent, self._sinks = change(self._recent, 1), change(self._sinks, 1)
-        self._rows = None if self._rows is None else change(self._rows, 0)
+        self._language_ids = None if self._language_ids is None else change(self._language_ids, 0)
         self._starts = None if self._starts is None else change(self._starts, 0)
         self.batch_size = self._sinks.shape[1]
 
@@ -422,7 +467,7 @@ def recording_cache(model: nn.Module, measure: Callable[[str, Kind, int, Tensor]
     """An empty cache for one pass over one sequence, which holds nothing and changes nothing.
 
     It calls measure(site, "key" or "value", head_dim, x float32 [tokens, heads * head_dim]) with what an INT4 cache
-    would round: keys centred, and both rotated.
+    would round: keys centered, and both rotated.
     """
 
     class Recording(DynamicLayer):  # type: ignore[misc]
@@ -438,7 +483,7 @@ def recording_cache(model: nn.Module, measure: Callable[[str, Kind, int, Tensor]
                 if kind == "key":
                     counted = torch.arange(len(x), device=x.device)[:, None] >= SINKS
                     parts = zip(torch.split(x, BLOCK), torch.split(counted, BLOCK), strict=True)
-                    x = torch.cat([centre(*part)[0] for part in parts])
+                    x = torch.cat([center(*part)[0] for part in parts])
                 ones = torch.ones(x.shape[1], dtype=torch.int8, device=x.device)
                 measure(site(self.index, kind), kind, head_dim, ops.rotate(x, ones, rotation.block_size(head_dim)))
             return key_states, value_states

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..models import EXPERT_WEIGHTS
 from .config import QuantConfig
-from .context import LanguageState
+from .forward_pass import LanguageState
 from .linear import LanguageAwareLinear
 from .weights import Rounding
 

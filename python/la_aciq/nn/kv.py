@@ -1,4 +1,4 @@
-"""What the INT4 key and value cache and its calibration share: how keys are centred, and the tables of clips.
+"""What the INT4 key and value cache and its calibration share: how keys are centered, and the tables of clips.
 
 Without transformers, which the cache itself (nn/cache.py) builds on.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import QuantConfig
-from .context import LanguageState
+from .forward_pass import LanguageState
 from .linear import LanguageAwareModule, check_clips
 
 SINKS = 4  # first tokens of a sequence that stay in 16 bits
@@ -23,7 +23,7 @@ def site(layer: int, kind: str) -> str:
     return f"cache.{layer}.{kind}"
 
 
-def centre(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def center(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [blocks * BLOCK, ..., channels] less the mean of each block of tokens, in x's dtype, and the means, bfloat16
     [blocks, ..., channels]. Fewer tokens than BLOCK are one block.
 
@@ -43,8 +43,8 @@ def centre(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
 class KeyValueClips(LanguageAwareModule):
     """The tables of a model's INT4 cache, a submodule of the model so that they are saved with it and move with it.
 
-    groups: per attention layer the clips per token of its keys and its values. The float32 buffer `<layer>_clip` [rows,
-    groups] holds the clips (kv_clip "static") or factors ("rms") of the keys' heads and then of the values'.
+    groups: per attention layer the clips per token of its keys and its values. The float32 buffer `<layer>_clip`
+    [entries, groups] holds the clips (kv_clip "static") or factors ("rms") of the keys' heads and then of the values'.
     """
 
     NAME = "la_aciq_cache"
@@ -53,18 +53,18 @@ class KeyValueClips(LanguageAwareModule):
         super().__init__(config, state)
         self.groups = dict(groups)
         for layer, count in self.groups.items():
-            self.register_buffer(f"{layer}_clip", torch.empty((len(state.rows), count), dtype=torch.float32))
+            self.register_buffer(f"{layer}_clip", torch.empty((len(state.entries), count), dtype=torch.float32))
 
     def fill(self, clips: Mapping[int, Tensor]) -> None:
-        """Copy the tables by layer, float32 [rows, groups]. Raises `LaAciqError` for entries that are not finite and
+        """Copy the tables by layer, float32 [entries, groups]. Raises `LaAciqError` for entries that are not finite and
         positive, and for a table of another shape.
         """
         for layer, table in clips.items():
-            own = self.get_buffer(f"{layer}_clip")
-            own.copy_(check_clips(table, tuple(own.shape), f"{self.NAME}.{layer}"))
+            buffer = self.get_buffer(f"{layer}_clip")
+            buffer.copy_(check_clips(table, tuple(buffer.shape), f"{self.NAME}.{layer}"))
 
     def table(self, layer: int, heads: int, key_dim: int, value_dim: int) -> Tensor:
-        """float32 [rows, groups] for groups of gcd(key_dim, value_dim) channels, as the cache stores them."""
+        """float32 [entries, groups] for groups of gcd(key_dim, value_dim) channels, as the cache stores them."""
         size = gcd(key_dim, value_dim)
         clips = self.get_buffer(f"{layer}_clip")
         keys, values = clips[:, :heads], clips[:, heads:]

@@ -13,7 +13,7 @@ from ..ops import rotation
 from ..ops.backends import WHY_NO_CORE
 from ..tags import SINK
 from .config import QuantConfig
-from .context import LanguageState
+from .forward_pass import LanguageState
 from .shared import SharedInput
 from .weights import Rounding, quantize_weight
 
@@ -104,12 +104,12 @@ class LanguageAwareLinear(LanguageAwareModule):
         self.register_buffer(
             "weight_scale", empty(out_features, weight_groups, dtype=torch.float32) if packed else None
         )
-        rows = (len(state.rows),) if config.center else ()
+        rows = (len(state.entries),) if config.center else ()
         self.register_buffer("bias", empty(*rows, out_features, dtype=dtype) if bias or config.center else None)
         centered = config.center and config.activations < 16
         self.register_buffer("center", empty(*rows, in_features, dtype=dtype) if centered else None)
         quantized_input = config.activations < 16
-        clip = empty(len(state.rows), config.groups(in_features), dtype=torch.float32) if quantized_input else None
+        clip = empty(len(state.entries), config.groups(in_features), dtype=torch.float32) if quantized_input else None
         self.register_buffer("clip", clip)
         self.register_buffer("signs", empty(in_features, dtype=torch.int8) if config.rotate else None)
         self.shared: SharedInput | None = None
@@ -176,7 +176,7 @@ class LanguageAwareLinear(LanguageAwareModule):
         if layer.bias is not None and linear.bias is not None:
             layer.bias.add_(linear.bias.detach())
         if config.center:
-            layer._set_center(check_center(center, (len(state.rows), k), name).to(weight.device), weight)
+            layer._set_center(check_center(center, (len(state.entries), k), name).to(weight.device), weight)
         if layer.clip is not None:
             layer.clip.copy_(check_clips(clip, tuple(layer.clip.shape), name))
         return layer
@@ -223,8 +223,8 @@ class LanguageAwareLinear(LanguageAwareModule):
         center = torch.zeros_like(mean)
         if self.center is not None:
             self.center.copy_(mean)
-            if SINK in self.state.rows:
-                self.center[self.state.rows.index(SINK)] = 0
+            if SINK in self.state.entries:
+                self.center[self.state.entries.index(SINK)] = 0
             center = self.center.float()
         if self.signs is not None:
             mean, center = (ops.rotate(x, self.signs, self.block_size) for x in (mean, center))
@@ -305,7 +305,7 @@ class LanguageAwareLinear(LanguageAwareModule):
         """What `forward` does, with these weights: the layer's own, or joined ones of layers that share its input."""
         clip, center = self._buffers["clip"], self._buffers["center"]
         table = bias if bias is not None and bias.ndim == 2 else None
-        row = None if torch.compiler.is_compiling() else self.state.common_row
+        row = None if torch.compiler.is_compiling() else self.state.common_entry
         language = None
         if row is None and (clip is not None or table is not None):
             language = self.state.ids_for(x)

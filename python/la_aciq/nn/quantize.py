@@ -19,8 +19,9 @@ from ..ops import rotation
 from ..profile import Profile
 from ..tags import UND
 from .config import ABSMAX_SHARE, QuantConfig
-from .context import LanguageState, add_language_to_generate
 from .experts import LanguageAwareExperts
+from .forward_pass import LanguageState
+from .generate import add_language_to_generate
 from .kv import KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
 from .shared import SharedInput
@@ -228,7 +229,12 @@ def adopt(model: nn.Module, done: Quantization) -> None:
         layers = [model.get_submodule(name) for name in names]
         if len({layer.bias is None or layer.bias.ndim for layer in layers}) == 1:
             SharedInput(layers)
-    done.state.attach(model, cached=done.config.kv < 16)
+    if done.config.kv < 16:
+        from .cache import CacheMaker
+
+        done.state.attach(model, CacheMaker(model))
+    else:
+        done.state.attach(model)
     add_language_to_generate(model)
     if hasattr(model, "save_pretrained"):
         from ..integrations.transformers import prepare_for_saving

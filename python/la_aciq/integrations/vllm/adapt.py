@@ -53,7 +53,7 @@ def check_adaptable(done: Quantization, profile: Profile) -> None:
     profile.check_fingerprint(done.fingerprint)
     if bool(profile.metadata.get("center")) != bool(config.center):
         raise LaAciqError(f"--adapt needs the profile the model was quantized with; its center is not {config.center}")
-    if missing := [row for row in done.state.rows if row not in profile.rows]:
+    if missing := [row for row in done.state.entries if row not in profile.rows]:
         raise LaAciqError(f"--adapt needs the profile the model was quantized with; it has no row {missing[0]!r}")
 
 
@@ -97,7 +97,7 @@ class TailSums:
 
     def calibrate(self, profile: Profile) -> None:
         """Let the clips move, from where the profile's data left them."""
-        rows = [profile.rows.index(row) for row in self.layer.state.rows]
+        rows = [profile.rows.index(row) for row in self.layer.state.entries]
         site = profile.sites[profile.layers[self.name]]
         clips = self.clip.double().cpu().numpy()
         groups = slice(self.first, self.first + clips.shape[1]) if clips.shape[1] > 1 else slice(None)
@@ -170,7 +170,7 @@ def roll_back(engine: Any, config: Any) -> list[str]:
     known: Moves = config.moves
     known.adapting = False
     moved = _count(known, engine.model_executor.collective_rpc(_roll_back))
-    return [config.done.state.rows[row] for row in sorted(moved)]
+    return [config.done.state.entries[row] for row in sorted(moved)]
 
 
 def report(engine: Any, config: Any) -> dict[str, list[Any]]:
@@ -178,7 +178,7 @@ def report(engine: Any, config: Any) -> dict[str, list[Any]]:
     found = engine.model_executor.collective_rpc(_report)
     seen = np.sum([seen for seen, _ in found], axis=0)
     ratios = np.exp(np.mean([ratio for _, ratio in found], axis=0))
-    rows = config.done.state.rows
+    rows = config.done.state.entries
     return {row: [*seen[i].tolist(), config.moves.moves[i], float(ratios[i])] for i, row in enumerate(rows)}
 
 
@@ -208,7 +208,7 @@ def _begin(worker: Any) -> None:
 
 def _move(worker: Any) -> list[int]:
     config = worker.vllm_config.quant_config
-    rows = [row for row, name in enumerate(config.done.state.rows) if name != SINK]
+    rows = [row for row, name in enumerate(config.done.state.entries) if name != SINK]
     return sorted({row for sums in config.tail_sums for row in sums.move(rows)})
 
 
@@ -219,6 +219,6 @@ def _roll_back(worker: Any) -> list[int]:
 def _report(worker: Any) -> tuple[Any, Any]:
     config = worker.vllm_config.quant_config
     own = [sums for sums in config.tail_sums if worker.rank == 0 or not sums.copied]
-    nothing = np.zeros((len(config.done.state.rows), 2))
+    nothing = np.zeros((len(config.done.state.entries), 2))
     ratios = [sums.ratio() for sums in config.tail_sums] or [nothing[:, 0]]
     return sum((sums.seen() for sums in own), nothing), np.mean(ratios, axis=0)

@@ -48,7 +48,7 @@ class LaAciqConfig(QuantizationConfig):
         self.version: str = description["checksum"][:16]
         self.rows: ServedRows | None = None  # made by the worker that runs the model
         self.tail_sums: list[adapt.TailSums] = []  # of the worker's layers, where they are sampled
-        self.moves = adapt.Moves([0] * len(self.done.state.rows))
+        self.moves = adapt.Moves([0] * len(self.done.state.entries))
         LaAciqConfig.in_use = True
         metrics.TABLE.labels(self.version).set(1)
 
@@ -71,7 +71,7 @@ class LaAciqConfig(QuantizationConfig):
 
     def row(self, tag: str) -> int:
         """The row of the tables that serves a canonical tag; one for all when the languages share their clips."""
-        return self.done.state.row(tag) if self.done.config.by_language else 0
+        return self.done.state.entry(tag) if self.done.config.by_language else 0
 
     def __reduce__(self) -> Any:
         """For vLLM's other processes: the description makes the same configuration there."""

@@ -117,7 +117,7 @@ def register() -> None:
         if config is not None:
             # In the engine, which no client gets around: blocks computed under one row's clips serve that row alone.
             row = config.row(tag_of(request.sampling_params))
-            version = f"{config.version}:{config.done.state.rows[row]}:{config.moves.moves[row]}"
+            version = f"{config.version}:{config.done.state.entries[row]}:{config.moves.moves[row]}"
             request.cache_salt = f"la_aciq:{version}:{request.cache_salt or ''}"
         return preprocess_add_request(self, request)
 
@@ -155,8 +155,8 @@ def _admit(config: LaAciqConfig, request: Any, tokenizer: Any) -> None:
         params.extra_args = {**extra, KEY: detected(text)}
         metrics.DETECTED.inc()
     tag = tag_of(params)
-    metrics.REQUESTS.labels(config.done.state.rows[config.row(tag)]).inc()
-    if tag != UND and config.done.state.row(tag) == 0:
+    metrics.REQUESTS.labels(config.done.state.entries[config.row(tag)]).inc()
+    if tag != UND and config.done.state.entry(tag) == 0:
         metrics.UNKNOWN.inc()
 
 

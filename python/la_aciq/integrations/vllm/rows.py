@@ -7,7 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from ...nn.context import LanguageState
+from ...nn.forward_pass import LanguageState
 from ...tags import SINK
 
 
@@ -20,7 +20,7 @@ class ServedRows(LanguageState):
     """
 
     def __init__(self, like: LanguageState, vllm_config: VllmConfig, device: torch.device) -> None:
-        super().__init__(like.rows)
+        super().__init__(like.entries)
         scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config
         tokens = max(scheduler.max_num_batched_tokens, graphs.max_cudagraph_capture_size or 0)
         self.slots = torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=device)
@@ -32,7 +32,7 @@ class ServedRows(LanguageState):
         self.count = 0
         self._steps = 0
         self.host_slots = [0] * scheduler.max_num_seqs
-        self._sink_row = self.rows.index(SINK) if SINK in self.rows else None
+        self._sink_row = self.entries.index(SINK) if SINK in self.entries else None
 
     def publish(self) -> None:
         """Make `host_slots` the rows of the slots, before the step that uses them."""

@@ -1,0 +1,343 @@
+"""The language ids of a model's running forward pass, which its quantized layers read.
+
+A model's `LanguageState` turns the language of the request (nn/request.py), when the model's forward pass starts, into
+one int32 id per token and writes the ids in place into a persistent buffer (nn/id_buffers.py). nn/entries.py says which
+entry serves a language, nn/first_token.py which tokens are the first of their sequence, nn/running.py which thread is
+in the pass.
+"""
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .._deprecated import warn_renamed
+from ..errors import LaAciqError
+from .entries import Entries
+from .first_token import first_tokens
+from .id_buffers import IdBuffers
+from .running import RunningPass
+
+# The cache for a pass of a module with these arguments, or None to leave the caller's.
+MakeCache = Callable[[nn.Module, Mapping[str, Any]], Any]
+
+
+class LanguageState:
+    """The language ids of a model's running forward pass, shared by all its quantized layers.
+
+    Args:
+        entries: The entries of the model's clip tables: "und" first, then languages, then the class of tokens "sink",
+            if the tables have it; pooled tables have no languages.
+        by_language: Whether the entries differ; then the first pass without any language set gives a UserWarning.
+
+    Attributes:
+        common_entry: The entry that all tokens of the running pass read, where that is known without waiting for a
+            device: layers are spared looking each token's up. None for several, and in compiled code, which would hold
+            on to it.
+
+    Raises:
+        ValueError: The entries do not start with "und".
+    """
+
+    def __init__(self, entries: Sequence[str], by_language: bool = True) -> None:
+        self._entries = Entries(entries, by_language)
+        self.common_entry: int | None = None
+        self._make_cache: MakeCache | None = None
+        # The model, and the modules whose forward passes are hooked.
+        self._model: nn.Module | None = None
+        self._hooked: tuple[nn.Module, ...] = ()
+        self._decoder: nn.Module | None = None  # the module that takes a cache
+        self._features = False  # whether an encoder reads features, such as a spectrogram's, instead of tokens
+        self._no_pass()
+
+    def _no_pass(self) -> None:
+        """Be in no forward pass, with nothing of an earlier one."""
+        self._running = RunningPass()
+        self._buffers = IdBuffers()
+        self._counted = False  # whether the running pass has counted the languages that have no entry
+        self._batch_entries: list[int] = []
+        self._release()
+
+    def _release(self) -> None:
+        self.common_entry = None
+        self._ids: torch.Tensor | None = None  # int32 [batch, tokens], or [batch] for features
+        self._batch_ids: torch.Tensor | None = None  # int32 [batch]
+        self._memory: tuple[torch.Tensor, torch.Tensor] | None = None  # what cross-attention reads, and its ids
+        self._mask: torch.Tensor | None = None  # the attention mask [batch, tokens], for the INT4 cache
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The names of the tables' entries."""
+        return self._entries.names
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The old name of `entries`."""
+        warn_renamed("LanguageState.rows", "LanguageState.entries")
+        return self.entries
+
+    @property
+    def unserved(self) -> Counter[str]:
+        """By primary language subtag, the rows of batches, over all passes, whose language had no entry where others
+        have one.
+        """
+        return self._entries.unserved
+
+    def entry(self, tag: str) -> int:
+        """The entry that serves a canonical BCP-47 tag, 0 (`und`) when no entry's language is close to it."""
+        return self._entries.entry(tag)
+
+    def row(self, tag: str) -> int:
+        """The old name of `entry`."""
+        warn_renamed("LanguageState.row", "LanguageState.entry")
+        return self.entry(tag)
+
+    def copied_with(self, memo: dict[int, Any]) -> bool:
+        """Whether a copy in progress is that of the model, or of a part that has its passes; not of a layer alone."""
+        return not self._hooked or any(id(module) in memo for module in self._hooked)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LanguageState":
+        """A copy of a layer alone has the state of the layer's model, not a copy of all of it."""
+        if not self.copied_with(memo):
+            return self
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of a model: a copy is in no forward pass and has counted nothing."""
+        entries = copy.copy(self._entries)
+        entries.unserved = Counter()
+        per_pass = {"_running", "_buffers", "_counted", "_ids", "_batch_ids", "_batch_entries", "_memory", "_mask"}
+        kept = {name: value for name, value in self.__dict__.items() if name not in per_pass}
+        return kept | {"_entries": entries, "common_entry": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._no_pass()
+
+    def attach(self, model: nn.Module, make_cache: MakeCache | None = None) -> list[RemovableHandle]:
+        """Hook the state to a model: its forward passes set the ids first and release them at the end.
+
+        An encoder-decoder's two parts have positions of their own and set their ids each for itself; cross-attention
+        reads those of the encoder.
+
+        Args:
+            model: The model.
+            make_cache: Called with the module and the arguments of each pass of the part that decodes; the cache that
+                the pass is to have, or None to leave the caller's.
+
+        Returns:
+            The handles of the hooks.
+        """
+        self._model = model
+        # The body of a Hugging Face model may be called alone, for its hidden states.
+        whole = [model, getattr(model, "base_model", model)]
+        reading = whole
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            hugging_face: Any = model
+            reading = [hugging_face.get_encoder(), hugging_face.get_decoder()]
+            self._features = _reads_features(reading[0])
+        self._make_cache, self._decoder = make_cache, reading[-1]
+        modules = {id(module): module for module in [*whole, *reading]}
+        self._hooked = tuple(modules.values())
+        handles = []
+        for key, module in modules.items():
+            begin, end = self._begin if any(key == id(part) for part in reading) else self._enter, self._end
+            if module is not model and reading is whole:
+                begin, end = self._begin_body, self._end_body
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(end, always_call=True))
+        return handles
+
+    @property
+    def current_pass(self) -> Any:
+        """An object that is another one in every forward pass; None outside of them."""
+        return self._ids
+
+    def ids_for(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The language ids (int32) for a layer's input x [..., K]: they match x's leading dimensions from the left.
+
+        None, the pooled entry, outside a forward pass of the model. x has the pass's [batch, tokens] positions, the
+        same positions flattened, only the last ones of each row (a head under `logits_to_keep`), those of the encoder
+        that a decoder's cross-attention reads, or one row for each of the batch (a pooler, a classifier's head), which
+        reads its language's entry whichever token it was.
+
+        Raises:
+            RuntimeError: x has another shape, because it cannot be known which token is whose.
+        """
+        ids = self._ids
+        if ids is None:
+            return None
+        memory = self._memory
+        if memory is not None and (
+            x is memory[0] or (_matching(ids, x) is None and _matching(memory[1], x) is not None)
+        ):
+            ids = memory[1]
+        matching = _matching(ids, x)
+        if matching is None and self._batch_ids is not None and x.ndim == 2 and len(x) == len(self._batch_ids):
+            matching = self._batch_ids
+        if matching is None:
+            raise RuntimeError(
+                f"a quantized layer got an input of shape {list(x.shape)} in a forward pass over [batch, tokens] = "
+                f"{list(ids.shape)}; the language of each of its rows is unknown"
+            )
+        return matching if matching.device == x.device else matching.to(x.device)
+
+    @contextmanager
+    def picked(self, x: torch.Tensor, tokens: torch.Tensor) -> Iterator[None]:
+        """Inside, layers read rows x[tokens] of a layer's input x [T, K] (int64 [n]), as experts do."""
+        before, memory = self._ids, self._memory
+        ids = self.ids_for(x)
+        self._ids, self._memory = None if ids is None else ids[tokens], None
+        try:
+            yield
+        finally:
+            self._ids, self._memory = before, memory
+
+    def _begin_body(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # In a compiled graph of the whole model, which has set the ids before it: a break less.
+        if torch.compiler.is_compiling() and self._running.outermost is self._model:
+            return None
+        return self._begin(model, args, kwargs)
+
+    def _end_body(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (torch.compiler.is_compiling() and self._running.outermost is self._model):
+            self._end(model, args, output)
+
+    # What sets and releases the ids is never traced: it reads the context, and a graph would hold on to what it read.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._running.enter(model):
+            self._counted = False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._enter(model, args, kwargs)
+        arguments = kwargs
+        if args:
+            arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        inputs = args[0] if args else arguments.get("input_ids")
+        if inputs is None:
+            inputs = arguments.get("inputs_embeds")
+        if inputs is None and _reads_features(model):
+            inputs = arguments.get(str(model.main_input_name))
+        if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2:
+            raise LaAciqError(
+                "a quantized model's call needs input_ids [batch, tokens] or inputs_embeds [batch, tokens, width]"
+            )
+        batch, device = inputs.shape[0], inputs.device
+        self._memory = self.common_entry = None
+        self._batch_entries = self._entries.of_batch(batch, self._counted)
+        self._counted = True
+        if _reads_features(model):  # how many positions it makes of them is its own affair, and none is a first token
+            self._ids, self._batch_ids = self._write("tokens", (batch,), device)
+            return None
+        first = first_tokens(inputs.shape[1], device, arguments.get("attention_mask"), arguments.get("past_key_values"))
+        self._ids, self._batch_ids = self._write("tokens", (batch, inputs.shape[1]), device, first)
+        if (
+            device.type == "cpu"
+            and len(set(self._batch_entries)) == 1
+            and not (self._entries.sink is not None and bool(first.any()))
+        ):
+            self.common_entry = self._batch_entries[0]
+        memory = arguments.get("encoder_hidden_states")
+        if isinstance(memory, torch.Tensor) and memory.ndim == 3:
+            self.common_entry = None
+            if self._features:
+                ids, _ = self._write("memory", (batch,), device)
+            else:
+                first = first_tokens(memory.shape[1], device, arguments.get("encoder_attention_mask"), None)
+                ids, _ = self._write("memory", (batch, memory.shape[1]), device, first)
+            self._memory = (memory, ids)
+        if self._make_cache is None or not (model is self._decoder or self._model in self._running):
+            return None
+        mask = arguments.get("attention_mask")
+        self._mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        cache = self._make_cache(model, arguments)
+        return None if cache is None else (args, kwargs | {"past_key_values": cache})
+
+    def batch_ids(self, batch: int, device: torch.device) -> torch.Tensor:
+        """The language id of each row of the running pass's batch, int32 [batch]; `und` outside of a pass.
+
+        Raises:
+            LaAciqError: The running pass has another batch.
+        """
+        entries = self._batch_entries if self._ids is not None else [0] * batch
+        if len(entries) != batch:
+            raise LaAciqError(f"the cache got a batch of {batch} rows in a pass over {len(entries)}")
+        return torch.tensor(entries, dtype=torch.int32, device=device)
+
+    def check_batch_ids(self, ids: torch.Tensor) -> None:
+        """Compare ids [batch] with the running pass's, on the CPU, where reading them is free.
+
+        Raises:
+            LaAciqError: They differ.
+        """
+        if ids.device.type == "cpu" and self._ids is not None and ids.tolist() != self._batch_entries:
+            raise LaAciqError(
+                "the languages of the batch changed between prefill and decode, and what is cached was quantized under "
+                "the first ones; start with a new cache"
+            )
+
+    def starts_of_batch(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """The number of each sequence's first token after left padding, int64 [batch]: that of the next token where
+        the mask has none yet. None without a mask.
+        """
+        if self._mask is None or self._ids is None or self._mask.shape[0] != batch:
+            return None
+        seen = self._mask.to(device) != 0
+        starts = seen.to(torch.uint8).argmax(dim=1)
+        return torch.where(seen.any(dim=1), starts, seen.shape[1])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # The hook also runs after a pass that `_begin` refused: that pass must not release another thread's.
+        if self._running.leave(model):
+            self._release()
+
+    def _write(
+        self, role: str, shape: tuple[int, ...], device: torch.device, first: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of this shape, [batch, tokens] or [batch], and of the batch, int32 [batch], in their role's persistent
+        buffers; `first` get the sink's.
+        """
+        batch, entries = shape[0], self._batch_entries
+        ids = self._buffers.view(role, shape, device)
+        batch_ids = self._buffers.view(f"{role} batch", (batch,), device)
+        if len(set(entries)) == 1:
+            batch_ids.fill_(entries[0])
+            ids.fill_(entries[0])
+        else:
+            batch_ids.copy_(torch.tensor(entries, dtype=torch.int32))
+            ids.copy_(batch_ids.view(-1, *[1] * (len(shape) - 1)))
+        sink = self._entries.sink
+        if sink is not None and first is not None and ids.numel():
+            ids.masked_fill_(first, sink)
+        return ids, batch_ids
+
+
+def _reads_features(module: nn.Module) -> bool:
+    """Whether a Hugging Face module reads something else than tokens or their embeddings, such as a spectrogram."""
+    return getattr(module, "main_input_name", "input_ids") not in ("input_ids", "inputs_embeds")
+
+
+def _matching(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """Ids [batch, tokens], [batch] or [tokens], as they belong to the leading dimensions of x [..., K], if they do."""
+    leading = x.shape[:-1]
+    if leading[: ids.ndim] == ids.shape:
+        return ids
+    if ids.ndim == 2:
+        if len(leading) == 1 and leading[0] == ids.numel():
+            return ids.view(-1)
+        if len(leading) == 2 and leading[0] == ids.shape[0] and leading[1] < ids.shape[1]:
+            return ids[:, ids.shape[1] - leading[1] :]
+    return None
