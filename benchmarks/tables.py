@@ -205,8 +205,8 @@ def embedded_rows(results: dict) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in timed["versions"].items())
         lines[-1] += (
             f" *tokens/s*: decoding speed of one sequence after a prompt of {timed['prompt']} tokens on "
-            f"{timed['device']} with {timed['threads']} threads ({timed['measured'][:10]}, {versions}). –: quantization is "
-            "simulated in float32, so there is no speed to report."
+            f"{timed['device']} with {timed['threads']} threads ({timed['measured'][:10]}, {versions}). –: "
+            "quantization is simulated in float32, so there is no speed to report."
         )
     lines.append("")
     header = ["configuration", "bits/weight", "mean", "worst", "gap", "tail"] + ["tokens/s"] * bool(timed)
