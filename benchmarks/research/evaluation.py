@@ -199,8 +199,10 @@ class Bench:
         self.windows = {
             tag: text.windows(tag, tokens=tokens, seqlen=SEQLEN, skip=skip) for tag, text in self.texts.items()
         }
-        self.bytes = {tag: segment_sums([w.byte_counts for w in own]) for tag, own in self.windows.items()}
-        self.tokens = {tag: segment_sums([np.ones(len(w.ids) - 1) for w in own]) for tag, own in self.windows.items()}
+        self.bytes = {tag: segment_sums([w.byte_counts for w in own], own) for tag, own in self.windows.items()}
+        self.tokens = {
+            tag: segment_sums([np.ones(len(w.ids) - 1) for w in own], own) for tag, own in self.windows.items()
+        }
         self.reference = self._kept(f"reference-{skip}", tokens, lambda: self.losses(full))
         self.model = full.to(torch.bfloat16)
         self._empty = copy.deepcopy(self.model).to("meta")
@@ -227,7 +229,7 @@ class Bench:
     def losses(self, model: nn.Module, tagged: str | None = None) -> dict[str, Any]:
         """Nats per segment by language."""
         model.eval()
-        return {tag: segment_sums(token_losses(model, own, tagged or tag)) for tag, own in self.windows.items()}
+        return {tag: segment_sums(token_losses(model, own, tagged or tag), own) for tag, own in self.windows.items()}
 
     def bits(self, run: Run) -> float:
         """The bits per weight of a configuration of ours, without its values."""

@@ -114,7 +114,7 @@ class Simulated:
         found = {}
         for tag, own in windows.items():
             self.row = rows[tag]
-            found[tag] = segment_sums(token_losses(self.model, own, tag))
+            found[tag] = segment_sums(token_losses(self.model, own, tag), own)
         return found
 
     def _round(self, site: str, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
-"""Language tags: BCP-47 in, the row of a table out.
+"""Language tags: BCP-47 in, the entry of a table out.
 
-Matching is `langcodes`' (CLDR distances): `pt-BR` is served by `pt`, `zh-Hans-CN` by `zh`; a language that no row is
-close to is served by `und`, BCP-47's "undetermined", the pooled row every table has.
+Matching uses the CLDR distances of `langcodes`: `pt` serves `pt-BR`, `zh` serves `zh-Hans-CN`. The entry `und` (BCP-47's
+"undetermined"), which every table has, serves a language without a close entry. It also serves every tag that names no
+language, whatever script or region the tag has: `und-Latn` is `und`, and so are `mul-x-mixed`, `mis` and `zxx`.
 """
 
 from collections.abc import Iterable
@@ -13,17 +14,29 @@ from .errors import LaAciqError
 UND = "und"
 SINK = "sink"  # the entry of a sequence's first token, the attention sink; no language
 
+# Subtags and tags of the registry that stand where a language would and name none: undetermined, several, uncoded,
+# not language, and the language that a server uses by default.
+_NO_LANGUAGE = frozenset({UND, "mul", "mis", "zxx"})
+_DEFAULT_LANGUAGE = "i-default"
 # The longest tag that a registry-conforming client sends is far shorter; a longer string is somebody's mistake.
 _MAX_LENGTH = 64
-# CLDR distance up to which one language is served by another's row (langcodes' own default is 25, which lets Danish
-# be served by Norwegian; 10 keeps to the same language in another region or script).
+# CLDR distance up to which one language's entry serves another (with 25, the default of langcodes, Norwegian would serve
+# Danish; 10 keeps to the same language in another region or script).
 _MAX_DISTANCE = 10
 
 
 def canonical(tag: str) -> str:
-    """The canonical form of a BCP-47 tag: `pt-br` -> `pt-BR`, `deu` -> `de`, `UND` -> `und`.
+    """The canonical form of a BCP-47 tag: `pt-br` -> `pt-BR`, `deu` -> `de`, `und-Latn` -> `und`.
 
-    Raises `LaAciqError` when the tag is not well-formed BCP-47 or its language is not registered.
+    Args:
+        tag: in upper or lower case, with hyphens or underscores.
+
+    Returns:
+        The canonical tag; `und` when the language subtag is und, mul, mis or zxx, and for i-default.
+
+    Raises:
+        LaAciqError: the tag is not well-formed BCP-47, or its language is not registered.
+        TypeError: the tag is not a string.
     """
     if not isinstance(tag, str):
         raise TypeError(f"language tag must be a string such as 'sw', got {type(tag).__name__}")
@@ -31,21 +44,30 @@ def canonical(tag: str) -> str:
         raise LaAciqError(
             f"language tag {tag[:20]!r} has {len(tag)} characters; expected a BCP-47 tag such as 'sw' or 'pt-BR'"
         )
-    if tag.lower() == UND:
-        return UND
     try:
         known = langcodes.tag_is_valid(tag)
     except (ValueError, AttributeError):
         known = False
     if not known:
         raise LaAciqError(f"language tag {tag!r} is not BCP-47 (a language of the registry, such as 'sw' or 'pt-BR')")
-    return str(langcodes.standardize_tag(tag))
+    standard = str(langcodes.standardize_tag(tag))
+    no_language = standard.partition("-")[0] in _NO_LANGUAGE or tag.lower().replace("_", "-") == _DEFAULT_LANGUAGE
+    return UND if no_language else standard
 
 
 def match(tag: str, available: Iterable[str]) -> str:
-    """The entry of `available` (canonical tags) that serves `tag`, or `und` when none is close.
+    """The entry that serves a language.
 
-    Raises `LaAciqError` for a tag that is not BCP-47.
+    Args:
+        tag: a BCP-47 tag, canonical or not.
+        available: the canonical tags of the entries.
+
+    Returns:
+        The entry's tag, or `und` when the tag names no language or no entry is close to it.
+
+    Raises:
+        LaAciqError: the tag is not BCP-47.
+        TypeError: the tag is not a string.
     """
     wanted = canonical(tag)
     languages = [language for language in available if language != UND]
@@ -53,5 +75,5 @@ def match(tag: str, available: Iterable[str]) -> str:
         return wanted
     if wanted == UND or not languages:
         return UND
-    found, _distance = langcodes.closest_match(wanted, languages, max_distance=_MAX_DISTANCE)
-    return str(found)
+    closest, _distance = langcodes.closest_match(wanted, languages, max_distance=_MAX_DISTANCE)
+    return str(closest)

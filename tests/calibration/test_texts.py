@@ -36,7 +36,9 @@ class TestLoading:
         ("files", "message"),
         [
             ({"english": "hello"}, r"english\.txt: language tag 'english' is not BCP-47"),
-            ({"und": "hello"}, "'und' is the row that pools"),
+            ({"und": "hello"}, r"und\.txt: 'und' names no language"),
+            ({"und-Latn": "hello"}, r"und-Latn\.txt: 'und-Latn' names no language"),
+            ({"mul_US": "hello"}, "'mul_US' names no language"),
             ({"sw": "habari", "swa": "habari"}, "one of 2 files for the language 'sw'"),
             ({"sw": " \n"}, "the text for 'sw' is empty"),
             ({"sw": b"habari \xe9\xa8"}, "not UTF-8: byte 7"),
@@ -57,6 +59,12 @@ class TestLoading:
             ('{"language": "sw", "text": 3}', "line 1: expected an object"),
             ('{"language": "klingon", "text": "a"}', "line 1: language tag 'klingon'"),
             ('{"language": "sw", "text": ""}', "line 1: the text for 'sw' is empty"),
+            ('{"language": "zxx-x-code", "text": "a"}', "line 1: 'zxx-x-code' names no language"),
+            (
+                '{"language": "en", "text": "a"}\n{"language": "sw", "text": "a \\ud83d b"}',
+                r"line 2: the text for 'sw' has a lone surrogate, U\+D83D, as character 2",
+            ),
+            ("[" * 100_000, "line 1 is not JSON"),
             ("\n \n", "is empty"),
         ],
     )
@@ -65,6 +73,10 @@ class TestLoading:
         file.write_text(content)
         with pytest.raises(LaAciqError, match=message):
             load_texts(file)
+
+    def test_a_character_that_json_escapes_as_a_pair_of_surrogates(self, tmp_path):
+        (tmp_path / "texts.jsonl").write_text('{"language": "en", "text": "a \\ud83d\\ude00 b"}\r\n')
+        assert load_texts(tmp_path / "texts.jsonl") == {"en": "a 😀 b"}
 
     def test_no_such_place(self, tmp_path):
         with pytest.raises(LaAciqError, match="not found"):
@@ -116,6 +128,9 @@ class TestTokenizing:
             ({"en": ""}, LaAciqError, "the text for 'en' is empty"),
             ({"en": []}, LaAciqError, "the text for 'en' is empty"),
             ({"xx": "a"}, LaAciqError, "BCP-47"),
+            ({"und-Latn": "a"}, LaAciqError, "'und-Latn' names no language"),
+            ({"en": "a", "sw": "\udca9"}, LaAciqError, r"the text for 'sw' has a lone surrogate, U\+DCA9"),
+            ({"en": ["a", "b\ud83d"]}, LaAciqError, r"the text for 'en' has a lone surrogate, U\+D83D"),
             ({"de": "a", "deu": "b"}, LaAciqError, "the language 'de' twice"),
             ({"en": torch.zeros(3)}, TypeError, "one-dimensional token ids"),
             ({"en": torch.zeros((2, 3), dtype=torch.int64)}, TypeError, "one-dimensional token ids"),

@@ -53,8 +53,20 @@ def test_a_loss_that_is_not_finite_is_an_error():
 
 
 def test_segments_do_not_cross_windows():
-    windows = [np.ones(300), np.full(127, 2.0), np.full(128, 3.0), np.full(129, 4.0)]
-    assert segment_sums(windows).tolist() == [128, 128, 44, 254, 384, 512, 4]
+    values = [np.ones(300), np.full(127, 2.0), np.full(128, 3.0), np.full(129, 4.0)]
+    windows = [Window(np.zeros(len(v) + 1, dtype=np.int64), None) for v in values]
+    assert segment_sums(values, windows).tolist() == [128, 128, 44, 254, 384, 512, 4]
+
+
+def test_a_segment_without_a_byte_joins_its_neighbour():
+    counts = [np.ones(300, dtype=np.int64) for _ in range(4)]
+    counts[1][:128] = 0
+    counts[2][128:256] = 0
+    counts[2][256:] = 0
+    counts[3][:] = 0
+    windows = [Window(np.zeros(301, dtype=np.int64), c) for c in counts]
+    assert segment_sums([np.ones(300)] * 4, windows).tolist() == [128, 128, 44, 256, 44, 300]
+    assert segment_sums(counts, windows).tolist() == [128, 128, 44, 128, 44, 128]
 
 
 def pairs(n=40, seed=0):

@@ -208,7 +208,7 @@ def test_each_configuration_takes_the_profile_with_its_rotation(model, profile):
 
 
 def test_one_segment_is_no_sample(model):
-    with pytest.raises(LaAciqError, match=r"tokens = 100.*at least two segments.*'en' has one"):
+    with pytest.raises(LaAciqError, match=r"tokens = 100.*at least two segments.*'en' has 1 "):
         evaluate(model, model, texts=random_texts(), seqlen=200, tokens=100, progress=False)
 
 

@@ -25,9 +25,10 @@ _BETWEEN = "\n\n"
 class Window:
     """A stretch of text that a model reads as one sequence.
 
-    ids: int64 [t], what the model reads; predictions are made of ids[1:].
-    byte_counts: int64 [t - 1], how many bytes of UTF-8 text each predicted token adds, or None where the text is not
-        known. Several tokens may share one character; its bytes count with the first of them.
+    Attributes:
+        ids: int64 [t], the token ids that the model reads. It predicts ids[1:].
+        byte_counts: int64 [t - 1], the bytes of UTF-8 text that each predicted token adds, or None when the text is
+            not known. Several tokens may share one character; its bytes count with the first of these tokens.
     """
 
     ids: NDArray[np.int64]
@@ -38,8 +39,10 @@ class Window:
 class TokenizedText:
     """The token ids of a text.
 
-    ids: int64 [n]. byte_ends: int64 [n], bytes of UTF-8 text up to the end of each token, or None where the text is not
-    known. bos: the id every window starts with, for tokenizers that begin a text with one; None for the others.
+    Attributes:
+        ids: int64 [n].
+        byte_ends: int64 [n], bytes of UTF-8 text up to the end of each token, or None when the text is not known.
+        bos: the id that every window starts with, for tokenizers that begin a text with such an id, else None.
     """
 
     ids: NDArray[np.int64]
@@ -47,11 +50,22 @@ class TokenizedText:
     bos: int | None = None
 
     def windows(self, tag: str, *, tokens: int, seqlen: int, skip: int = 0) -> list[Window]:
-        """`tokens` tokens after the first `skip` of them, in windows of at most seqlen (the last one may be shorter).
+        """Cut the text into the windows that a model reads.
 
-        Without a `bos` every window's first token is read but not predicted; with one, the bos is read in addition to
-        the window's tokens and all of them are predicted. Raises `LaAciqError`, with the numbers, when the text is too
-        short.
+        Without a `bos`, the model reads but does not predict the first token of a window. With a `bos`, it reads the
+        bos before the window's tokens, and predicts all of them.
+
+        Args:
+            tag: the language, for error messages.
+            tokens: how many tokens the windows hold together, at least 2.
+            seqlen: the most ids in one window, at least 2. The last window may be shorter.
+            skip: how many tokens at the start of the text are left out.
+
+        Returns:
+            The windows, in the order of the text.
+
+        Raises:
+            LaAciqError: the text is too short, or a number is too small.
         """
         if seqlen < 2 or tokens < 2 or skip < 0:
             raise LaAciqError(
@@ -80,10 +94,19 @@ class TokenizedText:
 
 
 def load_texts(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Texts by canonical language tag: from a folder of `<tag>.txt` files or a JSONL file with "language" and "text".
+    """Read texts from a folder of `<tag>.txt` files, or from a JSONL file with "language" and "text".
 
-    Both are UTF-8. Lines of a JSONL file with the same language are put together as paragraphs. Raises `LaAciqError`,
-    naming the file and line, for anything else.
+    Lines of a JSONL file with the same language are put together as paragraphs.
+
+    Args:
+        path: the folder or the file; all files are UTF-8, with or without a byte order mark.
+
+    Returns:
+        The text of each language, by canonical tag.
+
+    Raises:
+        LaAciqError: a file cannot be read, a tag names no language, or a text is empty or no Unicode text. The message
+            names the file and the line.
     """
     source = Path(path)
     if source.is_dir():
@@ -94,36 +117,45 @@ def load_texts(path: str | os.PathLike[str]) -> dict[str, str]:
             )
         pieces = [(_language(file.stem, str(file)), _read_utf8(file), str(file)) for file in files]
         tags = [tag for tag, _, _ in pieces]
-        for tag, _, where in pieces:
+        for tag, _, place in pieces:
             if tags.count(tag) > 1:
-                raise LaAciqError(f"{where} is one of {tags.count(tag)} files for the language {tag!r}; expected one")
+                raise LaAciqError(f"{place} is one of {tags.count(tag)} files for the language {tag!r}; expected one")
     elif source.is_file():
         pieces = _read_jsonl(source)
     else:
         raise LaAciqError(f"texts {str(source)!r} not found; expected a folder of <tag>.txt files or a .jsonl file")
     texts: dict[str, list[str]] = {}
-    for tag, text, where in pieces:
+    for tag, text, place in pieces:
         if not text.strip():
-            raise LaAciqError(f"{where}: the text for {tag!r} is empty")
+            raise LaAciqError(f"{place}: the text for {tag!r} is empty")
+        _check_unicode(tag, text, f"{place}: ")
         texts.setdefault(tag, []).append(text)
-    return {tag: _BETWEEN.join(parts) for tag, parts in texts.items()}
+    return {tag: _BETWEEN.join(paragraphs) for tag, paragraphs in texts.items()}
 
 
 def tokenize(texts: Mapping[str, Any], tokenizer: Any = None) -> dict[str, TokenizedText]:
-    """Token ids by canonical language tag.
+    """Turn texts into token ids.
 
-    texts: by BCP-47 tag a str, a list of str (put together as paragraphs), token ids (a one-dimensional integer tensor
-    or array; then the tokenizer may be None), or a TokenizedText. Raises `LaAciqError` for an empty text and for a tag
-    that is not BCP-47, TypeError for anything else.
+    Args:
+        texts: by BCP-47 tag a str, a list of str (put together as paragraphs), token ids (a one-dimensional integer
+            tensor or array; then the tokenizer may be None), or a `TokenizedText`.
+        tokenizer: a tokenizer of transformers.
+
+    Returns:
+        The token ids of each language, by canonical tag.
+
+    Raises:
+        LaAciqError: a text is empty or no Unicode text, or a tag is not BCP-47 or names no language.
+        TypeError: a text is something else.
     """
     if not texts:
         raise LaAciqError("texts is empty; expected at least one language")
     bos = None if tokenizer is None else _bos(tokenizer)
     result: dict[str, TokenizedText] = {}
-    for given, text in texts.items():
-        tag = _language(given, "texts")
+    for key, text in texts.items():
+        tag = _language(key, "texts")
         if tag in result:
-            raise LaAciqError(f"texts has the language {tag!r} twice (as {given!r} the second time)")
+            raise LaAciqError(f"texts has the language {tag!r} twice (as {key!r} the second time)")
         result[tag] = _tokenize_one(tag, text, tokenizer, bos)
         if len(result[tag].ids) == 0:
             raise LaAciqError(f"the text for {tag!r} is empty")
@@ -133,7 +165,7 @@ def tokenize(texts: Mapping[str, Any], tokenizer: Any = None) -> dict[str, Token
 def _tokenize_one(tag: str, text: Any, tokenizer: Any, bos: int | None) -> TokenizedText:
     if isinstance(text, TokenizedText):
         return text
-    if isinstance(text, Sequence) and not isinstance(text, str) and all(isinstance(part, str) for part in text):
+    if isinstance(text, Sequence) and not isinstance(text, str) and all(isinstance(item, str) for item in text):
         text = _BETWEEN.join(text)
     if not isinstance(text, str):
         ids = np.asarray(text)
@@ -143,6 +175,7 @@ def _tokenize_one(tag: str, text: Any, tokenizer: Any, bos: int | None) -> Token
                 f"got {type(text).__name__} of {ids.dtype} {list(ids.shape)}"
             )
         return TokenizedText(ids.astype(np.int64))
+    _check_unicode(tag, text)
     if tokenizer is None:
         raise TypeError(f"texts[{tag!r}] is a string, so a tokenizer is needed; got tokenizer=None")
     if not getattr(tokenizer, "is_fast", False):
@@ -150,7 +183,7 @@ def _tokenize_one(tag: str, text: Any, tokenizer: Any, bos: int | None) -> Token
         return TokenizedText(np.asarray(encoded["input_ids"], dtype=np.int64), None, bos)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     # Offsets count characters of the text; the prefix sum turns them into bytes of UTF-8.
-    codepoints = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    codepoints = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (codepoints > 0x7F).astype(np.int64) + (codepoints > 0x7FF) + (codepoints > 0xFFFF)
     bytes_before = np.concatenate([[0], np.cumsum(widths)])
     ends = np.asarray([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
@@ -165,14 +198,27 @@ def _bos(tokenizer: Any) -> int | None:
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def _language(tag: str, where: str) -> str:
+def _language(tag: str, place: str) -> str:
     try:
         language = canonical(tag)
     except LaAciqError as error:
-        raise LaAciqError(f"{where}: {error}") from error
+        raise LaAciqError(f"{place}: {error}") from error
     if language == UND:
-        raise LaAciqError(f"{where}: 'und' is the row that pools the languages; expected the tag of one language")
+        raise LaAciqError(
+            f"{place}: {tag!r} names no language; expected the tag of the language of the text, such as 'sw'"
+        )
     return language
+
+
+def _check_unicode(tag: str, text: str, place: str = "") -> None:
+    """Raises `LaAciqError` for a text with a lone surrogate, which no encoding of Unicode can express."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LaAciqError(
+            f"{place}the text for {tag!r} has a lone surrogate, U+{ord(text[error.start]):04X}, as character "
+            f"{error.start}: half of a character that was cut in two; remove it or write the whole character"
+        ) from error
 
 
 def _read_utf8(file: Path) -> str:
@@ -191,14 +237,14 @@ def _read_jsonl(file: Path) -> list[tuple[str, str, str]]:
     for number, line in enumerate(_read_utf8(file).split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"{file} line {number}"
+        place = f"{file} line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
-            raise LaAciqError(f'{where} is not JSON; expected {{"language": "sw", "text": "..."}}') from error
+        except (ValueError, RecursionError) as error:
+            raise LaAciqError(f'{place} is not JSON; expected {{"language": "sw", "text": "..."}}') from error
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("language", "text")):
-            raise LaAciqError(f'{where}: expected an object with the strings "language" and "text"')
-        pieces.append((_language(entry["language"], where), entry["text"], where))
+            raise LaAciqError(f'{place}: expected an object with the strings "language" and "text"')
+        pieces.append((_language(entry["language"], place), entry["text"], place))
     if not pieces:
         raise LaAciqError(f"{file} is empty; expected one JSON object per line with the language and the text")
     return pieces

@@ -73,9 +73,34 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     )
 
 
-def segment_sums(values: Sequence[NDArray[np.generic]]) -> Float64:
-    """Sums over the segments of each window: float64 [segments], windows one after the other."""
-    return np.concatenate([np.add.reduceat(v.astype(np.float64), np.arange(0, len(v), SEGMENT)) for v in values])
+def segment_starts(window: Window) -> NDArray[np.int64]:
+    """Where the segments of a window start among its predicted tokens: int64 [segments], the first one 0.
+
+    A segment is up to `SEGMENT` predicted tokens. Tokens that together add no byte of text, such as the last bytes of
+    one character, belong to the segment before them, or to the next one at the start of a window. The result is empty
+    when no predicted token adds a byte.
+    """
+    starts = np.arange(0, len(window.ids) - 1, SEGMENT)
+    if window.byte_counts is None or not len(starts):
+        return starts
+    starts = starts[np.add.reduceat(window.byte_counts, starts) > 0]
+    starts[:1] = 0
+    return starts
+
+
+def segment_sums(values: Sequence[NDArray[np.generic]], windows: Sequence[Window]) -> Float64:
+    """Sums over the segments of each window.
+
+    Args:
+        values: one array per window, [predicted tokens].
+        windows: the windows; one without a predicted byte has no segment.
+
+    Returns:
+        float64 [segments], windows one after the other.
+    """
+    starts = map(segment_starts, windows)
+    sums = [np.add.reduceat(v.astype(np.float64), s) for v, s in zip(values, starts, strict=True) if len(s)]
+    return np.concatenate(sums) if sums else np.zeros(0)
 
 
 def bootstrap_ratios(

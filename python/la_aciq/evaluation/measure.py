@@ -29,6 +29,7 @@ from .loss import (
     Float64,
     gap_difference,
     gap_interval,
+    segment_starts,
     segment_sums,
     tail_rate,
     token_losses,
@@ -148,13 +149,20 @@ class _Texts:
         windows = {
             tag: text.windows(tag, tokens=tokens, seqlen=seqlen, skip=skipped[tag]) for tag, text in tokenized.items()
         }
-        # A window of one token predicts nothing; only the last window of a text can be one.
-        data = cls({tag: [w for w in own if len(w.ids) > 1] for tag, own in windows.items()}, skipped, seqlen, tokens)
+        # A window without a segment predicts nothing: one token, or a few that are all of one character.
+        data = cls(
+            {tag: [window for window in cut if len(segment_starts(window))] for tag, cut in windows.items()},
+            skipped,
+            seqlen,
+            tokens,
+        )
         for tag in data.by_language:
-            if len(data.sizes(tag)[0]) < 2:
+            segments = len(data.sizes(tag)[0])
+            if segments < 2:
                 raise LaAciqError(
                     f"tokens = {tokens}: an interval needs at least two segments of up to {SEGMENT} predicted tokens "
-                    f"in each language, and {tag!r} has one"
+                    f"in each language, and the text for {tag!r} has {segments} in which the tokens add text; "
+                    "give more tokens, or a longer seqlen"
                 )
         return data
 
@@ -175,13 +183,17 @@ class _Texts:
         finally:
             model.train(was_training)
 
+    def sums(self, losses: _Losses) -> dict[str, Float64]:
+        """Nats of each segment by language, float64 [segments]."""
+        return {tag: segment_sums(losses[tag], windows) for tag, windows in self.by_language.items()}
+
     def sizes(self, tag: str) -> tuple[Float64, Float64]:
         """Predicted tokens and units (bytes or tokens) of each segment, float64 [segments] each."""
-        own = self.by_language[tag]
-        tokens = segment_sums([np.ones(len(w.ids) - 1) for w in own])
+        windows = self.by_language[tag]
+        tokens = segment_sums([np.ones(len(window.ids) - 1) for window in windows], windows)
         if self.unit == "token":
             return tokens, tokens
-        return tokens, segment_sums([w.byte_counts for w in own if w.byte_counts is not None])
+        return tokens, segment_sums([w.byte_counts for w in windows if w.byte_counts is not None], windows)
 
 
 def _profile_for(config: QuantConfig, profiles: Sequence[Profile]) -> Profile:
@@ -219,8 +231,9 @@ def _report(
     profile: Profile | None = None,
     config: QuantConfig | None = None,
 ) -> Report:
+    before = data.sums(reference)
     differences = {
-        name: {tag: segment_sums(losses[tag]) - segment_sums(reference[tag]) for tag in data.by_language}
+        name: {tag: after - before[tag] for tag, after in data.sums(losses).items()}
         for name, (losses, _) in results.items()
     }
     changes = {
@@ -228,7 +241,7 @@ def _report(
         for name, own in differences.items()
     }
     configurations = [
-        _configuration(name, description, data, reference, differences[name], changes[name])
+        _configuration(name, description, data, before, differences[name], changes[name])
         for name, (_, description) in results.items()
     ]
     summary = {} if profile is None or config is None else summarize(profile, config)
@@ -268,14 +281,14 @@ def _configuration(
     name: str,
     description: _Description,
     data: _Texts,
-    reference: _Losses,
+    reference: Mapping[str, Float64],
     differences: Mapping[str, Float64],
     estimates: Mapping[str, Estimate],
 ) -> Configuration:
     by_language = {}
     for tag, difference in differences.items():
         tokens, units = data.sizes(tag)
-        before = segment_sums(reference[tag]).sum() / units.sum() * _BITS
+        before = reference[tag].sum() / units.sum() * _BITS
         change = estimates[tag]
         low, high = change.interval()
         by_language[tag] = LanguageResult(
