@@ -42,7 +42,9 @@ def test_canonical_form(tag, expected):
     assert canonical(canonical(tag)) == expected
 
 
-@pytest.mark.parametrize("tag", ["", "english", "xx", "e", "en_us_!", "en--US", "sw\n", "../../etc", "a" * 65, "123", " pt", "ｅｎ"])
+@pytest.mark.parametrize(
+    "tag", ["", "english", "xx", "e", "en_us_!", "en--US", "sw\n", "../../etc", "a" * 65, "123", " pt", "ｅｎ"]
+)
 def test_what_is_not_a_tag_is_refused_in_one_sentence(tag):
     with pytest.raises(LaAciqError, match="BCP-47") as error:
         canonical(tag)

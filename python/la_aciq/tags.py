@@ -1,8 +1,9 @@
 """Language tags: BCP-47 in, the entry of a table out.
 
-Matching uses the CLDR distances of `langcodes`: `pt` serves `pt-BR`, `zh` serves `zh-Hans-CN`. The entry `und` (BCP-47's
-"undetermined"), which every table has, serves a language without a close entry. It also serves every tag that names no
-language, whatever script or region the tag has: `und-Latn` is `und`, and so are `mul-x-mixed`, `mis` and `zxx`.
+Matching uses the CLDR distances of `langcodes`: `pt` serves `pt-BR`, `zh` serves `zh-Hans-CN`. The entry `und` (which
+is BCP-47's "undetermined", and which every table has) serves a language without a close entry. It also serves every tag
+that names no language, whatever its script or region is: `und-Latn` is `und`, and so are `mul-x-mixed`, `mis` and
+`zxx`.
 """
 
 from collections.abc import Iterable
@@ -20,8 +21,8 @@ _NO_LANGUAGE = frozenset({UND, "mul", "mis", "zxx"})
 _DEFAULT_LANGUAGE = "i-default"
 # The longest tag that a registry-conforming client sends is far shorter; a longer string is somebody's mistake.
 _MAX_LENGTH = 64
-# CLDR distance up to which one language's entry serves another (with 25, the default of langcodes, Norwegian would serve
-# Danish; 10 keeps to the same language in another region or script).
+# CLDR distance up to which one language's entry serves another. With 25, the default of langcodes, Norwegian would
+# serve Danish; 10 keeps to the same language in another region or script.
 _MAX_DISTANCE = 10
 
 

@@ -1,0 +1,33 @@
+"""`la-aciq demo`: the whole way on a real model."""
+
+import argparse
+from pathlib import Path
+
+from .._files import check_output
+from .arguments import EMBEDDED, Commands, add_model, add_output, add_texts
+from .inputs import load_model, load_texts
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add("demo", run, "calibrate, quantize and report on a real model in twelve languages")
+    parser.add_argument("--quick", action="store_true", help="three languages and little text, to see that it works")
+    add_model(parser, EMBEDDED)
+    add_texts(parser, EMBEDDED)
+    add_output(parser, "demo-output")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the model and the texts, and run the demo."""
+    from .. import demo
+
+    output = Path(arguments.output_dir)
+    check_output(output, "report.json", arguments.force)
+    size = demo.QUICK if arguments.quick else demo.FULL
+    if arguments.languages is None and arguments.texts == EMBEDDED:
+        arguments.languages = list(size.languages)
+    texts = load_texts(arguments)
+    name = "the embedded model" if arguments.model == EMBEDDED else arguments.model
+    print(f"Loading {name}; the texts are in {', '.join(texts)}", flush=True)
+    model, tokenizer = load_model(arguments)
+    demo.run(model, tokenizer, texts, output, size=size, force=arguments.force)

@@ -1,0 +1,98 @@
+"""`la-aciq evaluate`: what quantization costs each language, on text that was not calibrated on."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from .. import choices
+from .._files import check_output, new_folder
+from ..errors import LaAciqError
+from .arguments import SCHEMES, Commands, add_model, add_output, add_texts, add_windows
+from .inputs import load_model, load_texts, print_paths
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add("evaluate", run, "report what quantization costs each language, on held-out text")
+    add_model(parser)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--profile", help="profile folder: compare the usual configurations")
+    subject.add_argument("--quantized", help="folder that quantize wrote: evaluate this model alone")
+    parser.add_argument("--scheme", choices=(*SCHEMES, "KV4"), help="with --profile: only these configurations")
+    parser.add_argument(
+        "--codebook",
+        choices=choices.CODEBOOKS,
+        help=f"with --profile: levels; midtread has a zero (without it: {choices.CODEBOOK})",
+    )
+    add_texts(parser)
+    add_windows(parser)
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, print the report, and write its folder."""
+    from ..demo import configurations, write_report
+    from ..evaluation import evaluate, evaluate_configurations
+    from ..profile import Profile
+
+    output = Path(arguments.output_dir)
+    check_output(output, "report.json", arguments.force)
+    _check_enough_text(arguments)
+    if arguments.quantized is not None and (arguments.scheme or arguments.codebook):
+        raise LaAciqError("--scheme and --codebook choose among a profile's configurations; --quantized has its own")
+    settings: dict[str, Any] = {
+        "seqlen": arguments.seqlen,
+        "tokens": arguments.seqlen * arguments.nsamples,
+        "seed": arguments.seed,
+    }
+    if arguments.quantized is not None:
+        from ..checkpoint import load_quantized
+        from ..models import fingerprint
+
+        texts = load_texts(arguments)
+        quantized: Any = load_quantized(arguments.quantized)
+        model, tokenizer = load_model(arguments)
+        if quantized.la_aciq.fingerprint != fingerprint(model):
+            raise LaAciqError("the quantized model was made from another model than --model")
+        report = evaluate(
+            quantized.to(next(model.parameters()).device),
+            model,
+            texts=texts,
+            tokenizer=tokenizer,
+            name=Path(arguments.quantized).name,
+            **settings,
+        )
+    else:
+        profile = Profile.load(arguments.profile)
+        texts = load_texts(arguments, profile.languages)
+        model, tokenizer = load_model(arguments)
+        usual = configurations(
+            profile.metadata["group_size"],
+            arguments.codebook or choices.CODEBOOK,
+            any(site.kind == "key" for site in profile.sites.values()),
+        )
+        chosen = {
+            name: config if profile.metadata["rotation"]["enabled"] else dataclasses.replace(config, rotate=False)
+            for name, config in usual.items()
+            if arguments.scheme is None or name.partition(" ")[0] == arguments.scheme
+        }
+        if not chosen:
+            raise LaAciqError(f"--scheme {arguments.scheme}: the profile has no keys and values; expected W4...")
+        report = evaluate_configurations(model, profile, chosen, texts=texts, tokenizer=tokenizer, **settings)
+    with new_folder(output, "report.json", arguments.force) as temporary:
+        drawn = write_report(report, temporary)
+    print(report.terminal())
+    print_paths(output / "report.json", drawn)
+
+
+def _check_enough_text(arguments: argparse.Namespace) -> None:
+    """Before the model is loaded: that --nsamples and --seqlen ask for enough text for an interval."""
+    from ..evaluation.loss import SEGMENT
+
+    # The first token of a sample is not predicted.
+    if arguments.nsamples == 1 and arguments.seqlen - 1 <= SEGMENT:
+        raise LaAciqError(
+            f"--nsamples 1 --seqlen {arguments.seqlen}: an interval needs at least two segments of up to {SEGMENT} "
+            f"predicted tokens in each language; give --nsamples 2 or --seqlen {SEGMENT + 2}, or more"
+        )
