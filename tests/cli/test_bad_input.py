@@ -297,9 +297,8 @@ def test_force_replaces_a_profile(run, refused, calibrate, tmp_path):
 
 
 def test_a_disk_that_cannot_be_written(refused, calibrate, monkeypatch, tmp_path):
-
     def full(self, data):
-        raise OSError(28, "No space left on device", "")
+        raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)
     refused("No space left on device: .*profile.safetensors", *calibrate)

@@ -126,11 +126,11 @@ def test_other_models_than_causal_ones(run, texts_folder, tmp_path):
     assert type(load_quantized(tmp_path / "int4")) is BertForMaskedLM
 
 
-@pytest.mark.parametrize("what", ["profile", "quantized"])
-def test_evaluate_writes_a_report(run, what, model_folder, texts_folder, tmp_path, request):
-    given = request.getfixturevalue(f"{what}_folder")
+@pytest.mark.parametrize("kind", ["profile", "quantized"])
+def test_evaluate_writes_a_report(run, kind, model_folder, texts_folder, tmp_path, request):
+    folder = request.getfixturevalue(f"{kind}_folder")
     status, out, _ = run(
-        *("evaluate", "--model", model_folder, f"--{what}", given, "--texts", texts_folder),
+        *("evaluate", "--model", model_folder, f"--{kind}", folder, "--texts", texts_folder),
         *("--seqlen", "64", "--nsamples", "2", "--output_dir", tmp_path / "report"),
     )
     assert status == 0
@@ -138,7 +138,7 @@ def test_evaluate_writes_a_report(run, what, model_folder, texts_folder, tmp_pat
     assert list(report.texts) == ["en", "sw", "th"]
     assert report.texts["sw"] == {"skipped": 128, "tokens": 128}
     names = [c.name for c in report.configurations]
-    assert names == ["int4"] if what == "quantized" else "W4A4 static, per language" in names
+    assert names == ["int4"] if kind == "quantized" else "W4A4 static, per language" in names
     assert all(name in out for name in names)
     for name in ("report.json", "report.md", "changes.png"):
         assert (tmp_path / "report" / name).stat().st_size > 0
@@ -289,7 +289,7 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("argv", "expected"),
     [
         (["--group-size", "64"], ["--group_size", "64"]),
         (["--group-size=64"], ["--group_size=64"]),
@@ -297,5 +297,5 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
         (["--texts", "a-b", "-h"], ["--texts", "a-b", "-h"]),
     ],
 )
-def test_dashes_in_options_are_underscores(given, expected):
-    assert with_underscores(given) == expected
+def test_dashes_in_options_are_underscores(argv, expected):
+    assert with_underscores(argv) == expected

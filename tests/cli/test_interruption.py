@@ -80,8 +80,8 @@ def test_an_interrupted_demos_calibrations_are_taken_up_again(run, model_folder,
 
     profiles = []
 
-    def stop(model, given, *args, **kwargs):
-        profiles.extend(given)
+    def stop(model, measured, *args, **kwargs):
+        profiles.extend(measured)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "evaluate_configurations", stop)
