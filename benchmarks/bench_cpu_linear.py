@@ -39,19 +39,19 @@ class Weight:
     """[n, k] as the codes of la_aciq with their clips, and the values of those codes."""
 
     codes: Tensor
-    scales: Tensor
+    weight_clip: Tensor
     values: Tensor
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        return self.codes.nbytes + self.weight_clip.nbytes
 
 
 @functools.lru_cache(maxsize=1)
 def weight_of(n: int, k: int) -> Weight:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(1)) / k**0.5
-    codes, scales = la_aciq.quantize_dynamic(w, 2.5, group_size=GROUP)
-    return Weight(codes, scales, la_aciq.dequantize(codes, scales=scales, k=k, group_size=GROUP))
+    codes, weight_clip = la_aciq.quantize_dynamic(w, 2.5, group_size=GROUP)
+    return Weight(codes, weight_clip, la_aciq.dequantize(codes, row_clips=weight_clip, k=k, group_size=GROUP))
 
 
 Product = Callable[[Tensor], object]
@@ -67,13 +67,15 @@ def in_turn(products: list[Product], x: Tensor) -> Callable[[], object]:
     return lambda: next(turns)(x)
 
 
-def ours(weight: Weight, bits: int = 16, clip: Tensor | None = None, language: Tensor | None = None) -> list[Product]:
+def ours(
+    weight: Weight, bits: int = 16, clips: Tensor | None = None, language_ids: Tensor | None = None
+) -> list[Product]:
     """As a layer on the CPU calls it: with repacked weights, and arguments that were checked when it was made."""
     options = ops.linear_options(group_size=GROUP, activation_bits=bits)
 
     def product() -> Product:
-        codes, scales = la_aciq.repack_weight(weight.codes), weight.scales.clone()
-        return lambda x: ops.linear_unchecked(x, codes, scales, None, None, clip, language, options)
+        codes, weight_clip = la_aciq.repack_weight(weight.codes), weight.weight_clip.clone()
+        return lambda x: ops.linear_unchecked(x, codes, weight_clip, None, None, clips, language_ids, options)
 
     return [product() for _ in copies_of(weight.nbytes)]
 
@@ -91,7 +93,7 @@ def torch_int4(weight: Weight, dtype: torch.dtype) -> list[Product]:
     n, k = weight.values.shape
     q = torch.stack((weight.codes & 15, weight.codes >> 4), dim=-1).reshape(n, k)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
-    step = (weight.scales / 7.5).T
+    step = (weight.weight_clip / 7.5).T
     parameters = torch.stack((step, step / 2), dim=-1).to(dtype).contiguous()
 
     def product() -> Product:

@@ -248,12 +248,12 @@ def elementwise_cases(rows: int, k: int, dtype: torch.dtype, composed: bool = Fa
 
 def linear_cases(rows: int, n: int, k: int) -> Iterator[Case]:
     weight = torch.randn(n, k, device="cuda") / k**0.5
-    codes, scales = la_aciq.quantize_dynamic(weight, 2.5, group_size=GROUP)
-    dense = la_aciq.dequantize(codes, scales=scales, k=k, group_size=GROUP, dtype=torch.bfloat16)
+    codes, weight_clip = la_aciq.quantize_dynamic(weight, 2.5, group_size=GROUP)
+    dense = la_aciq.dequantize(codes, row_clips=weight_clip, k=k, group_size=GROUP, dtype=torch.bfloat16)
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-    shape, nbytes = f"{rows} x {k}, {n} outputs", codes.nbytes + scales.nbytes + 2 * rows * (n + k)
+    shape, nbytes = f"{rows} x {k}, {n} outputs", codes.nbytes + weight_clip.nbytes + 2 * rows * (n + k)
     case = Case("linear", rows, shape, nbytes, close(2e-2), "linear")
-    case.add_ours(lambda: la_aciq.linear(x, codes, scales, group_size=GROUP))
+    case.add_ours(lambda: la_aciq.linear(x, codes, weight_clip, group_size=GROUP))
     case.implementations["cuBLAS bfloat16"] = lambda: torch.nn.functional.linear(x, dense)
     for name, make in LINEAR_PEERS.items():
         if importlib.util.find_spec(name):
@@ -268,11 +268,11 @@ def linear_cases(rows: int, n: int, k: int) -> Iterator[Case]:
             lambda: la_aciq.linear(
                 x,
                 codes,
-                scales,
+                weight_clip,
                 group_size=GROUP,
                 activation_bits=4,
                 activation_clip="rms",
-                clip=table,
+                clips=table,
                 activation_group_size=GROUP,
             )
         )
@@ -285,18 +285,18 @@ def layer_case(rows: int) -> Iterator[Case]:
     weights = {}
     for name, (n, k) in shapes.items():
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) / k**0.5
-        codes, scales = la_aciq.quantize_dynamic(weight, 2.5, group_size=GROUP)
+        codes, weight_clip = la_aciq.quantize_dynamic(weight, 2.5, group_size=GROUP)
         weights[name] = (
             codes,
-            scales,
-            la_aciq.dequantize(codes, scales=scales, k=k, group_size=GROUP, dtype=torch.bfloat16),
+            weight_clip,
+            la_aciq.dequantize(codes, row_clips=weight_clip, k=k, group_size=GROUP, dtype=torch.bfloat16),
         )
     x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
 
     def mlp(linear: Callable[[Tensor, str], Tensor]) -> Tensor:
         return linear(torch.nn.functional.silu(linear(x, "gate")) * linear(x, "up"), "down")
 
-    nbytes = sum(codes.nbytes + scales.nbytes for codes, scales, _ in weights.values())
+    nbytes = sum(codes.nbytes + weight_clip.nbytes for codes, weight_clip, _ in weights.values())
     case = Case("gated MLP 4096 -> 14336 -> 4096", rows, f"{rows} rows", nbytes, close(3e-2))
     case.add_ours(lambda: mlp(lambda v, name: la_aciq.linear(v, *weights[name][:2], group_size=GROUP)))
     case.implementations["cuBLAS bfloat16"] = lambda: mlp(

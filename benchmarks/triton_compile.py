@@ -112,7 +112,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     def linear(rows: int, n: int = 4096, k: int = 4096, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
         groups = k // 64
         if options.get("activation_bits", 16) < 16:
-            options |= {"clip": table(groups), "language": ids(rows), "activation_group_size": 64}
+            options |= {"clips": table(groups), "language_ids": ids(rows), "activation_group_size": 64}
         weight = empty(n, k // 2, dtype=torch.uint8)
         return op["linear"](
             empty(rows, k, dtype=dtype), weight, empty(n, groups, dtype=torch.float32), group_size=64, **options

@@ -83,7 +83,7 @@ def streaming_problem(kernel: str, rows: int, dtype: torch.dtype, device: str) -
     table = torch.full((LANGUAGES, K // GROUP), 2.5, device=device)
     ids = (torch.arange(rows, device=device) % LANGUAGES).to(torch.int32)
     codes = torch.randint(0, 256, (rows, K // 2), dtype=torch.uint8, device=device)
-    options = {"clip": table, "language": ids, "activation_group_size": GROUP, "group_size": GROUP}
+    options = {"clips": table, "language_ids": ids, "activation_group_size": GROUP, "group_size": GROUP}
     name = kernel.removesuffix(" rotated")
     op = operation("linear" if name == "activations" else name)
     runs: dict[str, Callable[[], Any]] = {
@@ -108,7 +108,7 @@ def linear_problem(rows: int, bits: int, device: str) -> Problem:
     options: dict[str, Any] = {"group_size": GROUP}
     if bits < 16:
         clip = torch.full((1, K // GROUP), 2.5, device=device)
-        options |= {"activation_bits": bits, "clip": clip, "activation_group_size": GROUP}
+        options |= {"activation_bits": bits, "clips": clip, "activation_group_size": GROUP}
     run = partial(operation("linear"), x, weight, scale, **options)
     return Problem(tuning.linear_key(rows, x.dtype, bits), run, linear_candidates(rows, bits))
 

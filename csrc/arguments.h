@@ -63,38 +63,38 @@ inline int64_t product(at::IntArrayRef sizes) {
 inline Tensor checked_table(const char* name, const Tensor& table, int64_t groups) {
   TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, name, ": expected float32, got ", table.scalar_type());
   TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) > 0 && table.size(1) == groups, name,
-                    ": expected shape [languages, ", groups, "], got ", table.sizes());
+                    ": expected shape [num_entries, ", groups, "], got ", table.sizes());
   return table.contiguous();
 }
 
 // Ids of shape lead[:d] (or 1 in any place) as contiguous memory, each standing for `span` consecutive rows.
-struct LanguageIds {
+struct CheckedIds {
   Tensor ids;
   int64_t span = 1;
 
-  Languages of(int64_t languages, int64_t elements_per_row = 1) const {
+  LanguageIds of(int64_t num_entries, int64_t elements_per_row = 1) const {
     return {ids.defined() ? ids.const_data_ptr<int32_t>() : nullptr, span * elements_per_row,
-            static_cast<int32_t>(languages)};
+            static_cast<int32_t>(num_entries)};
   }
 };
 
-inline LanguageIds checked_language(const optional<Tensor>& language, at::IntArrayRef lead) {
-  if (!language) return {};
-  TORCH_CHECK_TYPE(language->scalar_type() == at::kInt, "language: expected int32, got ",
-                   language->scalar_type());
-  bool matches = language->dim() <= static_cast<int64_t>(lead.size());
-  for (int64_t i = 0; matches && i < language->dim(); i++) {
-    matches = language->size(i) == 1 || language->size(i) == lead[i];
+inline CheckedIds checked_language_ids(const optional<Tensor>& language_ids, at::IntArrayRef lead) {
+  if (!language_ids) return {};
+  TORCH_CHECK_TYPE(language_ids->scalar_type() == at::kInt, "language_ids: expected int32, got ",
+                   language_ids->scalar_type());
+  bool matches = language_ids->dim() <= static_cast<int64_t>(lead.size());
+  for (int64_t i = 0; matches && i < language_ids->dim(); i++) {
+    matches = language_ids->size(i) == 1 || language_ids->size(i) == lead[i];
   }
-  TORCH_CHECK_VALUE(matches, "language: expected a shape that matches the leading dimensions ", lead,
-                    " from the left, got ", language->sizes());
-  int64_t used = language->dim();
-  if (language->is_contiguous() && language->sizes() == lead.slice(0, used)) {
-    return {*language, std::max<int64_t>(product(lead.slice(used)), 1)};
+  TORCH_CHECK_VALUE(matches, "language_ids: expected a shape that matches the leading dimensions ", lead,
+                    " from the left, got ", language_ids->sizes());
+  int64_t used = language_ids->dim();
+  if (language_ids->is_contiguous() && language_ids->sizes() == lead.slice(0, used)) {
+    return {*language_ids, std::max<int64_t>(product(lead.slice(used)), 1)};
   }
-  while (used > 0 && language->size(used - 1) == 1) used--;
+  while (used > 0 && language_ids->size(used - 1) == 1) used--;
   const auto prefix = lead.slice(0, used);
-  const Tensor ids = language->reshape(language->sizes().slice(0, used)).expand(prefix).contiguous();
+  const Tensor ids = language_ids->reshape(language_ids->sizes().slice(0, used)).expand(prefix).contiguous();
   return {ids, std::max<int64_t>(product(lead.slice(used)), 1)};
 }
 
@@ -117,14 +117,15 @@ inline void check_codes(const char* name, const Tensor& codes, int64_t k) {
 }
 
 // Clips [*lead, groups], one per row and group.
-inline Tensor checked_scales(const char* name, const Tensor& scales, at::IntArrayRef lead, int64_t groups) {
+inline Tensor checked_row_clips(const char* name, const Tensor& row_clips, at::IntArrayRef lead,
+                                int64_t groups) {
   auto expected = lead.vec();
   expected.push_back(groups);
-  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, name, ": expected float32, got ",
-                   scales.scalar_type());
-  TORCH_CHECK_VALUE(scales.sizes() == at::IntArrayRef(expected), name, ": expected shape ",
-                    at::IntArrayRef(expected), " with per_row, got ", scales.sizes());
-  return scales.contiguous();
+  TORCH_CHECK_TYPE(row_clips.scalar_type() == at::kFloat, name, ": expected float32, got ",
+                   row_clips.scalar_type());
+  TORCH_CHECK_VALUE(row_clips.sizes() == at::IntArrayRef(expected), name, ": expected shape ",
+                    at::IntArrayRef(expected), " with per_row, got ", row_clips.sizes());
+  return row_clips.contiguous();
 }
 
 // Weights as la_aciq.repack_weight arranges them.
@@ -132,11 +133,11 @@ inline bool is_repacked(const Tensor& weight) {
   return weight.scalar_type() == at::kInt;
 }
 
-inline void check_linear(const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
+inline void check_linear(const Tensor& weight, const Tensor& weight_clip, const optional<Tensor>& bias,
                          int64_t k, int64_t groups, int64_t activation_bits) {
   int64_t n;
   if (is_repacked(weight)) {
-    n = weight_scale.dim() > 0 ? weight_scale.size(0) : 0;
+    n = weight_clip.dim() > 0 ? weight_clip.size(0) : 0;
     const int64_t expected[] = {(n + 15) / 16, (k + 7) / 8, 16};
     TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(expected), "weight: expected shape ",
                       at::IntArrayRef(expected), " from repack_weight for N=", n, ", K=", k, ", got ",
@@ -148,10 +149,10 @@ inline void check_linear(const Tensor& weight, const Tensor& weight_scale, const
                       (k + 1) / 2, "] for K=", k, ", got ", weight.sizes());
     n = weight.size(0);
   }
-  TORCH_CHECK_TYPE(weight_scale.scalar_type() == at::kFloat, "weight_scale: expected float32, got ",
-                   weight_scale.scalar_type());
-  TORCH_CHECK_VALUE(weight_scale.sizes() == at::IntArrayRef({n, groups}), "weight_scale: expected shape [", n,
-                    ", ", groups, "], got ", weight_scale.sizes());
+  TORCH_CHECK_TYPE(weight_clip.scalar_type() == at::kFloat, "weight_clip: expected float32, got ",
+                   weight_clip.scalar_type());
+  TORCH_CHECK_VALUE(weight_clip.sizes() == at::IntArrayRef({n, groups}), "weight_clip: expected shape [", n,
+                    ", ", groups, "], got ", weight_clip.sizes());
   TORCH_CHECK_VALUE(activation_bits == 16 || activation_bits == 8 || activation_bits == 4,
                     "activation_bits: expected 16, 8 or 4, got ", activation_bits);
   TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef({n}), "bias: expected shape [", n, "]");

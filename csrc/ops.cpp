@@ -1,25 +1,27 @@
-// The schema of every operation, once. Kernels attach to it per device (cpu/ops.cpp); python/la_aciq/ops.py
-// adds the fakes, python/la_aciq/reference.py defines what each operation computes.
+// The schema of every operation, once. Kernels attach to it per device (cpu/ops.cpp, cuda/ops.cpp).
+// python/la_aciq/ops/functional.py adds the fakes; python/la_aciq/ops/reference.py defines each operation.
 #include <torch/library.h>
 
 TORCH_LIBRARY(la_aciq, m) {
   m.def(
-      "moments(Tensor x, Tensor? language=None, int languages=1, bool histogram=False) -> (Tensor, Tensor)");
+      "moments(Tensor x, Tensor? language_ids=None, int num_entries=1, bool histogram=False) -> (Tensor, "
+      "Tensor)");
   m.def(
-      "quantize(Tensor x, Tensor alpha, Tensor? language=None, int group_size=0, str codebook=\"midrise\", "
+      "quantize(Tensor x, Tensor clips, Tensor? language_ids=None, int group_size=0, str "
+      "codebook=\"midrise\", "
       "Tensor? signs=None, int block_size=0, bool tail_sums=False) -> (Tensor, Tensor)");
   m.def(
-      "quantize_dynamic(Tensor x, Tensor shape, Tensor? language=None, int group_size=0, "
+      "quantize_dynamic(Tensor x, Tensor clip_factor, Tensor? language_ids=None, int group_size=0, "
       "str statistic=\"rms\", str codebook=\"midrise\", Tensor? signs=None, int block_size=0) -> (Tensor, "
       "Tensor)");
   m.def(
-      "dequantize(Tensor codes, Tensor alpha, Tensor? language=None, *, int k, int group_size=0, "
+      "dequantize(Tensor codes, Tensor clips, Tensor? language_ids=None, *, int k, int group_size=0, "
       "str codebook=\"midrise\", bool per_row=False, ScalarType dtype=float) -> Tensor");
   m.def("rotate(Tensor x, Tensor signs, int block_size=0) -> Tensor");
   m.def(
-      "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, *, int group_size=0, "
+      "linear(Tensor x, Tensor weight, Tensor weight_clip, Tensor? bias=None, *, int group_size=0, "
       "str weight_codebook=\"midrise\", Tensor? signs=None, int block_size=0, int activation_bits=16, "
-      "str activation_clip=\"static\", Tensor? clip=None, Tensor? language=None, int "
+      "str activation_clip=\"static\", Tensor? clips=None, Tensor? language_ids=None, int "
       "activation_group_size=0, "
       "str activation_codebook=\"midrise\") -> Tensor");
 }

@@ -8,8 +8,9 @@ what is padding. So a clip is read once per piece, a statistic of a group is a r
 group sizes that are no power of two, short last groups and odd K need no kernel of their own. Offsets into tensors are
 64-bit.
 
-**Languages.** Row r of the matrix reads entry (r // inner) % period of the ids, which covers ids of shape [batch],
-[batch, tokens] and [1, tokens] for x [batch, tokens, K] without expanding them in memory. Ids out of range read row 0.
+**Language ids.** Row r of the matrix reads entry (r // inner) % period of the ids, which covers ids of shape [batch],
+[batch, tokens] and [1, tokens] for x [batch, tokens, K] without expanding them in memory. Ids out of range read entry
+0.
 
 **Arithmetic.** Values are float32 on chip, and a code is made with the float32 reciprocal of the step (float64 where
 the state of `moments` needs it). The rotation is a fast Walsh-Hadamard transform on the tile in float32.
@@ -106,39 +107,39 @@ def load_pieces(
 
 
 @triton.jit
-def read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE: tl.constexpr):
-    """The row of the table that each row of x reads, int32."""
-    language = tl.zeros_like(row)
-    if HAS_LANGUAGE:
-        ids = tl.load(language_ptr + (row // inner) % period, mask=row < rows, other=0)
-        language = tl.where((ids >= 0) & (ids < languages), ids, 0).to(tl.int32)
-    return language
+def read_entry(language_ids_ptr, row, rows, num_entries, inner, period, HAS_IDS: tl.constexpr):
+    """The entry of the table that each row of x reads, int32."""
+    entry = tl.zeros_like(row)
+    if HAS_IDS:
+        ids = tl.load(language_ids_ptr + (row // inner) % period, mask=row < rows, other=0)
+        entry = tl.where((ids >= 0) & (ids < num_entries), ids, 0).to(tl.int32)
+    return entry
 
 
 @triton.jit
-def read_table(table_ptr, language, group_index, mask, stride_language, stride_group):
+def read_table(table_ptr, entry, group_index, mask, stride_entry, stride_group):
     return tl.load(
-        table_ptr + language.to(tl.int64) * stride_language + group_index.to(tl.int64) * stride_group,
+        table_ptr + entry.to(tl.int64) * stride_entry + group_index.to(tl.int64) * stride_group,
         mask=mask,
         other=0.0,
     )
 
 
 @triton.jit
-def is_valid_clip(alpha):
-    return (alpha > 0) & (alpha < float("inf"))
+def is_valid_clip(clip):
+    return (clip > 0) & (clip < float("inf"))
 
 
 @triton.jit
-def step_of(alpha, LEVELS: tl.constexpr):
+def step_of(clip, LEVELS: tl.constexpr):
     """Delta of a clip; 0 for one that is not finite and positive."""
-    return tl.where(is_valid_clip(alpha), alpha * (2.0 / (LEVELS - 1)), 0.0)
+    return tl.where(is_valid_clip(clip), clip * (2.0 / (LEVELS - 1)), 0.0)
 
 
 @triton.jit
-def inverse_step_of(alpha, LEVELS: tl.constexpr):
-    valid = is_valid_clip(alpha)
-    return tl.where(valid, ((LEVELS - 1) / 2.0) / tl.where(valid, alpha, 1.0), 0.0)
+def inverse_step_of(clip, LEVELS: tl.constexpr):
+    valid = is_valid_clip(clip)
+    return tl.where(valid, ((LEVELS - 1) / 2.0) / tl.where(valid, clip, 1.0), 0.0)
 
 
 @triton.jit
@@ -294,30 +295,32 @@ class RowIds:
         return repeated.expand(rows // repeated.shape[0], -1).reshape(-1)
 
 
-def row_ids(language: Tensor | None, lead: torch.Size) -> RowIds:
+def row_ids(language_ids: Tensor | None, lead: torch.Size) -> RowIds:
     """Ids that match the leading dimensions from the left, dimensions of 1 included."""
-    if language is None:
+    if language_ids is None:
         return RowIds(None)
-    shape = [*language.shape, *[1] * (len(lead) - language.dim())]
+    shape = [*language_ids.shape, *[1] * (len(lead) - language_ids.dim())]
     last = max((i for i, n in enumerate(shape) if n != 1), default=-1)
     first = next((i for i, n in enumerate(shape) if n != 1), len(shape))
     if shape[first : last + 1] != list(lead[first : last + 1]):
         # A dimension of 1 between others: the pattern has no single period.
-        language = language.reshape(shape).expand([*shape[:first], *lead[first : last + 1], *shape[last + 1 :]])
-    ids = language.reshape(-1)
+        language_ids = language_ids.reshape(shape).expand([*shape[:first], *lead[first : last + 1], *shape[last + 1 :]])
+    ids = language_ids.reshape(-1)
     return RowIds(ids, inner=math.prod(lead[last + 1 :]), period=ids.shape[0])
 
 
-def segments(ids: RowIds, rows: int, languages: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """Rows by language without a look at the data: the rows in language order (None: they are), int64 [rows], and where
-    each language begins there, int64 [languages + 1]. The sort is stable, so the order of rows within a language is
-    theirs."""
+def segments(ids: RowIds, rows: int, num_entries: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Rows sorted by entry, without reading the data on the host.
+
+    Returns the rows in the order of their entries, int64 [rows] (None: they are in order already), and where each entry
+    begins there, int64 [num_entries + 1]. The sort is stable.
+    """
     if not ids.present:
-        return None, torch.arange(languages + 1, device=device).clamp(max=1) * rows
+        return None, torch.arange(num_entries + 1, device=device).clamp(max=1) * rows
     expanded = ids.expanded(rows)
-    valid = torch.where((expanded >= 0) & (expanded < languages), expanded, 0)
+    valid = torch.where((expanded >= 0) & (expanded < num_entries), expanded, 0)
     ordered, order = torch.sort(valid, stable=True)
-    bounds = torch.arange(languages + 1, device=device, dtype=ordered.dtype)
+    bounds = torch.arange(num_entries + 1, device=device, dtype=ordered.dtype)
     return order, torch.searchsorted(ordered, bounds)
 
 

@@ -14,7 +14,7 @@ from .common import (
     locate_pieces,
     mask_pieces,
     on_device,
-    read_language,
+    read_entry,
     read_table,
     row_ids,
     step_of,
@@ -24,8 +24,8 @@ from .common import (
 @triton.jit
 def dequantize_kernel(
     codes_ptr,  # [rows, ceil(K / 2)] uint8
-    alpha_ptr,  # [languages, groups] float32; PER_ROW: [rows, groups]
-    language_ptr,  # ids int32 [period]
+    clips_ptr,  # [num_entries, groups] float32; PER_ROW: [rows, groups]
+    language_ids_ptr,  # ids int32 [period]
     out_ptr,  # [rows, K]
     rows,
     K,
@@ -34,15 +34,15 @@ def dequantize_kernel(
     width,
     per_group,
     per_row,
-    alpha_stride_language,
-    alpha_stride_group,
-    languages,
+    clips_stride_entry,
+    clips_stride_group,
+    num_entries,
     inner,
     period,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     FIT: tl.constexpr,
-    HAS_LANGUAGE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     PER_ROW: tl.constexpr,
     MIDRISE: tl.constexpr,
 ):
@@ -58,10 +58,10 @@ def dequantize_kernel(
     if PER_ROW:
         entry = row
     else:
-        entry = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
-    alpha = read_table(alpha_ptr, entry, group_index, row < rows, alpha_stride_language, alpha_stride_group)
+        entry = read_entry(language_ids_ptr, row, rows, num_entries, inner, period, HAS_IDS)
+    clip = read_table(clips_ptr, entry, group_index, row < rows, clips_stride_entry, clips_stride_group)
     zero: tl.constexpr = 7.5 if MIDRISE else 8.0
-    values = (codes.to(tl.float32) - zero) * step_of(alpha, 16)[:, None]
+    values = (codes.to(tl.float32) - zero) * step_of(clip, 16)[:, None]
     at = (row.to(tl.int64) * K + start)[:, None] + tl.arange(0, WIDTH)[None, :]
     tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -69,8 +69,8 @@ def dequantize_kernel(
 @triton_op("la_aciq_triton::dequantize", mutates_args=())
 def dequantize(
     codes: Tensor,
-    alpha: Tensor,
-    language: Tensor | None = None,
+    clips: Tensor,
+    language_ids: Tensor | None = None,
     *,
     k: int,
     group_size: int = 0,
@@ -85,9 +85,9 @@ def dequantize(
     out = torch.empty((rows, k), dtype=dtype, device=codes.device)
     if rows == 0:
         return out.reshape(*codes.shape[:-1], k)
-    table = as_rows(alpha) if per_row else alpha
+    table = as_rows(clips) if per_row else clips
     pieces = cut(rows, k, group_size, **tuning.streaming("dequantize", out))
-    ids = row_ids(None if per_row else language, codes.shape[:-1])
+    ids = row_ids(None if per_row else language_ids, codes.shape[:-1])
     with on_device(codes):
         wrap_triton(dequantize_kernel)[pieces.grid](
             flat,
@@ -109,7 +109,7 @@ def dequantize(
             PIECES=pieces.PIECES,
             WIDTH=pieces.WIDTH,
             FIT=pieces.FIT,
-            HAS_LANGUAGE=ids.present,
+            HAS_IDS=ids.present,
             PER_ROW=per_row,
             MIDRISE=codebook == "midrise",
             num_warps=pieces.warps,

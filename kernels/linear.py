@@ -38,7 +38,7 @@ from .common import (
     log2_block,
     multiprocessors,
     on_device,
-    read_language,
+    read_entry,
     read_table,
     rotation_fits,
     rotation_scale,
@@ -56,8 +56,8 @@ from .rotate import rotated
 @triton.jit
 def activations_kernel(
     x_ptr,  # [rows, K] float32, bfloat16 or float16
-    clip_ptr,  # [languages, groups] float32: clips, or factors on the statistic
-    language_ptr,  # ids int32 [period]
+    clips_ptr,  # [num_entries, groups] float32: clips, or factors on the statistic
+    language_ids_ptr,  # ids int32 [period]
     signs_ptr,  # [K]
     planar_ptr,  # [rows, 2, half]: even columns, odd columns; int8 codes, or values in the dtype of x for LEVELS 0
     steps_ptr,  # [rows, groups] float32
@@ -70,9 +70,9 @@ def activations_kernel(
     per_group,
     per_row,
     groups,
-    clip_stride_language,
-    clip_stride_group,
-    languages,
+    clips_stride_entry,
+    clips_stride_group,
+    num_entries,
     inner,
     period,
     rotation_scale,
@@ -80,7 +80,7 @@ def activations_kernel(
     WIDTH: tl.constexpr,
     FIT: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
-    HAS_LANGUAGE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     LEVELS: tl.constexpr,
     MIDRISE: tl.constexpr,
     MEASURED: tl.constexpr,
@@ -103,8 +103,8 @@ def activations_kernel(
         LOG2_BLOCK,
     )
     if LEVELS > 0:
-        language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
-        clip = read_table(clip_ptr, language, group_index, row < rows, clip_stride_language, clip_stride_group)
+        entry = read_entry(language_ids_ptr, row, rows, num_entries, inner, period, HAS_IDS)
+        clip = read_table(clips_ptr, entry, group_index, row < rows, clips_stride_entry, clips_stride_group)
         if MEASURED:
             clip = clip * measure(x, mask, RMS)
         codes = to_codes(x, inverse_step_of(clip, LEVELS)[:, None], LEVELS, MIDRISE)
@@ -132,7 +132,7 @@ def planar_activations(
     block_size: int,
     bits: int,
     statistic: str,
-    clip: Tensor | None,
+    clips: Tensor | None,
     ids: RowIds,
     group_size: int,
     codebook: str,
@@ -150,10 +150,10 @@ def planar_activations(
         block = hadamard_block(k, block_size)
         if too_long or not rotation_fits(k, group_size, block, max(widest, min(block, MAX_TILE))):
             x, signs, block = rotated(x, signs, block, torch.float32), None, 0
-    if too_long and clip is not None:
+    if too_long and clips is not None:
         # Measured by another kernel, the clips become a table with an entry per row.
-        language = ids.expanded(rows) if ids.present else None
-        _, clip = quantize_dynamic(x, clip, language, group_size, statistic)
+        language_ids = ids.expanded(rows) if ids.present else None
+        _, clips = quantize_dynamic(x, clips, language_ids, group_size, statistic)
         ids, statistic = RowIds(torch.arange(rows, dtype=torch.int32, device=x.device), 1, rows), "static"
     parameters = tuning.streaming("activations rotated" if block else "activations", x)
     pieces = cut(rows, k, group_size, block=block, widest=widest, **parameters)
@@ -162,7 +162,7 @@ def planar_activations(
     half = triton.cdiv((k + 1) // 2, 16) * 16
     planar = torch.empty((rows, 2, half), dtype=torch.int8 if bits < 16 else dtype, device=x.device)
     steps = torch.empty((rows, groups) if bits < 16 else (0, groups), dtype=torch.float32, device=x.device)
-    table = steps if clip is None else clip
+    table = steps if clips is None else clips
     wrap_triton(activations_kernel)[pieces.grid](
         x,
         table,
@@ -189,7 +189,7 @@ def planar_activations(
         WIDTH=pieces.WIDTH,
         FIT=pieces.FIT,
         LOG2_BLOCK=log2_block(block),
-        HAS_LANGUAGE=ids.present,
+        HAS_IDS=ids.present,
         LEVELS=2**bits if bits < 16 else 0,
         MIDRISE=codebook == "midrise",
         MEASURED=statistic != "static",
@@ -207,7 +207,7 @@ def linear_kernel(
     x_ptr,  # PLANAR: [M, 2, x_half], else [M, K] with rows x_stride apart
     steps_ptr,  # [M, step_groups] float32, INT8 and INT4 activations only
     weight_ptr,  # [N, weight_stride] uint8
-    scale_ptr,  # [N, scale_groups] float32 clips of the weights
+    weight_clips_ptr,  # [N, weight_groups] float32 clips of the weights
     bias_ptr,  # [N]
     out_ptr,  # [M, N], or [splits, M, N] float32 partial sums
     M,
@@ -217,7 +217,7 @@ def linear_kernel(
     x_half,
     weight_stride,
     weight_group,
-    scale_groups,
+    weight_groups,
     step_group,
     step_groups,
     half_unit,  # columns count in pairs: the even and the odd one of a byte of weights
@@ -246,7 +246,7 @@ def linear_kernel(
     m_exists, n_exists = m < M, n < N
     x_row = x_ptr + m.to(tl.int64) * x_stride
     weights = weight_ptr + (n.to(tl.int64) * weight_stride)[:, None] + j[None, :]
-    scale_row = scale_ptr + n.to(tl.int64) * scale_groups
+    clips_row = weight_clips_ptr + n.to(tl.int64) * weight_groups
     steps_row = steps_ptr + m.to(tl.int64) * step_groups
 
     total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -291,8 +291,8 @@ def linear_kernel(
             dtype: tl.constexpr = x_ptr.dtype.element_ty
             product = tl.dot(low.to(dtype), x_even, input_precision="ieee")
             product = tl.dot(high.to(dtype), x_odd, product, input_precision="ieee")
-        scale = step_of(tl.load(scale_row + column // weight_group, mask=n_exists, other=0.0), 16)
-        total += product * scale[:, None]
+        weight_step = step_of(tl.load(clips_row + column // weight_group, mask=n_exists, other=0.0), 16)
+        total += product * weight_step[:, None]
     if WEIGHT_MIDRISE:
         total *= 0.5
 
@@ -327,7 +327,7 @@ def add_splits_kernel(
 def linear(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_clip: Tensor,
     bias: Tensor | None = None,
     group_size: int = 0,
     weight_codebook: str = "midrise",
@@ -335,8 +335,8 @@ def linear(
     block_size: int = 0,
     activation_bits: int = 16,
     activation_clip: str = "static",
-    clip: Tensor | None = None,
-    language: Tensor | None = None,
+    clips: Tensor | None = None,
+    language_ids: Tensor | None = None,
     activation_group_size: int = 0,
     activation_codebook: str = "midrise",
 ) -> Tensor:
@@ -352,7 +352,7 @@ def linear(
     result = out.reshape(*x.shape[:-1], columns)
     if rows == 0 or columns == 0:
         return result
-    weight, weight_scale = as_rows(weight), weight_scale.contiguous()
+    weight, weight_clip = as_rows(weight), weight_clip.contiguous()
     step_group = min(activation_group_size or k, k) if activation_bits < 16 else k
     weight_group = min(group_size or k, k)
     parameters = tuning.linear(rows, x.dtype, activation_bits, x.device)
@@ -365,14 +365,14 @@ def linear(
                 block_size,
                 activation_bits,
                 activation_clip,
-                clip,
-                row_ids(language, x.shape[:-1]),
+                clips,
+                row_ids(language_ids, x.shape[:-1]),
                 activation_group_size,
                 activation_codebook,
             )
             operand, x_half, is_planar = planar, planar.shape[2], True
         else:
-            operand, steps, x_half, is_planar = flat, weight_scale, 0, False
+            operand, steps, x_half, is_planar = flat, weight_clip, 0, False
 
         # Segments of K: within a unit, which both group sizes are multiples of, at most 128 wide.
         unit = (
@@ -396,7 +396,7 @@ def linear(
             operand,
             steps,
             weight,
-            weight_scale,
+            weight_clip,
             out if bias is None else bias,
             target,
             rows,
@@ -406,7 +406,7 @@ def linear(
             x_half,
             weight.stride(0),
             weight_group,
-            weight_scale.shape[1],
+            weight_clip.shape[1],
             step_group,
             steps.shape[1],
             triton.cdiv(unit, 2),

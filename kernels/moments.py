@@ -1,8 +1,8 @@
-"""`moments`: count, mean, central moments, extremes per language, and a log-linear histogram of |x|, in one read of x.
+"""`moments`: count, mean, central moments, extremes per entry, and a log-linear histogram of |x|, in one read of x.
 
-Level 1 cuts x into pieces of one language each and leaves a state per piece: deviations from the piece's own mean,
+Level 1 cuts x into pieces of one entry each and leaves a state per piece: deviations from the piece's own mean,
 scaled by a power of two so that no finite input overflows or vanishes, summed in float32 over at most 4096 elements
-(float64 for float64 data). Level 2 merges the states of a language in float64 around their common mean, in two rounds
+(float64 for float64 data). Level 2 merges the states of an entry in float64 around their common mean, in two rounds
 when there are many. The order of every sum follows from shapes and ids alone: no floating-point atomics, the same bits
 every time. The histogram is made of integers, for which atomics give the same sums in any order.
 
@@ -26,7 +26,7 @@ from .common import (
     mask_pieces,
     on_device,
     power_of_two_below,
-    read_language,
+    read_entry,
     row_ids,
     segments,
 )
@@ -39,22 +39,22 @@ LANES = 128
 @triton.jit
 def moments_kernel(
     x_ptr,  # [spans, length] float32, bfloat16, float16 or float64
-    language_ptr,  # ids int32 [period]
+    language_ids_ptr,  # ids int32 [period]
     states_ptr,  # [8, pieces] float64
-    histogram_ptr,  # [REPLICAS, languages, 258, 2] int64, zeros
+    histogram_ptr,  # [REPLICAS, num_entries, 258, 2] int64, zeros
     spans,
     length,
     x_stride,
     width,
     per_span,
     pieces,
-    languages,
+    num_entries,
     inner,
     period,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     FIT: tl.constexpr,
-    HAS_LANGUAGE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     HISTOGRAM: tl.constexpr,
     REPLICAS: tl.constexpr,
 ):
@@ -102,36 +102,37 @@ def moments_kernel(
     tl.store(states_ptr + 7 * pieces + piece, tl.sum(mask.to(tl.int32), axis=1).to(tl.float64) - count, mask=exists)
 
     if HISTOGRAM:
-        # Read off the bits of float32: 3 bits of mantissa below the exponent number the bins (see _moments.py).
+        # Read off the bits of float32: 3 bits of mantissa below the exponent number the bins: see
+        # la_aciq.ops.streaming.
         size = tl.minimum(tl.abs(x), 3.4028234663852886e38).to(tl.float32)
         bits = size.to(tl.int32, bitcast=True)
         bins = tl.minimum(tl.maximum((bits >> 20) - ((111 << 3) - 1), 0), 257)
         low_bits = tl.where((bins > 0) & (bins < 257), bits & 0xFFFFF, 0)
-        language = read_language(language_ptr, span, spans, languages, inner, period, HAS_LANGUAGE)
+        entry = read_entry(language_ids_ptr, span, spans, num_entries, inner, period, HAS_IDS)
         replica = tl.program_id(0) % REPLICAS
-        entry = ((replica * languages + language).to(tl.int64)[:, None] * 258 + bins) * 2
-        tl.atomic_add(histogram_ptr + entry, tl.full([PIECES, WIDTH], 1, tl.int64), mask=finite, sem="relaxed")
-        tl.atomic_add(histogram_ptr + entry + 1, low_bits.to(tl.int64), mask=finite & (low_bits > 0), sem="relaxed")
+        slot = ((replica * num_entries + entry).to(tl.int64)[:, None] * 258 + bins) * 2
+        tl.atomic_add(histogram_ptr + slot, tl.full([PIECES, WIDTH], 1, tl.int64), mask=finite, sem="relaxed")
+        tl.atomic_add(histogram_ptr + slot + 1, low_bits.to(tl.int64), mask=finite & (low_bits > 0), sem="relaxed")
 
 
 @triton.jit
 def merge_kernel(
     states_ptr,  # [8, pieces] float64
-    order_ptr,  # spans in the order of their languages, int64 [spans]
-    bounds_ptr,  # where each language begins there, int64 [languages + 1]
-    out_ptr,  # [8, languages, SHARES] float64
+    order_ptr,  # spans in the order of their entries, int64 [spans]
+    bounds_ptr,  # where each entry begins there, int64 [num_entries + 1]
+    out_ptr,  # [8, num_entries, SHARES] float64
     pieces,
     per_span,
-    plane,  # languages * SHARES
+    plane,  # num_entries * SHARES
     HAS_ORDER: tl.constexpr,
     SHARES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The states of a language are dealt to SHARES programs in turns of LANES."""
-    language = (tl.program_id(0) // SHARES).to(tl.int64)
+    """The states of an entry are dealt to SHARES programs in turns of LANES."""
+    entry = (tl.program_id(0) // SHARES).to(tl.int64)
     share = tl.program_id(0) % SHARES
-    begin = tl.load(bounds_ptr + language) * per_span
-    end = tl.load(bounds_ptr + language + 1) * per_span
+    begin = tl.load(bounds_ptr + entry) * per_span
+    end = tl.load(bounds_ptr + entry + 1) * per_span
     step = SHARES * LANES
 
     count = tl.zeros([LANES], dtype=tl.float64)
@@ -166,7 +167,7 @@ def merge_kernel(
         m3 += a3 + 3 * d * a2 + n * d * d * d
         m4 += tl.load(at + 4 * pieces, mask=mask, other=0.0) + 4 * d * a3 + 6 * d * d * a2 + n * d * d * d * d
 
-    out = out_ptr + language * SHARES + share
+    out = out_ptr + entry * SHARES + share
     tl.store(out, everything)
     tl.store(out + plane, mean + tl.sum(residual, axis=0) / divisor)
     tl.store(out + 2 * plane, tl.sum(m2, axis=0))
@@ -187,47 +188,47 @@ def locate_states(states_ptr, order_ptr, first, end, per_span, HAS_ORDER: tl.con
     return mask, states_ptr + index
 
 
-def merge(states: Tensor, ids: RowIds, spans: int, per_span: int, languages: int) -> Tensor:
-    """float64 [languages, 8] of the states of pieces, float64 [8, spans * per_span]."""
+def merge(states: Tensor, ids: RowIds, spans: int, per_span: int, num_entries: int) -> Tensor:
+    """float64 [num_entries, 8] of the states of pieces, float64 [8, spans * per_span]."""
     pieces = spans * per_span
-    order, bounds = segments(ids, spans, languages, states.device)
-    shares = min(max(pieces // 1024, 1), max(1024 // languages, 1))
+    order, bounds = segments(ids, spans, num_entries, states.device)
+    shares = min(max(pieces // 1024, 1), max(1024 // num_entries, 1))
     while True:
-        out = torch.empty((STATE_SIZE, languages, shares), dtype=torch.float64, device=states.device)
-        wrap_triton(merge_kernel)[(languages * shares,)](
+        out = torch.empty((STATE_SIZE, num_entries, shares), dtype=torch.float64, device=states.device)
+        wrap_triton(merge_kernel)[(num_entries * shares,)](
             states,
             bounds if order is None else order,
             bounds,
             out,
             pieces,
             per_span,
-            languages * shares,
+            num_entries * shares,
             HAS_ORDER=order is not None,
             SHARES=shares,
             LANES=LANES,
             num_warps=4,
         )
         if shares == 1:
-            return out.reshape(STATE_SIZE, languages).t().contiguous()
-        states, order, pieces, per_span = out, None, languages * shares, shares
-        bounds, shares = torch.arange(languages + 1, device=states.device), 1
+            return out.reshape(STATE_SIZE, num_entries).t().contiguous()
+        states, order, pieces, per_span = out, None, num_entries * shares, shares
+        bounds, shares = torch.arange(num_entries + 1, device=states.device), 1
 
 
 @triton_op("la_aciq_triton::moments", mutates_args=())
 def moments(
-    x: Tensor, language: Tensor | None = None, languages: int = 1, histogram: bool = False
+    x: Tensor, language_ids: Tensor | None = None, num_entries: int = 1, histogram: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See la_aciq.ops.moments_state; the arguments are those of the schema in csrc/ops.cpp."""
     lead = x.shape[:-1]
     bins = HISTOGRAM_BINS if histogram else 0
-    counts = torch.zeros((languages, bins, 2), dtype=torch.int64, device=x.device)
+    counts = torch.zeros((num_entries, bins, 2), dtype=torch.int64, device=x.device)
     if x.numel() == 0:
-        state = torch.zeros((languages, STATE_SIZE), dtype=torch.float64, device=x.device)
+        state = torch.zeros((num_entries, STATE_SIZE), dtype=torch.float64, device=x.device)
         state[:, 5] = math.inf
         state[:, 6] = -math.inf
         return state, counts
     flat = as_rows(x if x.dim() else x.reshape(1))
-    ids = row_ids(language, lead)
+    ids = row_ids(language_ids, lead)
     spans, length = flat.shape[0], flat.shape[1]
     if flat.is_contiguous():
         # Rows that share an id lie side by side.
@@ -239,8 +240,8 @@ def moments(
     parameters = {"tile": 1024} if histogram else tuning.streaming("moments", flat)
     pieces = cut(spans, length, 0, widest=parameters["tile"], **parameters)
     states = torch.empty((STATE_SIZE, spans * pieces.per_row), dtype=torch.float64, device=x.device)
-    replicas = max(1, min(64, 256 // languages)) if histogram else 1
-    parts = torch.zeros((replicas, languages, bins, 2), dtype=torch.int64, device=x.device)
+    replicas = max(1, min(64, 256 // num_entries)) if histogram else 1
+    parts = torch.zeros((replicas, num_entries, bins, 2), dtype=torch.int64, device=x.device)
     with on_device(x):
         wrap_triton(moments_kernel)[pieces.grid](
             flat,
@@ -253,15 +254,15 @@ def moments(
             pieces.width,
             pieces.per_row,
             spans * pieces.per_row,
-            languages,
+            num_entries,
             ids.inner,
             ids.period,
             PIECES=pieces.PIECES,
             WIDTH=pieces.WIDTH,
             FIT=pieces.FIT,
-            HAS_LANGUAGE=ids.present,
+            HAS_IDS=ids.present,
             HISTOGRAM=histogram,
             REPLICAS=replicas,
             num_warps=pieces.warps,
         )
-        return merge(states, ids, spans, pieces.per_row, languages), parts.sum(0) if histogram else counts
+        return merge(states, ids, spans, pieces.per_row, num_entries), parts.sum(0) if histogram else counts

@@ -1,7 +1,7 @@
 """`quantize`: INT4 codes under clips from a table, one streaming pass; optionally rotated first and with tail sums.
 
 Reads x once in 16-byte pieces, one clip per piece, and writes packed codes: 2.5 bytes per element for 16-bit data. With
-tail sums each piece leaves three numbers, and a second kernel adds them per language and group in float64, in an order
+tail sums each piece leaves three numbers, and a second kernel adds them per entry and group in float64, in an order
 that the shapes alone decide: no atomics, the same bits every time.
 """
 
@@ -22,7 +22,7 @@ from .common import (
     load_pieces,
     log2_block,
     on_device,
-    read_language,
+    read_entry,
     read_table,
     rotation_fits,
     rotation_scale,
@@ -39,8 +39,8 @@ WIDEST = 1024
 @triton.jit
 def quantize_kernel(
     x_ptr,  # [rows, K] float32, bfloat16 or float16
-    alpha_ptr,  # [languages, groups] float32
-    language_ptr,  # ids int32 [period]
+    clips_ptr,  # [num_entries, groups] float32
+    language_ids_ptr,  # ids int32 [period]
     signs_ptr,  # [K]
     codes_ptr,  # [rows, row_bytes] uint8
     tail_ptr,  # [rows, per_row, 3] float32
@@ -52,9 +52,9 @@ def quantize_kernel(
     width,
     per_group,
     per_row,
-    alpha_stride_language,
-    alpha_stride_group,
-    languages,
+    clips_stride_entry,
+    clips_stride_group,
+    num_entries,
     inner,
     period,
     rotation_scale,
@@ -62,7 +62,7 @@ def quantize_kernel(
     WIDTH: tl.constexpr,
     FIT: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
-    HAS_LANGUAGE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     MIDRISE: tl.constexpr,
     TAIL: tl.constexpr,
 ):
@@ -82,14 +82,14 @@ def quantize_kernel(
         FIT,
         LOG2_BLOCK,
     )
-    language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
-    alpha = read_table(alpha_ptr, language, group_index, row < rows, alpha_stride_language, alpha_stride_group)
-    codes = to_codes(x, inverse_step_of(alpha, 16)[:, None], 16, MIDRISE)
+    entry = read_entry(language_ids_ptr, row, rows, num_entries, inner, period, HAS_IDS)
+    clip = read_table(clips_ptr, entry, group_index, row < rows, clips_stride_entry, clips_stride_group)
+    codes = to_codes(x, inverse_step_of(clip, 16)[:, None], 16, MIDRISE)
     store_codes(codes_ptr, codes, row, start, mask, row_bytes, PIECES, WIDTH)
     if TAIL:
         size = tl.abs(x)
         finite = mask & (size < float("inf"))
-        beyond = finite & (size > alpha[:, None])
+        beyond = finite & (size > clip[:, None])
         piece = (tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)) * 3
         tl.store(tail_ptr + piece, tl.sum(beyond.to(tl.float32), axis=1), mask=row < rows)
         tl.store(tail_ptr + piece + 1, tl.sum(tl.where(beyond, size, 0.0), axis=1), mask=row < rows)
@@ -99,10 +99,10 @@ def quantize_kernel(
 @triton.jit
 def add_tails_kernel(
     tail_ptr,  # [rows, groups, per_group, 3] float32
-    order_ptr,  # rows in the order of their languages, int64 [rows]
-    bounds_ptr,  # where each language begins in order, int64 [languages + 1]
-    out_ptr,  # [SHARES, languages, groups, 3] float64
-    languages,
+    order_ptr,  # rows in the order of their entries, int64 [rows]
+    bounds_ptr,  # where each entry begins in order, int64 [num_entries + 1]
+    out_ptr,  # [SHARES, num_entries, groups, 3] float64
+    num_entries,
     groups,
     per_group,
     HAS_ORDER: tl.constexpr,
@@ -110,12 +110,12 @@ def add_tails_kernel(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """The rows of a language are dealt to SHARES programs in turns of ROWS."""
-    language = (tl.program_id(0) // SHARES).to(tl.int64)
+    """The rows of an entry are dealt to SHARES programs in turns of ROWS."""
+    entry = (tl.program_id(0) // SHARES).to(tl.int64)
     share = tl.program_id(0) % SHARES
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    begin = tl.load(bounds_ptr + language)
-    end = tl.load(bounds_ptr + language + 1)
+    begin = tl.load(bounds_ptr + entry)
+    end = tl.load(bounds_ptr + entry + 1)
     beyond = tl.zeros([ROWS, GROUPS], dtype=tl.float64)
     total = tl.zeros([ROWS, GROUPS], dtype=tl.float64)
     nonfinite = tl.zeros([ROWS, GROUPS], dtype=tl.float64)
@@ -130,25 +130,25 @@ def add_tails_kernel(
             beyond += tl.load(tail_ptr + at + part * 3, mask=mask, other=0.0)
             total += tl.load(tail_ptr + at + part * 3 + 1, mask=mask, other=0.0)
             nonfinite += tl.load(tail_ptr + at + part * 3 + 2, mask=mask, other=0.0)
-    at = (((share * languages + language) * groups) + group) * 3
+    at = (((share * num_entries + entry) * groups) + group) * 3
     tl.store(out_ptr + at, tl.sum(beyond, axis=0), mask=group < groups)
     tl.store(out_ptr + at + 1, tl.sum(total, axis=0), mask=group < groups)
     tl.store(out_ptr + at + 2, tl.sum(nonfinite, axis=0), mask=group < groups)
 
 
-def add_tails(tail: Tensor, ids: RowIds, languages: int, k: int, group: int) -> Tensor:
-    """float64 [languages, groups, 4] of the pieces' sums [rows, groups, per_group, 3]; counts the finite elements
+def add_tails(tail: Tensor, ids: RowIds, num_entries: int, k: int, group: int) -> Tensor:
+    """float64 [num_entries, groups, 4] of the pieces' sums [rows, groups, per_group, 3]; counts the finite elements
     too."""
     rows, groups, per_group = tail.shape[0], tail.shape[1], tail.shape[2]
-    order, bounds = segments(ids, rows, languages, tail.device)
-    shares = min(max(rows // 256, 1), max(256 // languages, 1))
-    sums = torch.empty((shares, languages, groups, 3), dtype=torch.float64, device=tail.device)
-    wrap_triton(add_tails_kernel)[(languages * shares, triton.cdiv(groups, 32))](
+    order, bounds = segments(ids, rows, num_entries, tail.device)
+    shares = min(max(rows // 256, 1), max(256 // num_entries, 1))
+    sums = torch.empty((shares, num_entries, groups, 3), dtype=torch.float64, device=tail.device)
+    wrap_triton(add_tails_kernel)[(num_entries * shares, triton.cdiv(groups, 32))](
         tail,
         bounds if order is None else order,
         bounds,
         sums,
-        languages,
+        num_entries,
         groups,
         per_group,
         HAS_ORDER=order is not None,
@@ -166,8 +166,8 @@ def add_tails(tail: Tensor, ids: RowIds, languages: int, k: int, group: int) -> 
 @triton_op("la_aciq_triton::quantize", mutates_args=())
 def quantize(
     x: Tensor,
-    alpha: Tensor,
-    language: Tensor | None = None,
+    clips: Tensor,
+    language_ids: Tensor | None = None,
     group_size: int = 0,
     codebook: str = "midrise",
     signs: Tensor | None = None,
@@ -176,14 +176,14 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """See la_aciq.quantize; the arguments are those of the schema in csrc/ops.cpp."""
     k = int(x.shape[-1])
-    languages, groups = alpha.shape
+    num_entries, groups = clips.shape
     row_bytes = (k + 1) // 2
     flat = as_rows(x)
     rows = flat.shape[0]
     codes = torch.empty((rows, row_bytes), dtype=torch.uint8, device=x.device)
     out = codes.reshape(*x.shape[:-1], row_bytes)
     if rows == 0:
-        return out, torch.zeros((languages if tail_sums else 0, groups, 4), dtype=torch.float64, device=x.device)
+        return out, torch.zeros((num_entries if tail_sums else 0, groups, 4), dtype=torch.float64, device=x.device)
     block = 0
     if signs is not None:
         block = hadamard_block(k, block_size)
@@ -191,14 +191,14 @@ def quantize(
             flat, signs, block = rotated(flat, signs, block, torch.float32), None, 0
     parameters = tuning.streaming("quantize rotated" if block else "quantize", flat)
     pieces = cut(rows, k, group_size, block=block, widest=WIDEST, **parameters)
-    ids = row_ids(language, x.shape[:-1])
+    ids = row_ids(language_ids, x.shape[:-1])
     tail = torch.empty((rows, groups, pieces.per_group, 3) if tail_sums else (0,), dtype=torch.float32, device=x.device)
     with on_device(x):
         wrap_triton(quantize_kernel)[pieces.grid](
             flat,
-            alpha,
-            alpha if ids.ids is None else ids.ids,
-            alpha if signs is None else signs.contiguous(),
+            clips,
+            clips if ids.ids is None else ids.ids,
+            clips if signs is None else signs.contiguous(),
             codes,
             tail,
             rows,
@@ -209,9 +209,9 @@ def quantize(
             pieces.width,
             pieces.per_group,
             pieces.per_row,
-            alpha.stride(0),
-            alpha.stride(1),
-            languages,
+            clips.stride(0),
+            clips.stride(1),
+            num_entries,
             ids.inner,
             ids.period,
             rotation_scale(block),
@@ -219,11 +219,11 @@ def quantize(
             WIDTH=pieces.WIDTH,
             FIT=pieces.FIT,
             LOG2_BLOCK=log2_block(block),
-            HAS_LANGUAGE=ids.present,
+            HAS_IDS=ids.present,
             MIDRISE=codebook == "midrise",
             TAIL=tail_sums,
             num_warps=pieces.warps,
         )
         if tail_sums:
-            return out, add_tails(tail, ids, languages, k, pieces.group)
+            return out, add_tails(tail, ids, num_entries, k, pieces.group)
     return out, torch.empty((0, groups, 4), dtype=torch.float64, device=x.device)

@@ -1,7 +1,7 @@
-"""`quantize_dynamic`: INT4 codes under clips measured on x itself, alpha = shape[language, group] * rms or absmax of
+"""`quantize_dynamic`: INT4 codes under clips measured on x itself, clip = clip_factor[entry, group] * rms or absmax of
 the group.
 
-A program holds whole groups on chip (up to 16384 elements): rotation, statistic, codes and scale come from one read of
+A program holds whole groups on chip (up to 16384 elements): rotation, statistic, codes and clip come from one read of
 x. Longer groups are read and rotated twice in chunks, the second time from the L2 cache where the first has just left
 them.
 """
@@ -24,7 +24,7 @@ from .common import (
     log2_block,
     on_device,
     power_of_two_below,
-    read_language,
+    read_entry,
     read_table,
     rotation_fits,
     rotation_scale,
@@ -56,20 +56,20 @@ def measure(x, mask, RMS: tl.constexpr):
 @triton.jit
 def quantize_dynamic_kernel(
     x_ptr,  # [rows, K] float32, bfloat16 or float16
-    shape_ptr,  # [languages, groups] float32
-    language_ptr,  # ids int32 [period]
+    factor_ptr,  # [num_entries, groups] float32
+    language_ids_ptr,  # ids int32 [period]
     signs_ptr,  # [K]
     codes_ptr,  # [rows, row_bytes] uint8
-    scales_ptr,  # [rows, groups] float32
+    row_clips_ptr,  # [rows, groups] float32
     rows,
     K,
     row_bytes,
     x_stride,
     group,
     groups,
-    shape_stride_language,
-    shape_stride_group,
-    languages,
+    factor_stride_entry,
+    factor_stride_group,
+    num_entries,
     inner,
     period,
     rotation_scale,
@@ -77,17 +77,17 @@ def quantize_dynamic_kernel(
     WIDTH: tl.constexpr,
     FIT: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
-    HAS_LANGUAGE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     MIDRISE: tl.constexpr,
     RMS: tl.constexpr,
 ):
     x, row, group_index, start, mask = load_pieces(
         x_ptr, signs_ptr, rows, K, x_stride, group, group, 1, groups, rotation_scale, PIECES, WIDTH, FIT, LOG2_BLOCK
     )
-    language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
-    factor = read_table(shape_ptr, language, group_index, row < rows, shape_stride_language, shape_stride_group)
+    entry = read_entry(language_ids_ptr, row, rows, num_entries, inner, period, HAS_IDS)
+    factor = read_table(factor_ptr, entry, group_index, row < rows, factor_stride_entry, factor_stride_group)
     clip = factor * measure(x, mask, RMS)
-    tl.store(scales_ptr + row.to(tl.int64) * groups + group_index, clip, mask=row < rows)
+    tl.store(row_clips_ptr + row.to(tl.int64) * groups + group_index, clip, mask=row < rows)
     codes = to_codes(x, inverse_step_of(clip, 16)[:, None], 16, MIDRISE)
     store_codes(codes_ptr, codes, row, start, mask, row_bytes, PIECES, WIDTH)
 
@@ -108,26 +108,26 @@ def load_chunk(x_ptr, signs_ptr, start, end, rotation_scale, CHUNK: tl.constexpr
 @triton.jit
 def quantize_dynamic_long_kernel(
     x_ptr,  # [rows, K]; the arguments are those of quantize_dynamic_kernel
-    shape_ptr,
-    language_ptr,
+    factor_ptr,
+    language_ids_ptr,
     signs_ptr,
     codes_ptr,
-    scales_ptr,
+    row_clips_ptr,
     rows,
     K,
     row_bytes,
     x_stride,
     group,
     groups,
-    shape_stride_language,
-    shape_stride_group,
-    languages,
+    factor_stride_entry,
+    factor_stride_group,
+    num_entries,
     inner,
     period,
     rotation_scale,
     CHUNK: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
-    HAS_LANGUAGE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     MIDRISE: tl.constexpr,
     RMS: tl.constexpr,
 ):
@@ -154,10 +154,10 @@ def quantize_dynamic_long_kernel(
         measured = tl.sqrt(mean_square).to(tl.float32)
     else:
         measured = tl.max(largest, axis=1)
-    language = read_language(language_ptr, row, rows, languages, inner, period, HAS_LANGUAGE)
-    factor = read_table(shape_ptr, language, group_index, row < rows, shape_stride_language, shape_stride_group)
+    entry = read_entry(language_ids_ptr, row, rows, num_entries, inner, period, HAS_IDS)
+    factor = read_table(factor_ptr, entry, group_index, row < rows, factor_stride_entry, factor_stride_group)
     clip = factor * measured
-    tl.store(scales_ptr + row.to(tl.int64) * groups + group_index, clip)
+    tl.store(row_clips_ptr + row.to(tl.int64) * groups + group_index, clip)
     inverse_step = inverse_step_of(clip, 16)[:, None]
     for start in range(first, end, CHUNK):
         x, mask = load_chunk(base, signs_ptr, start, end, rotation_scale, CHUNK, LOG2_BLOCK)
@@ -168,8 +168,8 @@ def quantize_dynamic_long_kernel(
 @triton_op("la_aciq_triton::quantize_dynamic", mutates_args=())
 def quantize_dynamic(
     x: Tensor,
-    shape: Tensor,
-    language: Tensor | None = None,
+    clip_factor: Tensor,
+    language_ids: Tensor | None = None,
     group_size: int = 0,
     statistic: str = "rms",
     codebook: str = "midrise",
@@ -178,13 +178,13 @@ def quantize_dynamic(
 ) -> tuple[Tensor, Tensor]:
     """See la_aciq.quantize_dynamic; the arguments are those of the schema in csrc/ops.cpp."""
     k = int(x.shape[-1])
-    languages, groups = shape.shape
+    num_entries, groups = clip_factor.shape
     row_bytes = (k + 1) // 2
     flat = as_rows(x)
     rows = flat.shape[0]
     codes = torch.empty((rows, row_bytes), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
-    out = codes.reshape(*x.shape[:-1], row_bytes), scales.reshape(*x.shape[:-1], groups)
+    row_clips = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
+    out = codes.reshape(*x.shape[:-1], row_bytes), row_clips.reshape(*x.shape[:-1], groups)
     if rows == 0:
         return out
     group = min(group_size or k, k)
@@ -195,23 +195,23 @@ def quantize_dynamic(
         fits = block <= CHUNK and group % block == 0 if group > MAX_TILE else rotation_fits(k, group, block, MAX_TILE)
         if not fits:
             flat, signs, block = rotated(flat, signs, block, torch.float32), None, 0
-    ids = row_ids(language, x.shape[:-1])
+    ids = row_ids(language_ids, x.shape[:-1])
     arguments = (
         flat,
-        shape,
-        shape if ids.ids is None else ids.ids,
-        shape if signs is None else signs.contiguous(),
+        clip_factor,
+        clip_factor if ids.ids is None else ids.ids,
+        clip_factor if signs is None else signs.contiguous(),
         codes,
-        scales,
+        row_clips,
         rows,
         k,
         row_bytes,
         flat.stride(0),
         group,
         groups,
-        shape.stride(0),
-        shape.stride(1),
-        languages,
+        clip_factor.stride(0),
+        clip_factor.stride(1),
+        num_entries,
         ids.inner,
         ids.period,
         rotation_scale(block),
@@ -222,7 +222,7 @@ def quantize_dynamic(
                 *arguments,
                 CHUNK=CHUNK,
                 LOG2_BLOCK=log2_block(block),
-                HAS_LANGUAGE=ids.present,
+                HAS_IDS=ids.present,
                 MIDRISE=codebook == "midrise",
                 RMS=statistic == "rms",
                 num_warps=warps(CHUNK, 16),
@@ -236,7 +236,7 @@ def quantize_dynamic(
             WIDTH=pieces.WIDTH,
             FIT=pieces.FIT,
             LOG2_BLOCK=log2_block(block),
-            HAS_LANGUAGE=ids.present,
+            HAS_IDS=ids.present,
             MIDRISE=codebook == "midrise",
             RMS=statistic == "rms",
             num_warps=pieces.warps,

@@ -1,4 +1,5 @@
-// The state of streaming moments and the log-histogram of |x|; python/la_aciq/_moments.py documents both.
+// The state of streaming moments and the log-histogram of |x|; python/la_aciq/ops/streaming.py documents
+// both.
 #pragma once
 
 #include <stdint.h>

@@ -21,7 +21,7 @@ inline ByteTable twice_levels(Codebook codebook) {
 }
 
 // Of clips, as csrc/common has it for one.
-inline F32 value_scale(F32 clip) { return keep(both(greater(clip, f32(0)), finite(clip)), clip); }
+inline F32 clip_or_zero(F32 clip) { return keep(both(greater(clip, f32(0)), finite(clip)), clip); }
 
 inline F32 zeros(F32) { return f32(0); }
 inline I32 zeros(I32) { return to_int(f32(0)); }

@@ -109,10 +109,10 @@ inline void multiply_few_block(const ProductArgs& args, const Product& product, 
       }
     }
     if (!segment->last_of_group) continue;
-    const float* scales = args.scales + row * args.activation_groups + segment->activation_group;
+    const float* row_clips = args.row_clips + row * args.activation_groups + segment->activation_group;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
-      const F32 clip = f32(Product::kIntegers ? scales[r * args.activation_groups] : 1.0f);
+      const F32 clip = f32(Product::kIntegers ? row_clips[r * args.activation_groups] : 1.0f);
 #pragma GCC unroll 8
       for (int p = 0; p < kPanels; p++) {
         totals[r][p] = muladd(scaled[r][p], clip, totals[r][p]);

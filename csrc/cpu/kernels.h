@@ -22,7 +22,7 @@ struct Float16 {
 struct MomentsArgs {
   const void* x;
   DType dtype;
-  Languages languages;
+  LanguageIds language_ids;
 };
 
 // The randomized Hadamard transform in blocks of k: signs [ceil(k / 16)] has a bit for each member, set where
@@ -41,16 +41,15 @@ struct QuantizeArgs {
   int64_t k;
   int64_t group_size;
   int64_t groups;
-  const float*
-      table;  // [languages, groups]: the clip, or for Clip::kRms and kAbsmax the factor on the statistic
-  Languages languages;
+  const float* table;  // [num_entries, groups]: clips, or for Clip::kRms and kAbsmax factors on the statistic
+  LanguageIds language_ids;
   Clip clip;
   Codebook codebook;
   int bits;  // 4, or 8 with bytes
   RotationArgs rotation;
   uint8_t* codes;
   uint8_t* bytes;
-  float* scales;  // [rows, groups] the clips used; may be null
+  float* row_clips;  // [rows, groups] the clips used; may be null
 };
 
 struct DequantizeArgs {
@@ -58,9 +57,9 @@ struct DequantizeArgs {
   int64_t k;
   int64_t group_size;
   int64_t groups;
-  const float* table;  // [languages, groups], or [rows, groups] with per_row
+  const float* table;  // [num_entries, groups], or [rows, groups] with per_row
   bool per_row;
-  Languages languages;
+  LanguageIds language_ids;
   Codebook codebook;
   void* out;  // [rows, k]
   DType dtype;
@@ -82,8 +81,7 @@ struct Segment {
   int64_t activation_group, weight_group;
   int64_t offset;  // of the padded lengths of the segments before
   bool last_of_tile;
-  bool last_of_group;  // of the activations, as far as they are in the tile: their clip is multiplied with
-                       // here
+  bool last_of_group;  // the last in the tile of its group of activations: their clip is applied after it
   int64_t padded() const { return (length + 7) / 8 * 8; }
 };
 
@@ -109,8 +107,8 @@ struct ProductArgs {
   const Segment* segments;
   int64_t segment_count;
   int64_t packed_rows;
-  int64_t width;        // of all segments, padded
-  const float* scales;  // [rows, activation_groups]: of integer activations, null for floats
+  int64_t width;           // of all segments, padded
+  const float* row_clips;  // [rows, activation_groups]: of integer activations, null for floats
   int64_t activation_groups;
   int zero;               // twice the position of zero among the codes of the activations
   const uint8_t* weight;  // [n, ceil(k / 2)], or lanes [ceil(n / 16), width / 8, 64]
@@ -134,7 +132,7 @@ struct ProductScratch {
   uint8_t* lanes;
   void* tile;
   int32_t* starts;  // [tile_members / 8, panel]; of integers alone
-  float* scales;
+  float* clips;
   float* totals;
 };
 
@@ -151,7 +149,7 @@ struct Product {
   int64_t panel;         // outputs of a task
 };
 
-// A language's counts on their way into its histogram. Elements side by side take turns with eight tables, so
+// An entry's counts on their way into its histogram. Elements side by side take turns with eight tables, so
 // that none waits for the one before it where both are in the same bin, and one addition counts an element
 // (from bit 44 on) and adds up what bin_and_place gives, for which there is room until kMaxCounted elements
 // are counted.
@@ -165,13 +163,13 @@ struct HistogramLanes {
 
 struct Kernels {
   const char* isa;
-  // Elements [begin, end) merged into states [languages] and counted in histograms [languages, 258, 2] (may
-  // be null), through lanes [languages] where they are given.
+  // Elements [begin, end) merged into states [num_entries] and counted in histograms [num_entries, 258, 2]
+  // (may be null), through lanes [num_entries] where they are given.
   void (*moments)(const MomentsArgs&, int64_t begin, int64_t end, MomentState* states, HistogramLanes* lanes,
                   int64_t* histograms);
-  // Adds what a language's lanes still hold to its histogram [258, 2].
+  // Adds what an entry's lanes still hold to its histogram [258, 2].
   void (*unpack_histogram)(HistogramLanes& lanes, int64_t* histogram);
-  // Rows [begin, end). scratch: k floats. tail (may be null): [languages, groups, 4], added to.
+  // Rows [begin, end). scratch: k floats. tail (may be null): [num_entries, groups, 4], added to.
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end, float* scratch, double* tail);
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);
   void (*rotate)(const RotateArgs&, int64_t begin, int64_t end, float* scratch);

@@ -195,24 +195,24 @@ void unpack_histogram(HistogramLanes& lanes, int64_t* histogram) {
   lanes.counted = 0;
 }
 
-// Counts a block of elements in the lanes of its language. Counting an element takes a load, an addition and
+// Counts a block of elements in the lanes of its entry. Counting an element takes a load, an addition and
 // a store through an address that comes from the element; it follows the vectors that compute addresses by
 // kBehind elements, so that these are read from the cache and not from the queue of pending stores.
 struct LaneCounter {
   static constexpr int64_t kBehind = 64;
   HistogramLanes& lanes;
   int64_t filled = 0, counted = 0;
-  int32_t found[kMomentsBlock];
+  int32_t bins_and_places[kMomentsBlock];
 
-  // cppcheck-suppress uninitMemberVar ; each place in `found` is stored before it is counted
+  // cppcheck-suppress uninitMemberVar ; each place in `bins_and_places` is stored before it is counted
   explicit LaneCounter(HistogramLanes& own) : lanes(own) {}
 
   inline __attribute__((always_inline)) void count(int64_t i, int lane) {
-    const uint64_t bin_place = static_cast<uint32_t>(found[i]);
+    const uint64_t bin_place = static_cast<uint32_t>(bins_and_places[i]);
     lanes.entries[lane][bin_place >> 20] += (1ull << kCountShift) + bin_place;
   }
   inline __attribute__((always_inline)) void operator()(const F32& x, int size) {
-    store(found + filled, bin_and_place(x));
+    store(bins_and_places + filled, bin_and_place(x));
     filled += size;
     if (filled >= kBehind + 16) {
 #pragma GCC unroll 16
@@ -225,29 +225,30 @@ struct LaneCounter {
   }
 };
 
-// Counts in the histogram itself: for a few elements, or more languages than lanes are kept for.
+// Counts in the histogram itself: for a few elements, or more entries than lanes are kept for.
 struct DirectCounter {
   int64_t* histogram;
 
   void operator()(const F32& x, int size) {
-    int32_t found[16];
-    store(found, bin_and_place(x));
+    int32_t bins_and_places[16];
+    store(bins_and_places, bin_and_place(x));
     for (int j = 0; j < size; j++) {
-      histogram[2 * (found[j] >> 20)] += 1;
-      histogram[2 * (found[j] >> 20) + 1] += found[j] & 0xFFFFF;
+      histogram[2 * (bins_and_places[j] >> 20)] += 1;
+      histogram[2 * (bins_and_places[j] >> 20) + 1] += bins_and_places[j] & 0xFFFFF;
     }
     histogram[1] = histogram[2 * kHistogramBins - 1] = 0;  // the two end bins have no edges to measure from
   }
 };
 
 template <class T>
-void moments_of(const T* x, const Languages& languages, int64_t begin, int64_t end, MomentState* states,
+void moments_of(const T* x, const LanguageIds& language_ids, int64_t begin, int64_t end, MomentState* states,
                 HistogramLanes* lanes, int64_t* histograms) {
   bool far_from_zero = false;  // what elements are like that lie together
   for (int64_t i = begin; i < end;) {
-    const int32_t row = language_of(languages, i);
-    int64_t* const histogram = histograms ? histograms + 2 * kHistogramBins * row : nullptr;
-    const int64_t span_end = languages.ids ? smaller(end, (i / languages.span + 1) * languages.span) : end;
+    const int32_t entry = entry_of(language_ids, i);
+    int64_t* const histogram = histograms ? histograms + 2 * kHistogramBins * entry : nullptr;
+    const int64_t span_end =
+        language_ids.ids ? smaller(end, (i / language_ids.span + 1) * language_ids.span) : end;
     while (i < span_end) {
       const int64_t n = smaller(kMomentsBlock, span_end - i);
       const auto of_block = [&](auto&& count) {
@@ -262,14 +263,14 @@ void moments_of(const T* x, const Languages& languages, int64_t begin, int64_t e
       } else {
         // Every lane counts at most its share of this number.
         const int64_t whole_vectors = (n + 15) / 16 * 16;
-        if (lanes[row].counted + whole_vectors > kMaxCounted) unpack_histogram(lanes[row], histogram);
-        lanes[row].counted += whole_vectors;
-        LaneCounter counter(lanes[row]);
+        if (lanes[entry].counted + whole_vectors > kMaxCounted) unpack_histogram(lanes[entry], histogram);
+        lanes[entry].counted += whole_vectors;
+        LaneCounter counter(lanes[entry]);
         state = of_block(counter);
         counter.finish();
       }
       if (histogram) histogram[2 * (kHistogramBins - 1)] -= static_cast<int64_t>(state.nonfinite);
-      merge_moments(states[row], state);
+      merge_moments(states[entry], state);
       i += n;
     }
   }
@@ -278,11 +279,11 @@ void moments_of(const T* x, const Languages& languages, int64_t begin, int64_t e
 void moments(const MomentsArgs& args, int64_t begin, int64_t end, MomentState* states, HistogramLanes* lanes,
              int64_t* histograms) {
   if (args.dtype == DType::kFloat64) {
-    moments_of(static_cast<const double*>(args.x), args.languages, begin, end, states, lanes, histograms);
+    moments_of(static_cast<const double*>(args.x), args.language_ids, begin, end, states, lanes, histograms);
     return;
   }
   with_type(args.dtype, args.x,
-            [&](auto* x) { moments_of(x, args.languages, begin, end, states, lanes, histograms); });
+            [&](auto* x) { moments_of(x, args.language_ids, begin, end, states, lanes, histograms); });
 }
 
 }  // namespace

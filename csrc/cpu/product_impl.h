@@ -167,12 +167,13 @@ inline void load_clips(const ProductArgs& args, int64_t output, int64_t group, F
   const F32 unit = f32(1.0f / static_cast<float>(Product::kSteps * args.steps));
   I32 columns[4];
   load_columns_of(args.clips, args.n, args.weight_groups * 4, output, group * 4, columns);
-  for (int j = 0; j < 4; j++) clips[j] = mul(value_scale(as_float(columns[j])), unit);
+  for (int j = 0; j < 4; j++) clips[j] = mul(clip_or_zero(as_float(columns[j])), unit);
 }
 
-// The clips of a panel: scales [groups, 16 kVectors]. Asks for those of the next panel, which lie after them.
+// The clips of a panel: panel_clips [groups, 16 kVectors]. Asks for those of the next panel, which lie after
+// them.
 template <class Product, int kVectors>
-inline void decode_clips(const ProductArgs& args, int64_t first, float* scales) {
+inline void decode_clips(const ProductArgs& args, int64_t first, float* panel_clips) {
   const int64_t bytes = 16 * kVectors * args.weight_groups * static_cast<int64_t>(sizeof(float));
   const auto next = reinterpret_cast<uintptr_t>(args.clips + first * args.weight_groups) + bytes;
   for (int64_t i = 0; i < bytes; i += 64) prefetch<0>(reinterpret_cast<const void*>(next + i));
@@ -181,7 +182,7 @@ inline void decode_clips(const ProductArgs& args, int64_t first, float* scales) 
       F32 clips[4];
       load_clips<Product>(args, first + 16 * v, group, clips);
       for (int64_t j = 0; j < smaller(args.weight_groups - group, 4); j++) {
-        store(scales + ((group + j) * kVectors + v) * 16, clips[j]);
+        store(panel_clips + ((group + j) * kVectors + v) * 16, clips[j]);
       }
     }
   }
@@ -232,19 +233,19 @@ inline void add_block(const ProductArgs& args, const Segment* first, const Segme
         }
       }
     }
-    const float* scales = scratch.scales + segment->weight_group * kVectors * 16;
+    const float* panel_clips = scratch.clips + segment->weight_group * kVectors * 16;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) {
-        scaled[r][v] = muladd(Product::sum_in_float(sums[r][v]), load(scales + 16 * v), scaled[r][v]);
+        scaled[r][v] = muladd(Product::sum_in_float(sums[r][v]), load(panel_clips + 16 * v), scaled[r][v]);
       }
     }
     if (!segment->last_of_group) continue;
-    const float* clips = args.scales + row * args.activation_groups + segment->activation_group;
+    const float* row_clips = args.row_clips + row * args.activation_groups + segment->activation_group;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
-      const F32 clip = f32(Product::kIntegers ? clips[r * args.activation_groups] : 1.0f);
+      const F32 clip = f32(Product::kIntegers ? row_clips[r * args.activation_groups] : 1.0f);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) {
         float* total = totals + (r * kVectors + v) * 16;
@@ -270,7 +271,7 @@ inline void multiply_panel(const ProductArgs& args, const Product& product, int6
   using Element = typename Product::Element;
   constexpr int64_t kWidth = 16 * kVectors;
   constexpr int64_t kVectorElements = 16 * Product::kDepth;
-  decode_clips<Product, kVectors>(args, first, scratch.scales);
+  decode_clips<Product, kVectors>(args, first, scratch.clips);
   const int64_t outputs = smaller(args.n - first, kWidth);
   __builtin_memset(scratch.totals, 0, static_cast<size_t>((row_end - row_begin) * kWidth) * sizeof(float));
   const Segment* const end = args.segments + args.segment_count;

@@ -175,8 +175,8 @@ inline void add_tail(const T* x, int64_t n, float clip, double* tail) {
 
 template <Codebook kCodebook, class T>
 inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, double* tail) {
-  const int32_t language = language_of(args.languages, row);
-  const float* table = args.table + language * args.groups;
+  const int32_t entry = entry_of(args.language_ids, row);
+  const float* table = args.table + entry * args.groups;
   float measured[kGroupsAtOnce], inverse[kGroupsAtOnce];
   for (int64_t first = 0; first < args.groups; first += kGroupsAtOnce) {
     const int64_t count = smaller(kGroupsAtOnce, args.groups - first);
@@ -202,10 +202,10 @@ inline void quantize_row(const QuantizeArgs& args, const T* x, int64_t row, doub
         encode_group<kCodebook>(x + start, size, inverse[g],
                                 args.codes + row * ((args.k + 1) / 2) + start / 2);
       }
-      if (tail) add_tail(x + start, size, clips[g], tail + 4 * (language * args.groups + first + g));
+      if (tail) add_tail(x + start, size, clips[g], tail + 4 * (entry * args.groups + first + g));
     }
-    if (args.scales) {
-      __builtin_memcpy(args.scales + row * args.groups + first, clips,
+    if (args.row_clips) {
+      __builtin_memcpy(args.row_clips + row * args.groups + first, clips,
                        static_cast<size_t>(count) * sizeof(float));
     }
   }

@@ -42,12 +42,12 @@ __global__ void __launch_bounds__(256) dequantize_kernel(const DequantizeArgs ar
     for (int i = 0; i < kLoads; i++) {
       const int p = first + i * across;
       if (p >= pieces) continue;
-      const float scale = value_scale(__ldg(clips + (args.clips.groups == 1 ? 0 : p / pieces_per_group)));
+      const float clip = clip_or_zero(__ldg(clips + (args.clips.groups == 1 ? 0 : p / pieces_per_group)));
       Pack<T, kWidth> pack;
 #pragma unroll
       for (int j = 0; j < kWidth; j++) {
-        pack.element[j] = from_float<T>(
-            level_of_code(static_cast<int>(nibbles[i] >> 4 * j & 15), 4, args.codebook) * scale);
+        pack.element[j] =
+            from_float<T>(level_of_code(static_cast<int>(nibbles[i] >> 4 * j & 15), 4, args.codebook) * clip);
       }
       T* target = out + static_cast<int64_t>(p) * kWidth;
       if constexpr (kWidth == 8) {

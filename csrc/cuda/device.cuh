@@ -219,7 +219,7 @@ __device__ __forceinline__ float level_of_code(int code, int bits, Codebook code
 
 // The table's clips of a row.
 __device__ __forceinline__ const float* clips_of_row(const Clips& clips, int64_t row) {
-  return clips.table + clips.groups * (clips.per_row ? row : language_of(clips.languages, row));
+  return clips.table + clips.groups * (clips.per_row ? row : entry_of(clips.language_ids, row));
 }
 
 }  // namespace la_aciq::cuda

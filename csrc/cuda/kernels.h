@@ -23,25 +23,24 @@ struct Matrix {
   int64_t stride;
 };
 
-// Clips per group of `size` elements along K: a row of table [languages, groups] by language, or table [rows,
-// groups].
+// Clips per group of `size` elements along K: an entry of table [num_entries, groups] by language, or table
+// [rows, groups].
 struct Clips {
   const float* table;
   int64_t groups;
   int64_t size;
   bool per_row;
-  Languages languages;
+  LanguageIds language_ids;
 };
 
-// Rows sorted by language: rows [order[i] * span, (order[i] + 1) * span) have language sorted[i], which never
-// decreases. `count` entries, null pointers where every row has language 0. `languages` is the number of
-// languages.
+// Rows sorted by entry: rows [order[i] * span, (order[i] + 1) * span) read entry sorted[i] of the table,
+// which never decreases. order and sorted have `count` elements; both are null where every row reads entry 0.
 struct SortedRows {
   const int64_t* order;
   const int32_t* sorted;
   int64_t count;
   int64_t span;
-  int64_t languages;
+  int64_t num_entries;
 };
 
 // --- quantize.cu: elementwise, clips given ---
@@ -54,7 +53,7 @@ cudaError_t quantize(const Matrix& x, const Clips& clips, Codebook codebook, uin
 cudaError_t round_to_codebook(const Matrix& x, const Clips& clips, Codebook codebook, int bits, void* values,
                               cudaStream_t stream);
 
-// codes as above, and tail [languages, groups, 4] summed in an order fixed by the shape and the languages.
+// codes as above, and tail [num_entries, groups, 4] summed in an order fixed by the shape and the ids.
 // partials is scratch of tail_partials_size bytes.
 cudaError_t quantize_tails(const Matrix& x, const Clips& clips, const SortedRows& sorted, Codebook codebook,
                            uint8_t* codes, double* tail, void* partials, cudaStream_t stream);
@@ -85,18 +84,19 @@ bool block_fits(int64_t block);
 cudaError_t rotate(const Matrix& x, const Rotation& rotation, void* out, DType out_dtype,
                    cudaStream_t stream);
 
-// codes [rows, ceil(k / 2)]; for Clip::kRms and kAbsmax the table holds factors, and the clips go to scales
-// [rows, groups].
+// codes [rows, ceil(k / 2)]; for Clip::kRms and kAbsmax the table holds factors, and the clips go to
+// row_clips [rows, groups].
 cudaError_t quantize_rows(const Matrix& x, const Rotation& rotation, const Clips& clips, Clip clip,
-                          Codebook codebook, uint8_t* codes, float* scales, cudaStream_t stream);
+                          Codebook codebook, uint8_t* codes, float* row_clips, cudaStream_t stream);
 
-// The clips alone, scales [rows, groups], for rows of any length.
-cudaError_t measure_clips(const Matrix& x, const Clips& clips, Clip clip, float* scales, cudaStream_t stream);
+// The clips alone, row_clips [rows, groups], for rows of any length.
+cudaError_t measure_clips(const Matrix& x, const Clips& clips, Clip clip, float* row_clips,
+                          cudaStream_t stream);
 
 // --- moments.cu ---
 
-// states [languages]; histogram int64 [languages, 258, 2] or null. partials is scratch for moment_partials(x,
-// sorted) states.
+// states [num_entries]; histogram int64 [num_entries, 258, 2] or null. partials is scratch for
+// moment_partials(x, sorted) states.
 cudaError_t moments(const Matrix& x, const SortedRows& sorted, MomentState* states, int64_t* histogram,
                     MomentState* partials, cudaStream_t stream);
 int64_t moment_partials(const Matrix& x, const SortedRows& sorted);

@@ -128,12 +128,13 @@ __global__ void __launch_bounds__(kLinearWarps* kWarp) linear_kernel(const Linea
       const int group = args.weights.groups == 1 ? 0 : chunk / chunks_per_group;
 #pragma unroll
       for (int i = 0; i < kOutputTiles; i++) {
-        const float scale[2] = {value_scale(__ldg(clips[i][0] + group)) * (1.0f / 15.0f),
-                                value_scale(__ldg(clips[i][1] + group)) * (1.0f / 15.0f)};
+        const float half_step[2] = {clip_or_zero(__ldg(clips[i][0] + group)) * (1.0f / 15.0f),
+                                    clip_or_zero(__ldg(clips[i][1] + group)) * (1.0f / 15.0f)};
 #pragma unroll
         for (int j = 0; j < kRowTiles; j++) {
 #pragma unroll
-          for (int e = 0; e < 4; e++) total[i][j][e] = __fmaf_rn(scale[e / 2], sum[i][j][e], total[i][j][e]);
+          for (int e = 0; e < 4; e++)
+            total[i][j][e] = __fmaf_rn(half_step[e / 2], sum[i][j][e], total[i][j][e]);
         }
       }
     }

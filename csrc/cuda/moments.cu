@@ -29,19 +29,19 @@ cudaError_t launch_moments(const MomentArgs& args, cudaStream_t stream) {
 }  // namespace
 
 int64_t moment_partials(const Matrix& x, const SortedRows& sorted) {
-  return (x.rows * x.k == 0 ? 0 : arguments_of(x, sorted).tiles) + sorted.languages;
+  return (x.rows * x.k == 0 ? 0 : arguments_of(x, sorted).tiles) + sorted.num_entries;
 }
 
 cudaError_t moments(const Matrix& x, const SortedRows& sorted, MomentState* states, int64_t* histogram,
                     MomentState* partials, cudaStream_t stream) {
   if (histogram != nullptr) {
-    const auto bytes = static_cast<size_t>(sorted.languages) * 2 * kHistogramBins * sizeof(int64_t);
+    const auto bytes = static_cast<size_t>(sorted.num_entries) * 2 * kHistogramBins * sizeof(int64_t);
     const cudaError_t error = cudaMemsetAsync(histogram, 0, bytes, stream);
     if (error != cudaSuccess) return error;
   }
   MomentArgs args{};
   args.tile = args.pieces = 1;
-  args.sorted = SortedRows{nullptr, nullptr, 0, 1, sorted.languages};
+  args.sorted = SortedRows{nullptr, nullptr, 0, 1, sorted.num_entries};
   if (x.rows * x.k > 0) {
     args = arguments_of(x, sorted);
     args.partials = partials;
@@ -54,10 +54,10 @@ cudaError_t moments(const Matrix& x, const SortedRows& sorted, MomentState* stat
                                     });
     if (error != cudaSuccess) return error;
   }
-  const int64_t per_language = ceil_divide(args.tiles, sorted.languages);
+  const int64_t per_entry = ceil_divide(args.tiles, sorted.num_entries);
   const int64_t warps =
-      per_language < kMergeThreads / 2 ? ceil_divide(per_language + 1, 2 * kWarp) : kMergeThreads / kWarp;
-  return launch(merge_moments_kernel, dim3(static_cast<unsigned>(sorted.languages)),
+      per_entry < kMergeThreads / 2 ? ceil_divide(per_entry + 1, 2 * kWarp) : kMergeThreads / kWarp;
+  return launch(merge_moments_kernel, dim3(static_cast<unsigned>(sorted.num_entries)),
                 dim3(static_cast<unsigned>(warps * kWarp)), static_cast<size_t>(warps) * sizeof(MomentState),
                 stream, args, states);
 }

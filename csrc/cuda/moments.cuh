@@ -1,6 +1,6 @@
-// Moments per language, in one pass over x, and the log-histogram of |x|.
+// Moments per entry, in one pass over x, and the log-histogram of |x|.
 //
-// Rows are cut in pieces; the pieces in order of language are cut in tiles of a fixed number
+// Rows are cut in pieces; the pieces in the order of their entries are cut in tiles of a fixed number
 // (sorted_rows.cuh), a warp per tile. Sums are of powers of d = x - pivot, where the pivot is a value of the
 // data itself, the same for the whole run: no cancellation when the mean is far from zero. Eight elements are
 // summed in float32, which costs one float64 addition per power and vector; vectors that float32 cannot hold
@@ -29,8 +29,8 @@ struct MomentArgs {
   SortedRows sorted;
   int64_t piece, pieces;          // elements per piece, pieces per row
   int64_t tile, tiles;            // pieces per tile, number of tiles
-  MomentState* partials;          // [tiles + languages]
-  unsigned long long* histogram;  // [languages, 258, 2] or null
+  MomentState* partials;          // [tiles + num_entries]
+  unsigned long long* histogram;  // [num_entries, 258, 2] or null
 };
 
 // Division of numbers that mostly fit 32 bits.
@@ -211,9 +211,8 @@ __global__ void __launch_bounds__(kMomentThreads, kHistogram || sizeof(T) == 8 ?
 
   for (int64_t begin = first; begin < end;) {
     const int64_t first_row = divide(begin, args.pieces);
-    const int32_t language = language_at(args.sorted, first_row);
-    int64_t run_end =
-        first_position(args.sorted, args.x.rows, static_cast<int64_t>(language) + 1) * args.pieces;
+    const int32_t entry = entry_at(args.sorted, first_row);
+    int64_t run_end = first_position(args.sorted, args.x.rows, static_cast<int64_t>(entry) + 1) * args.pieces;
     if (run_end > end) run_end = end;
     const int64_t piece_of_row = begin - first_row * args.pieces;
     const T* run = static_cast<const T*>(args.x.data) + row_at(args.sorted, first_row) * args.x.stride +
@@ -274,10 +273,10 @@ __global__ void __launch_bounds__(kMomentThreads, kHistogram || sizeof(T) == 8 ?
       MomentState state =
           finite == 0 ? empty_moments() : moments_about(pivot, finite, s1, s2, s3, s4, low, high);
       state.nonfinite = nonfinite;
-      args.partials[tile + language] = state;
+      args.partials[tile + entry] = state;
     }
     if constexpr (kHistogram)
-      histogram.flush(args.histogram + static_cast<int64_t>(language) * 2 * kHistogramBins, lane);
+      histogram.flush(args.histogram + static_cast<int64_t>(entry) * 2 * kHistogramBins, lane);
     begin = run_end;
   }
 }
@@ -307,20 +306,20 @@ __device__ __forceinline__ MomentState merge_lanes(MomentState state, int lane) 
   return state;
 }
 
-// A block per language.
+// A block per entry.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_moments_kernel(const MomentArgs args, MomentState* states) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp,
             warps = static_cast<int>(blockDim.x) / kWarp;
-  const int64_t language = blockIdx.x;
-  const int64_t begin = first_position(args.sorted, args.x.rows, language) * args.pieces;
-  const int64_t end = first_position(args.sorted, args.x.rows, language + 1) * args.pieces;
+  const int64_t entry = blockIdx.x;
+  const int64_t begin = first_position(args.sorted, args.x.rows, entry) * args.pieces;
+  const int64_t end = first_position(args.sorted, args.x.rows, entry + 1) * args.pieces;
   MomentState state = empty_moments();
   if (end > begin) {
     const int64_t last = (end - 1) / args.tile;
 #pragma unroll 1
     for (int64_t tile = begin / args.tile + thread; tile <= last; tile += blockDim.x) {
-      merge_moments(state, args.partials[tile + language]);
+      merge_moments(state, args.partials[tile + entry]);
     }
   }
   state = merge_lanes(state, lane);
@@ -329,7 +328,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   __syncthreads();
   if (thread >= kWarp) return;
   state = merge_lanes(lane < warps ? of_warps[lane] : empty_moments(), lane);
-  if (lane == 0) states[language] = state;
+  if (lane == 0) states[entry] = state;
 }
 
 }  // namespace la_aciq::cuda

@@ -38,9 +38,10 @@ Tensor checked_table_like(const char* name, const Tensor& table, int64_t groups,
   return checked_table(name, table, groups);
 }
 
-LanguageIds checked_language_like(const optional<Tensor>& language, at::IntArrayRef lead, const Tensor& x) {
-  if (language) check_device("language", *language, x);
-  return checked_language(language, lead);
+CheckedIds checked_language_ids_like(const optional<Tensor>& language_ids, at::IntArrayRef lead,
+                                     const Tensor& x) {
+  if (language_ids) check_device("language_ids", *language_ids, x);
+  return checked_language_ids(language_ids, lead);
 }
 
 // Elements between the starts of consecutive rows of x [..., k], if all of them are equally far apart and
@@ -75,7 +76,7 @@ struct Rows {
   }
 };
 
-Languages languages_of(const LanguageIds& ids, const Tensor& table) {
+LanguageIds ids_of(const CheckedIds& ids, const Tensor& table) {
   return ids.of(table.size(0));
 }
 
@@ -94,19 +95,19 @@ RotationArgument checked_rotation(const optional<Tensor>& signs, int64_t block_s
   return result;
 }
 
-// Entries of ids in order of language, for sums per language.
+// Rows in the order of their entries, for sums per entry.
 struct Sorted {
   Tensor order, ids;
   SortedRows rows;
 
-  Sorted(const LanguageIds& language, int64_t languages) : rows{nullptr, nullptr, 0, 1, languages} {
-    if (!language.ids.defined()) return;
-    const Tensor flat = language.ids.flatten();
+  Sorted(const CheckedIds& checked, int64_t num_entries) : rows{nullptr, nullptr, 0, 1, num_entries} {
+    if (!checked.ids.defined()) return;
+    const Tensor flat = checked.ids.flatten();
     const Tensor valid =
-        at::where(flat.ge(0).logical_and(flat.lt(languages)), flat, at::zeros({}, flat.options()));
+        at::where(flat.ge(0).logical_and(flat.lt(num_entries)), flat, at::zeros({}, flat.options()));
     std::tie(ids, order) = at::sort(valid, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-    rows = {order.const_data_ptr<int64_t>(), ids.const_data_ptr<int32_t>(), flat.numel(), language.span,
-            languages};
+    rows = {order.const_data_ptr<int64_t>(), ids.const_data_ptr<int32_t>(), flat.numel(), checked.span,
+            num_entries};
   }
 };
 
@@ -141,22 +142,22 @@ Tensor rotated(const Tensor& x, const RotationArgument& argument, at::ScalarType
 
 // --- Operations ---
 
-std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& language, int64_t languages,
+std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& language_ids, int64_t num_entries,
                                    bool histogram) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  TORCH_CHECK_VALUE(languages >= 1 && languages <= INT32_MAX, "languages: expected at least 1, got ",
-                    languages);
+  TORCH_CHECK_VALUE(num_entries >= 1 && num_entries <= INT32_MAX, "num_entries: expected at least 1, got ",
+                    num_entries);
   const DType dtype = x.scalar_type() == at::kDouble ? DType::kFloat64 : dtype_of("x", x.scalar_type());
   const auto lead = x.dim() ? x.sizes().slice(0, x.dim() - 1) : x.sizes();
-  const LanguageIds ids = checked_language_like(language, lead, x);
+  const CheckedIds ids = checked_language_ids_like(language_ids, lead, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor states = at::empty({languages, 8}, x.options().dtype(at::kDouble));
+  const Tensor states = at::empty({num_entries, 8}, x.options().dtype(at::kDouble));
   const Tensor counts =
-      at::empty({languages, histogram ? kHistogramBins : 0, 2}, x.options().dtype(at::kLong));
-  // Where no row has a language of its own, rows need not be kept apart.
+      at::empty({num_entries, histogram ? kHistogramBins : 0, 2}, x.options().dtype(at::kLong));
+  // Where there are no ids, rows need not be kept apart.
   const bool flat = !ids.ids.defined() && (x.dim() == 0 || x.is_contiguous());
-  const Sorted sorted(ids, languages);
+  const Sorted sorted(ids, num_entries);
   Matrix matrix{x.const_data_ptr(), dtype, x.numel() > 0, x.numel(), x.numel()};
   optional<Rows> rows;
   if (!flat && x.numel() > 0) matrix = rows.emplace(x, dtype).matrix;
@@ -167,49 +168,50 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const optional<Tensor>& lang
   return {states, counts};
 }
 
-std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& alpha, const optional<Tensor>& language,
-                                    int64_t group_size, c10::string_view codebook,
-                                    const optional<Tensor>& signs, int64_t block_size, bool tail_sums) {
+std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& clips,
+                                    const optional<Tensor>& language_ids, int64_t group_size,
+                                    c10::string_view codebook, const optional<Tensor>& signs,
+                                    int64_t block_size, bool tail_sums) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_rows_of_k("x", x);
   const int64_t k = x.size(-1);
   const Groups groups = groups_of(k, group_size);
   const DType dtype = dtype_of("x", x.scalar_type());
   const Codebook book = codebook_of("codebook", codebook);
-  const Tensor table = checked_table_like("alpha", alpha, groups.count, x);
-  const LanguageIds ids = checked_language_like(language, x.sizes().slice(0, x.dim() - 1), x);
+  const Tensor table = checked_table_like("clips", clips, groups.count, x);
+  const CheckedIds ids = checked_language_ids_like(language_ids, x.sizes().slice(0, x.dim() - 1), x);
   const RotationArgument rotation = checked_rotation(signs, block_size, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Clips clips{table.const_data_ptr<float>(), groups.count, groups.size, false,
-                    languages_of(ids, table)};
+  const Clips table_clips{table.const_data_ptr<float>(), groups.count, groups.size, false,
+                          ids_of(ids, table)};
   const Tensor codes = at::empty(with_last(x.sizes(), (k + 1) / 2), x.options().dtype(at::kByte));
   auto* target = codes.mutable_data_ptr<uint8_t>();
   Tensor tail = at::empty({tail_sums ? table.size(0) : 0, groups.count, 4}, x.options().dtype(at::kDouble));
 
   Rows rows(x, dtype);
   if (rotation.signs.defined()) {
-    if (!tail_sums && cuda::row_fits(rows.matrix, rotation.rotation, clips, Clip::kStatic)) {
-      check(cuda::quantize_rows(rows.matrix, rotation.rotation, clips, Clip::kStatic, book, target, nullptr,
-                                stream));
+    if (!tail_sums && cuda::row_fits(rows.matrix, rotation.rotation, table_clips, Clip::kStatic)) {
+      check(cuda::quantize_rows(rows.matrix, rotation.rotation, table_clips, Clip::kStatic, book, target,
+                                nullptr, stream));
       return {codes, tail};
     }
     rows = Rows(rotated(x, rotation, at::kFloat, stream), DType::kFloat32);
   }
   if (!tail_sums) {
-    check(cuda::quantize(rows.matrix, clips, book, target, stream));
+    check(cuda::quantize(rows.matrix, table_clips, book, target, stream));
     return {codes, tail};
   }
   const Sorted sorted(ids, table.size(0));
   const Tensor partials =
-      at::empty({cuda::tail_partials_size(rows.matrix, clips, sorted.rows)}, codes.options());
-  check(cuda::quantize_tails(rows.matrix, clips, sorted.rows, book, target, tail.mutable_data_ptr<double>(),
-                             partials.mutable_data_ptr(), stream));
+      at::empty({cuda::tail_partials_size(rows.matrix, table_clips, sorted.rows)}, codes.options());
+  check(cuda::quantize_tails(rows.matrix, table_clips, sorted.rows, book, target,
+                             tail.mutable_data_ptr<double>(), partials.mutable_data_ptr(), stream));
   return {codes, tail};
 }
 
-std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape,
-                                            const optional<Tensor>& language, int64_t group_size,
+std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& clip_factor,
+                                            const optional<Tensor>& language_ids, int64_t group_size,
                                             c10::string_view statistic, c10::string_view codebook,
                                             const optional<Tensor>& signs, int64_t block_size) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -219,47 +221,46 @@ std::tuple<Tensor, Tensor> quantize_dynamic(const Tensor& x, const Tensor& shape
   TORCH_CHECK_VALUE(statistic != "static", "statistic: expected 'rms' or 'absmax', got 'static'");
   const Clip clip = clip_of("statistic", statistic);
   const Codebook book = codebook_of("codebook", codebook);
-  const Tensor table = checked_table_like("shape", shape, groups.count, x);
-  const LanguageIds ids = checked_language_like(language, x.sizes().slice(0, x.dim() - 1), x);
+  const Tensor table = checked_table_like("clip_factor", clip_factor, groups.count, x);
+  const CheckedIds ids = checked_language_ids_like(language_ids, x.sizes().slice(0, x.dim() - 1), x);
   const RotationArgument rotation = checked_rotation(signs, block_size, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Clips factors{table.const_data_ptr<float>(), groups.count, groups.size, false,
-                      languages_of(ids, table)};
+  const Clips factors{table.const_data_ptr<float>(), groups.count, groups.size, false, ids_of(ids, table)};
   const Tensor codes = at::empty(with_last(x.sizes(), (k + 1) / 2), x.options().dtype(at::kByte));
-  const Tensor scales = at::empty(with_last(x.sizes(), groups.count), x.options().dtype(at::kFloat));
+  const Tensor row_clips = at::empty(with_last(x.sizes(), groups.count), x.options().dtype(at::kFloat));
   auto* target = codes.mutable_data_ptr<uint8_t>();
 
   Rows rows(x, dtype_of("x", x.scalar_type()));
   if (cuda::row_fits(rows.matrix, rotation.rotation, factors, clip)) {
     check(cuda::quantize_rows(rows.matrix, rotation.rotation, factors, clip, book, target,
-                              scales.mutable_data_ptr<float>(), stream));
-    return {codes, scales};
+                              row_clips.mutable_data_ptr<float>(), stream));
+    return {codes, row_clips};
   }
   if (rotation.signs.defined()) rows = Rows(rotated(x, rotation, at::kFloat, stream), DType::kFloat32);
-  check(cuda::measure_clips(rows.matrix, factors, clip, scales.mutable_data_ptr<float>(), stream));
-  const Clips measured{scales.const_data_ptr<float>(), groups.count, groups.size, true, {}};
+  check(cuda::measure_clips(rows.matrix, factors, clip, row_clips.mutable_data_ptr<float>(), stream));
+  const Clips measured{row_clips.const_data_ptr<float>(), groups.count, groups.size, true, {}};
   check(cuda::quantize(rows.matrix, measured, book, target, stream));
-  return {codes, scales};
+  return {codes, row_clips};
 }
 
-Tensor dequantize(const Tensor& codes, const Tensor& alpha, const optional<Tensor>& language, int64_t k,
+Tensor dequantize(const Tensor& codes, const Tensor& clips, const optional<Tensor>& language_ids, int64_t k,
                   int64_t group_size, c10::string_view codebook, bool per_row, at::ScalarType dtype) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_codes("codes", codes, k);
   const auto lead = codes.sizes().slice(0, codes.dim() - 1);
   const Groups groups = groups_of(k, group_size);
-  check_device("alpha", alpha, codes);
-  const Tensor table = per_row ? checked_scales("alpha", alpha, lead, groups.count)
-                               : checked_table("alpha", alpha, groups.count);
-  const LanguageIds ids = per_row ? LanguageIds{} : checked_language_like(language, lead, codes);
+  check_device("clips", clips, codes);
+  const Tensor table = per_row ? checked_row_clips("clips", clips, lead, groups.count)
+                               : checked_table("clips", clips, groups.count);
+  const CheckedIds ids = per_row ? CheckedIds{} : checked_language_ids_like(language_ids, lead, codes);
   const c10::cuda::CUDAGuard guard(codes.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const Tensor packed = codes.contiguous(),
                out = at::empty(with_last(codes.sizes(), k), codes.options().dtype(dtype));
-  const Clips clips{table.const_data_ptr<float>(), groups.count, groups.size, per_row,
-                    languages_of(ids, table)};
-  check(cuda::dequantize(packed.const_data_ptr<uint8_t>(), product(lead), k, clips,
+  const Clips table_clips{table.const_data_ptr<float>(), groups.count, groups.size, per_row,
+                          ids_of(ids, table)};
+  check(cuda::dequantize(packed.const_data_ptr<uint8_t>(), product(lead), k, table_clips,
                          codebook_of("codebook", codebook), out.mutable_data_ptr(), dtype_of("dtype", dtype),
                          stream));
   return out;
@@ -274,38 +275,38 @@ Tensor rotate(const Tensor& x, const Tensor& signs, int64_t block_size) {
 }
 
 // x [rows, k] rounded to the codebook of its activations, in the dtype it has.
-Tensor rounded(const Tensor& x, const Tensor& table, const LanguageIds& ids, Groups groups, Clip clip,
+Tensor rounded(const Tensor& x, const Tensor& table, const CheckedIds& ids, Groups groups, Clip clip,
                Codebook codebook, int64_t bits, cudaStream_t stream) {
   const Rows rows(x, dtype_of("x", x.scalar_type()));
-  Clips clips{table.const_data_ptr<float>(), groups.count, groups.size, false, languages_of(ids, table)};
-  Tensor scales;
+  Clips table_clips{table.const_data_ptr<float>(), groups.count, groups.size, false, ids_of(ids, table)};
+  Tensor row_clips;
   if (clip != Clip::kStatic) {
-    scales = at::empty({x.size(0), groups.count}, x.options().dtype(at::kFloat));
-    check(cuda::measure_clips(rows.matrix, clips, clip, scales.mutable_data_ptr<float>(), stream));
-    clips = {scales.const_data_ptr<float>(), groups.count, groups.size, true, {}};
+    row_clips = at::empty({x.size(0), groups.count}, x.options().dtype(at::kFloat));
+    check(cuda::measure_clips(rows.matrix, table_clips, clip, row_clips.mutable_data_ptr<float>(), stream));
+    table_clips = {row_clips.const_data_ptr<float>(), groups.count, groups.size, true, {}};
   }
   const Tensor values = at::empty(x.sizes(), x.options());
-  check(cuda::round_to_codebook(rows.matrix, clips, codebook, static_cast<int>(bits),
+  check(cuda::round_to_codebook(rows.matrix, table_clips, codebook, static_cast<int>(bits),
                                 values.mutable_data_ptr(), stream));
   return values;
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const optional<Tensor>& bias,
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_clip, const optional<Tensor>& bias,
               int64_t group_size, c10::string_view weight_codebook, const optional<Tensor>& signs,
               int64_t block_size, int64_t activation_bits, c10::string_view activation_clip,
-              const optional<Tensor>& clip, const optional<Tensor>& language, int64_t activation_group_size,
-              c10::string_view activation_codebook) {
+              const optional<Tensor>& clips, const optional<Tensor>& language_ids,
+              int64_t activation_group_size, c10::string_view activation_codebook) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_rows_of_k("x", x);
   const int64_t k = x.size(-1), rows = x.numel() / k;
   const DType dtype = dtype_of("x", x.scalar_type());
   const Groups groups = groups_of(k, group_size);
-  check_linear(weight, weight_scale, bias, k, groups.count, activation_bits);
+  check_linear(weight, weight_clip, bias, k, groups.count, activation_bits);
   TORCH_CHECK_VALUE(!is_repacked(weight), "weight: expected uint8 codes on ", x.device(),
                     ", got int32: repack_weight is for the CPU");
   const int64_t n = weight.size(0);
   check_device("weight", weight, x);
-  check_device("weight_scale", weight_scale, x);
+  check_device("weight_clip", weight_clip, x);
   if (bias) check_device("bias", *bias, x);
   const Codebook codebook = codebook_of("weight_codebook", weight_codebook);
   const RotationArgument rotation = checked_rotation(signs, block_size, x);
@@ -318,18 +319,18 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
     activations = rotated(activations, rotation, activation_bits < 16 ? at::kFloat : x.scalar_type(), stream);
   }
   if (activation_bits < 16) {
-    TORCH_CHECK_VALUE(clip.has_value(),
-                      "clip: expected the clips of the activations for activation_bits=", activation_bits);
+    TORCH_CHECK_VALUE(clips.has_value(),
+                      "clips: expected the clips of the activations for activation_bits=", activation_bits);
     const Groups activation_groups = groups_of(k, activation_group_size);
-    const Tensor table = checked_table_like("clip", *clip, activation_groups.count, x);
-    const LanguageIds ids = checked_language_like(language, x.sizes().slice(0, x.dim() - 1), x);
+    const Tensor table = checked_table_like("clips", *clips, activation_groups.count, x);
+    const CheckedIds ids = checked_language_ids_like(language_ids, x.sizes().slice(0, x.dim() - 1), x);
     activations =
         rounded(activations, table, ids, activation_groups, clip_of("activation_clip", activation_clip),
                 codebook_of("activation_codebook", activation_codebook), activation_bits, stream)
             .to(x.scalar_type());
   }
 
-  const Tensor packed = weight.contiguous(), weight_clips = weight_scale.contiguous();
+  const Tensor packed = weight.contiguous(), weight_clips = weight_clip.contiguous();
   const Rows input(activations, dtype);
   const Weights weights{packed.const_data_ptr<uint8_t>(),
                         weight_clips.const_data_ptr<float>(),

@@ -37,7 +37,7 @@ cudaError_t round_to_codebook(const Matrix& x, const Clips& clips, Codebook code
 }
 
 int64_t tail_partials_size(const Matrix& x, const Clips& clips, const SortedRows& sorted) {
-  const int64_t slots = ceil_divide(x.rows, kTailRows) + sorted.languages;
+  const int64_t slots = ceil_divide(x.rows, kTailRows) + sorted.num_entries;
   return slots * pieces_of(x, rows_are_aligned(x) && (clips.groups == 1 || clips.size % 8 == 0)) *
          static_cast<int64_t>(sizeof(TailPartial));
 }
@@ -57,7 +57,7 @@ cudaError_t quantize_tails(const Matrix& x, const Clips& clips, const SortedRows
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(static_cast<unsigned>(clips.groups),
-                  static_cast<unsigned>(sorted.languages < 65535 ? sorted.languages : 65535));
+                  static_cast<unsigned>(sorted.num_entries < 65535 ? sorted.num_entries : 65535));
   return launch(vectors ? merge_tails_kernel<8> : merge_tails_kernel<2>, grid, dim3(kTailThreads),
                 sizeof(double) * 4 * kTailThreads / kWarp, stream, args, tail);
 }

@@ -1,12 +1,12 @@
 // INT4 codes, or rounded values, of elements under given clips: one streaming pass.
 //
 // Layout: a block covers 256 / across rows, `across` threads side by side on each (row_tiles). A thread reads
-// its row's language once, then handles pieces of kWidth elements, `across` pieces apart: 8 where rows are
+// its row's entry once, then handles pieces of kWidth elements, `across` pieces apart: 8 where rows are
 // aligned and groups are multiples of 8 (16-byte loads, 4-byte stores, a warp's accesses contiguous), else 2
 // (one byte of codes). Up to kUnroll loads are in flight before the first is used.
 //
-// Tail sums: tiles of kTailRows rows in order of language (sorted_rows.cuh); a thread keeps to one piece of
-// the columns.
+// Tail sums: tiles of kTailRows rows in the order of their entries (sorted_rows.cuh); a thread keeps to one
+// piece of the columns.
 #pragma once
 
 #include "cuda/sorted_rows.cuh"
@@ -51,14 +51,14 @@ struct Piece {
 
   __device__ __forceinline__ void store_values(T* out, float clip, Codebook codebook, int bits,
                                                int64_t left) const {
-    const float inverse = inverse_step(clip, bits), scale = value_scale(clip);
+    const float inverse = inverse_step(clip, bits), valid_clip = clip_or_zero(clip);
     float value[kWidth];
     widen(value);
     Pack<T, kWidth> rounded;
 #pragma unroll
     for (int i = 0; i < kWidth; i++) {
       const int code = signed_code(value[i], inverse, bits, codebook) + (1 << (bits - 1));
-      rounded.element[i] = from_float<T>(level_of_code(code, bits, codebook) * scale);
+      rounded.element[i] = from_float<T>(level_of_code(code, bits, codebook) * valid_clip);
     }
     if constexpr (kWidth == 8) {
       store_pack(out, rounded);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(256, 3) quantize_kernel(const ElementwiseArgs 
       if (p < pieces)
         piece[i].load(x + static_cast<int64_t>(p) * kWidth, k - static_cast<int64_t>(p) * kWidth);
     }
-    // After the loads are on their way: the language and its clips depend on each other.
+    // After the loads are on their way: the entry and its clips depend on each other.
     if (clips == nullptr) clips = clips_of_row(args.clips, row);
 #pragma unroll
     for (int i = 0; i < kUnroll; i++) {
@@ -129,7 +129,7 @@ struct TailArgs {
   SortedRows sorted;
   Codebook codebook;
   uint8_t* codes;
-  TailPartial* partials;  // [tiles + languages, pieces]
+  TailPartial* partials;  // [tiles + num_entries, pieces]
 };
 
 template <class T, int kWidth>
@@ -142,17 +142,17 @@ __global__ void __launch_bounds__(kTailThreads) quantize_tails_kernel(const Tail
   const int64_t first = tile * kTailRows;
   const int64_t end = first + kTailRows < args.x.rows ? first + kTailRows : args.x.rows;
   const auto elements = static_cast<uint32_t>(left < kWidth ? left : kWidth);
-  int32_t language = language_at(args.sorted, first);
+  int32_t entry = entry_at(args.sorted, first);
   TailPartial sums{};
   for (int64_t position = first; position < end; position++) {
-    const int32_t next = language_at(args.sorted, position);
-    if (next != language) {
-      args.partials[(tile + language) * pieces + p] = sums;
+    const int32_t next = entry_at(args.sorted, position);
+    if (next != entry) {
+      args.partials[(tile + entry) * pieces + p] = sums;
       sums = {};
-      language = next;
+      entry = next;
     }
     const int64_t row = row_at(args.sorted, position);
-    const float clip = __ldg(args.clips.table + language * args.clips.groups + group);
+    const float clip = __ldg(args.clips.table + entry * args.clips.groups + group);
     Piece<T, kWidth> piece;
     piece.load(static_cast<const T*>(args.x.data) + row * args.x.stride + start, left);
     piece.store_codes(args.codes + row * ((k + 1) / 2) + start / 2, inverse_step(clip, 4), args.codebook,
@@ -171,19 +171,19 @@ __global__ void __launch_bounds__(kTailThreads) quantize_tails_kernel(const Tail
     sums.finite += finite;
     sums.nonfinite += elements - finite;
   }
-  args.partials[(tile + language) * pieces + p] = sums;
+  args.partials[(tile + entry) * pieces + p] = sums;
 }
 
-// A block per group and language. Thread t adds every kTailThreads-th partial from the t-th on, then the
+// A block per group and entry. Thread t adds every kTailThreads-th partial from the t-th on, then the
 // threads add up as a tree.
 template <int kWidth>
 __global__ void __launch_bounds__(kTailThreads, 4) merge_tails_kernel(const TailArgs args, double* tail) {
   const int64_t k = args.x.k, pieces = (k + kWidth - 1) / kWidth,
                 per_group = (args.clips.size + kWidth - 1) / kWidth;
-  const int64_t group = blockIdx.x, languages = args.sorted.languages;
-  for (int64_t language = blockIdx.y; language < languages; language += gridDim.y) {
-    const int64_t begin = first_position(args.sorted, args.x.rows, language);
-    const int64_t end = first_position(args.sorted, args.x.rows, language + 1);
+  const int64_t group = blockIdx.x, num_entries = args.sorted.num_entries;
+  for (int64_t entry = blockIdx.y; entry < num_entries; entry += gridDim.y) {
+    const int64_t begin = first_position(args.sorted, args.x.rows, entry);
+    const int64_t end = first_position(args.sorted, args.x.rows, entry + 1);
     const int64_t first_tile = begin / kTailRows,
                   tiles = end > begin ? (end - 1) / kTailRows - first_tile + 1 : 0;
     const int64_t first_piece = group * per_group;
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kTailThreads, 4) merge_tails_kernel(const Tail
     double total[4] = {0, 0, 0, 0};
     for (int64_t i = threadIdx.x; i < tiles * width; i += kTailThreads) {
       const TailPartial part =
-          args.partials[(first_tile + i / width + language) * pieces + first_piece + i % width];
+          args.partials[(first_tile + i / width + entry) * pieces + first_piece + i % width];
       total[0] += part.finite;
       total[1] += part.beyond;
       total[2] += part.sum;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kTailThreads, 4) merge_tails_kernel(const Tail
     if (threadIdx.x < 4) {
       double sum = 0;
       for (int warp = 0; warp < kTailThreads / kWarp; warp++) sum += shared[4 * warp + threadIdx.x];
-      tail[4 * (language * args.clips.groups + group) + threadIdx.x] = sum;
+      tail[4 * (entry * args.clips.groups + group) + threadIdx.x] = sum;
     }
     __syncthreads();
   }

@@ -71,7 +71,8 @@ template <class T, class Out, Grouping kGrouping, int kVectors, bool kAligned, i
 cudaError_t launch_plan(const RowsArgs& args, const Plan& plan, cudaStream_t stream) {
   const auto kernel = rows_kernel<T, Out, kGrouping, kVectors, kAligned, kThreads>;
   if (plan.shared_bytes > 48 << 10) {
-    // The device's limit and not this launch's size: another thread may be launching the same kernel with less.
+    // The device's limit and not this launch's size: another thread may be launching the same kernel with
+    // less.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
     if (error != cudaSuccess) return error;
@@ -154,7 +155,7 @@ cudaError_t rotate(const Matrix& x, const Rotation& rotation, void* out, DType o
 }
 
 cudaError_t quantize_rows(const Matrix& x, const Rotation& rotation, const Clips& clips, Clip clip,
-                          Codebook codebook, uint8_t* codes, float* scales, cudaStream_t stream) {
+                          Codebook codebook, uint8_t* codes, float* row_clips, cudaStream_t stream) {
   if (x.rows == 0) return cudaSuccess;
   const bool aligned = rows_are_aligned(x) && is_aligned(codes, 4);
   const Plan plan = plan_rows(x.k, rotation, clips, clip, /*codes=*/true, aligned);
@@ -165,15 +166,15 @@ cudaError_t quantize_rows(const Matrix& x, const Rotation& rotation, const Clips
   args.clip = clip;
   args.codebook = codebook;
   args.codes = codes;
-  args.scales = scales;
+  args.row_clips = row_clips;
   return with_type(x.dtype,
                    [&]<class T>(Type<T>) { return launch_rows<T, void>(args, plan, aligned, stream); });
 }
 
-cudaError_t measure_clips(const Matrix& x, const Clips& clips, Clip clip, float* scales,
+cudaError_t measure_clips(const Matrix& x, const Clips& clips, Clip clip, float* row_clips,
                           cudaStream_t stream) {
   if (x.rows == 0) return cudaSuccess;
-  const MeasureArgs args{x, clips, clip, scales};
+  const MeasureArgs args{x, clips, clip, row_clips};
   const dim3 grid(static_cast<unsigned>(ceil_divide(x.rows * clips.groups, 256 / kWarp)));
   return with_type(x.dtype, [&]<class T>(Type<T>) {
     return launch(measure_clips_kernel<T>, grid, dim3(256), 0, stream, args);

@@ -43,7 +43,7 @@ struct RowsArgs {
   Codebook codebook;
   uint8_t* codes;  // or null, then
   void* out;
-  float* scales;
+  float* row_clips;
 };
 
 // In floats.
@@ -224,7 +224,7 @@ __device__ __forceinline__ float measure(const float (&v)[kCount], int used, Cli
 
 // Clips of the groups of a segment in shared memory, a warp per group.
 __device__ __forceinline__ void measure_irregular(const RowsArgs& args, const float* row, int length,
-                                                  int64_t start, const float* table, float* scales,
+                                                  int64_t start, const float* table, float* row_clips,
                                                   float* clips) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, size = static_cast<int>(args.clips.size);
   const int groups = (length + size - 1) / size, warps = static_cast<int>(blockDim.x) / kWarp;
@@ -247,7 +247,7 @@ __device__ __forceinline__ void measure_irregular(const RowsArgs& args, const fl
     const float clip = table[first_group + group] * (args.clip == Clip::kRms ? rms : largest);
     if (lane == 0) {
       clips[group] = clip;
-      scales[first_group + group] = clip;
+      row_clips[first_group + group] = clip;
     }
   }
 }
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
       }
     } else {
       const float* table = clips_of_row(args.clips, exists ? row : 0);
-      float* scales = args.scales == nullptr ? nullptr : args.scales + row * args.clips.groups;
+      float* row_clips = args.row_clips == nullptr ? nullptr : args.row_clips + row * args.clips.groups;
       uint8_t* codes = args.codes + row * ((args.x.k + 1) / 2) + start / 2;
       float row_clip = 0;
       if constexpr (kGrouping == Grouping::kRow) {
@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
             return blockDim.x == kWarp ? __any_sync(kFullWarp, exists && flag) : flag;
           };
           row_clip *= measure(flat, used, args.clip, args.x.k, reduce, any);
-          if (exists && first == 0) scales[0] = row_clip;
+          if (exists && first == 0) row_clips[0] = row_clip;
         }
       } else if (kGrouping == Grouping::kIrregular && args.clip != Clip::kStatic) {
 #pragma unroll
@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
           }
         }
         synchronize_team();
-        measure_irregular(args, row_shared, length, start, table, scales, clips_shared);
+        measure_irregular(args, row_shared, length, start, table, row_clips, clips_shared);
         synchronize_team();
       }
 #pragma unroll
@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kGrouping, kVectors,
               const auto any = [&](bool flag) { return __any_sync(kFullWarp, left > 0 && flag); };
               clip *= measure(v[m], left < 8 ? left : 8, args.clip,
                               rest < args.clips.size ? rest : args.clips.size, reduce, any);
-              if (exists && in_row && element % args.clips.size == 0) scales[group] = clip;
+              if (exists && in_row && element % args.clips.size == 0) row_clips[group] = clip;
             }
           }
           nibbles = encode_nibbles(v[m], inverse_step(clip, 4), args.codebook);
@@ -462,7 +462,7 @@ struct MeasureArgs {
   Matrix x;
   Clips clips;
   Clip clip;
-  float* scales;
+  float* row_clips;
 };
 
 template <class T>
@@ -489,7 +489,7 @@ __global__ void __launch_bounds__(256) measure_clips_kernel(const MeasureArgs ar
   count = reduce_lanes(count, kWarp, Add());
   if (lane > 0) return;
   const float rms = count == 0 ? 0.0f : static_cast<float>(sqrt(squares / static_cast<double>(count)));
-  args.scales[pair] =
+  args.row_clips[pair] =
       __ldg(clips_of_row(args.clips, row) + group) * (args.clip == Clip::kRms ? rms : largest);
 }
 

@@ -33,13 +33,15 @@ def moved(package: str, name: str) -> Any:
 
 
 def renamed_arguments(
-    function: str, old: dict[str, Any], renamed: dict[str, str], values: dict[str, Any]
+    function: str, old: dict[str, Any], renamed: dict[str, str], values: dict[str, Any], *, warn: bool = True
 ) -> dict[str, Any]:
     """`values` of a function's arguments, with those that were passed under their old names put in.
 
     function: its name, for messages. old: the surplus keyword arguments of a call, taken with `**old`, which costs a
     call without any next to nothing. renamed: old names and the new ones. values: the arguments that may be meant, by
-    their new names. Raises TypeError for a name that never was an argument, and where both names are given.
+    their new names. warn: False while torch.compile traces, which cannot trace a warning.
+
+    Raises TypeError for a name that never was an argument, and where both names are given.
     """
     result = dict(values)
     for name, value in old.items():
@@ -48,7 +50,8 @@ def renamed_arguments(
         new = renamed[name]
         if values.get(new) is not None:
             raise TypeError(f"{function}() got {new!r} and its old name {name!r}; expected {new!r} alone")
-        warn_renamed(f"{function}({name}=...)", f"{function}({new}=...)", stacklevel=4)
+        if warn:
+            warn_renamed(f"{function}({name}=...)", f"{function}({new}=...)", stacklevel=4)
         result[new] = value
     return result
 

@@ -31,7 +31,12 @@ def small_calls() -> dict[str, Callable[[Any], tuple[Tensor, ...]]]:
     codes = torch.randint(0, 256, (150, 128), generator=generator, dtype=torch.uint8)
     activations = normal(16, 2048).bfloat16()
     coarse, fine, odd = weights(48, 2048, 32), weights(33, 96, 3), weights(20, 64, 1)
-    rounding = {"activation_bits": 8, "activation_clip": "rms", "clip": table[:, :1], "activation_codebook": "midtread"}
+    rounding = {
+        "activation_bits": 8,
+        "activation_clip": "rms",
+        "clips": table[:, :1],
+        "activation_codebook": "midtread",
+    }
     return {
         "moments": lambda ops: ops.moments(x, ids, 3, True),
         "moments of long rows": lambda ops: ops.moments(torch.arange(60000.0), None, 1, True),

@@ -32,11 +32,11 @@ def inputs(rows: int = 64, k: int = 512):
 def every_operation(x, table, ids):
     signs = torch.ones(x.shape[-1], dtype=torch.int8, device=x.device)
     codes, tail = la_aciq.quantize(x, table, ids, group_size=64, tail_sums=True)
-    dynamic, scales = la_aciq.quantize_dynamic(x, table, ids, group_size=64, signs=signs)
+    dynamic, row_clips = la_aciq.quantize_dynamic(x, table, ids, group_size=64, signs=signs)
     values = la_aciq.dequantize(codes, table, ids, k=x.shape[-1], group_size=64)
-    y = la_aciq.linear(x[:4].bfloat16(), dynamic, scales, group_size=64)
+    y = la_aciq.linear(x[:4].bfloat16(), dynamic, row_clips, group_size=64)
     state, counts = moments_state(x, ids, 3, histogram=True)
-    return codes, tail, dynamic, scales, values, y, state, counts, la_aciq.rotate(x, signs)
+    return codes, tail, dynamic, row_clips, values, y, state, counts, la_aciq.rotate(x, signs)
 
 
 def assert_equal(got, expected):
@@ -118,23 +118,23 @@ def test_the_device_of_the_tensors_counts():
 
 def test_tensors_on_other_devices_are_refused():
     x, table, ids = inputs()
-    with pytest.raises(ValueError, match="alpha: expected on cuda:0"):
+    with pytest.raises(ValueError, match="clips: expected on cuda:0"):
         torch.ops.la_aciq.quantize(x, table.cpu(), ids, 64)
-    with pytest.raises(ValueError, match="language: expected on cuda:0"):
+    with pytest.raises(ValueError, match="language_ids: expected on cuda:0"):
         torch.ops.la_aciq.quantize(x, table, ids.cpu(), 64)
 
 
-@pytest.mark.parametrize("languages", [1, 1024])
-def test_a_million_rows(languages):
+@pytest.mark.parametrize("num_entries", [1, 1024])
+def test_a_million_rows(num_entries):
     rows = 10**6
     x = torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16)
-    ids = (torch.arange(rows, device="cuda") % languages).to(torch.int32)
-    table = torch.full((languages, 1), 2.5, device="cuda")
+    ids = (torch.arange(rows, device="cuda") % num_entries).to(torch.int32)
+    table = torch.full((num_entries, 1), 2.5, device="cuda")
     codes, tail = la_aciq.quantize(x, table, ids, tail_sums=True)
     assert torch.equal(codes, reference.quantize(x, table, ids)[0])
     torch.testing.assert_close(tail, reference.quantize(x, table, ids, tail_sums=True)[1], rtol=1e-6, atol=0)
-    state, _ = moments_state(x, ids, languages)
-    torch.testing.assert_close(state[:, :3], reference.moments(x, ids, languages)[0][:, :3], rtol=1e-5, atol=1e-6)
+    state, _ = moments_state(x, ids, num_entries)
+    torch.testing.assert_close(state[:, :3], reference.moments(x, ids, num_entries)[0][:, :3], rtol=1e-5, atol=1e-6)
 
 
 def test_offsets_beyond_32_bits():
@@ -151,7 +151,7 @@ def test_offsets_beyond_32_bits():
     expected = la_aciq.dequantize(codes[-3:].clone(), table, k=k, group_size=64, dtype=torch.bfloat16)
     assert torch.equal(values[-3:], expected)
     del values, codes
-    dynamic, scales = la_aciq.quantize_dynamic(x, table, group_size=64)
-    assert_equal((dynamic[-3:], scales[-3:]), la_aciq.quantize_dynamic(last, table, group_size=64))
+    dynamic, row_clips = la_aciq.quantize_dynamic(x, table, group_size=64)
+    assert_equal((dynamic[-3:], row_clips[-3:]), la_aciq.quantize_dynamic(last, table, group_size=64))
     state, _ = moments_state(x)
     assert state[0, 0] == rows * k

@@ -17,8 +17,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def clips(languages: int, groups: int, seed: int = 1) -> torch.Tensor:
-    return 1.5 + 1.5 * torch.rand(languages, groups, generator=torch.Generator().manual_seed(seed))
+def clips(num_entries: int, groups: int, seed: int = 1) -> torch.Tensor:
+    return 1.5 + 1.5 * torch.rand(num_entries, groups, generator=torch.Generator().manual_seed(seed))
 
 
 def random_signs(k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -41,8 +41,8 @@ def assert_codes(codes, x, clip, codebook="midrise", doubt=4e-6):
     assert not wrong.any(), f"{int(wrong.sum())} of {got.numel()} codes"
 
 
-def clip_per_element(table, language, x, group_size):
-    per_group = reference.clip_per_group(table, language, x.shape[:-1])
+def clip_per_element(table, language_ids, x, group_size):
+    per_group = reference.clip_per_group(table, language_ids, x.shape[:-1])
     return reference.per_element(per_group, x.shape[-1], group_size)
 
 
@@ -70,19 +70,19 @@ def clip_per_element(table, language, x, group_size):
 def test_quantize(ops, dtype, codebook, k, group_size):
     x = normal(5, k, dtype=dtype)
     table = clips(3, reference.group_count(k, group_size))
-    language = torch.tensor([2, 0, 1, 2, 1], dtype=torch.int32)
-    codes, tail = ops.quantize(x, table, language, group_size, codebook)
+    language_ids = torch.tensor([2, 0, 1, 2, 1], dtype=torch.int32)
+    codes, tail = ops.quantize(x, table, language_ids, group_size, codebook)
     assert tail.shape == (0, table.shape[1], 4)
-    assert_codes(codes, x, clip_per_element(table, language, x, group_size), codebook)
+    assert_codes(codes, x, clip_per_element(table, language_ids, x, group_size), codebook)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 255, 1000])
 def test_quantize_many_rows(ops, rows):
     x = normal(rows, 64)
     table = clips(7, 1)
-    language = torch.arange(rows, dtype=torch.int32) % 7
-    codes, _ = ops.quantize(x, table, language)
-    assert_codes(codes, x, clip_per_element(table, language, x, 0))
+    language_ids = torch.arange(rows, dtype=torch.int32) % 7
+    codes, _ = ops.quantize(x, table, language_ids)
+    assert_codes(codes, x, clip_per_element(table, language_ids, x, 0))
 
 
 LANGUAGE_SHAPES = [(4,), (4, 1), (1, 3), (4, 3), (1, 1), (4, 3, 2), (4, 1, 2), (1, 3, 1), (1, 1, 2)]
@@ -92,15 +92,15 @@ LANGUAGE_SHAPES = [(4,), (4, 1), (1, 3), (4, 3), (1, 1), (4, 3, 2), (4, 1, 2), (
 def test_language_shapes(ops, shape):
     x = normal(4, 3, 2, 40)
     table = clips(5, 5)
-    language = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
-    codes, tail = ops.quantize(x, table, language, 8, tail_sums=True)
-    assert_codes(codes, x, clip_per_element(table, language, x, 8))
-    expected = reference.quantize(x, table, language, 8, tail_sums=True)[1]
+    language_ids = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    codes, tail = ops.quantize(x, table, language_ids, 8, tail_sums=True)
+    assert_codes(codes, x, clip_per_element(table, language_ids, x, 8))
+    expected = reference.quantize(x, table, language_ids, 8, tail_sums=True)[1]
     torch.testing.assert_close(tail, expected, rtol=1e-6, atol=0)
-    codes, scales = ops.quantize_dynamic(x, table, language, 8)
-    torch.testing.assert_close(scales, reference.quantize_dynamic(x, table, language, 8)[1], rtol=2e-6, atol=0)
-    state, _ = ops.moments(x, language, 5)
-    assert_moments(state, reference.moments(x, language, 5)[0])
+    codes, row_clips = ops.quantize_dynamic(x, table, language_ids, 8)
+    torch.testing.assert_close(row_clips, reference.quantize_dynamic(x, table, language_ids, 8)[1], rtol=2e-6, atol=0)
+    state, _ = ops.moments(x, language_ids, 5)
+    assert_moments(state, reference.moments(x, language_ids, 5)[0])
 
 
 def test_ids_out_of_range_read_the_first_row(ops):
@@ -125,12 +125,12 @@ def test_tail_sums(ops, dtype, k, group_size):
     x = normal(200, k, dtype=dtype) * 2
     x[3, 1], x[4, 0], x[150, k // 2] = torch.nan, torch.inf, -torch.inf
     table = clips(4, reference.group_count(k, group_size))
-    language = (torch.arange(200) * 7 % 5).to(torch.int32)  # one in five is out of range
-    codes, tail = ops.quantize(x, table, language, group_size, tail_sums=True)
-    plain, _ = ops.quantize(x, table, language, group_size)
+    language_ids = (torch.arange(200) * 7 % 5).to(torch.int32)  # one in five is out of range
+    codes, tail = ops.quantize(x, table, language_ids, group_size, tail_sums=True)
+    plain, _ = ops.quantize(x, table, language_ids, group_size)
     assert torch.equal(codes, plain)
     torch.testing.assert_close(
-        tail, reference.quantize(x, table, language, group_size, tail_sums=True)[1], rtol=1e-6, atol=0
+        tail, reference.quantize(x, table, language_ids, group_size, tail_sums=True)[1], rtol=1e-6, atol=0
     )
 
 
@@ -149,8 +149,8 @@ def test_nonfinite_values_and_useless_clips(ops, dtype, codebook, group_size):
     table = (
         torch.tensor([1.5, 0.0, -1.0, torch.nan, torch.inf, 1e-45, 3e38]).unsqueeze(1).expand(-1, groups).contiguous()
     )
-    language = torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
-    codes, _ = ops.quantize(x, table, language, group_size, codebook)
+    language_ids = torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
+    codes, _ = ops.quantize(x, table, language_ids, group_size, codebook)
     got = reference.unpack(codes, 24)
     assert got[0, 0] == 8
     assert got[0, 9] == 15
@@ -158,7 +158,9 @@ def test_nonfinite_values_and_useless_clips(ops, dtype, codebook, group_size):
     assert (got[1] == 8).all()
     assert (got[2] == 15).all()
     assert (got[3:7] == 8).all()
-    values = ops.dequantize(codes, table, language, k=24, group_size=group_size, codebook=codebook, dtype=torch.float32)
+    values = ops.dequantize(
+        codes, table, language_ids, k=24, group_size=group_size, codebook=codebook, dtype=torch.float32
+    )
     assert (values[3:7] == 0).all()
     assert values[:3].isfinite().all()
 
@@ -168,17 +170,17 @@ def test_nonfinite_values_and_useless_clips(ops, dtype, codebook, group_size):
 @pytest.mark.parametrize(("k", "group_size"), [(128, 0), (4096, 64), (100, 24), (33, 6), (7, 2), (1, 0)])
 def test_dequantize(ops, dtype, codebook, k, group_size):
     codes = torch.randint(0, 256, (6, (k + 1) // 2), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
-    language = torch.tensor([0, 2, 1, 0, 2, 1], dtype=torch.int32)
+    language_ids = torch.tensor([0, 2, 1, 0, 2, 1], dtype=torch.int32)
     table = clips(3, reference.group_count(k, group_size))
     options = {"k": k, "group_size": group_size, "codebook": codebook}
-    expected = reference.dequantize(codes, table, language, **options, dtype=torch.float64)
-    got = ops.dequantize(codes, table, language, **options, dtype=dtype)
+    expected = reference.dequantize(codes, table, language_ids, **options, dtype=torch.float64)
+    got = ops.dequantize(codes, table, language_ids, **options, dtype=dtype)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, rtol=3 * EPSILON[dtype], atol=0)
 
-    scales = clips(6, table.shape[1])
-    expected = reference.dequantize(codes, scales, None, **options, per_row=True, dtype=torch.float64)
-    got = ops.dequantize(codes, scales, None, **options, per_row=True, dtype=dtype)
+    row_clips = clips(6, table.shape[1])
+    expected = reference.dequantize(codes, row_clips, None, **options, per_row=True, dtype=torch.float64)
+    got = ops.dequantize(codes, row_clips, None, **options, per_row=True, dtype=dtype)
     torch.testing.assert_close(got.double(), expected, rtol=3 * EPSILON[dtype], atol=0)
 
 
@@ -242,16 +244,16 @@ def test_quantize_dynamic(ops, k, group_size, rotated, statistic):
     for dtype in FLOATS if k <= 256 else [torch.bfloat16]:
         x = normal(5, k, dtype=dtype)
         factors = clips(3, reference.group_count(k, group_size))
-        language = torch.tensor([2, 0, 1, 2, 1], dtype=torch.int32)
+        language_ids = torch.tensor([2, 0, 1, 2, 1], dtype=torch.int32)
         signs = random_signs(k) if rotated else None
-        codes, scales = ops.quantize_dynamic(x, factors, language, group_size, statistic, "midrise", signs)
+        codes, row_clips = ops.quantize_dynamic(x, factors, language_ids, group_size, statistic, "midrise", signs)
         y = reference.rotate(x.double(), signs) if rotated else x.double()
         expected = reference.dynamic_clip(
-            y, reference.clip_per_group(factors, language, x.shape[:-1]), group_size, statistic
+            y, reference.clip_per_group(factors, language_ids, x.shape[:-1]), group_size, statistic
         )
-        torch.testing.assert_close(scales, expected, rtol=5e-6 if rotated else 2e-6, atol=0)
+        torch.testing.assert_close(row_clips, expected, rtol=5e-6 if rotated else 2e-6, atol=0)
         doubt = 2e-4 if rotated else 4e-6
-        assert_codes(codes, y, reference.per_element(scales, k, group_size), doubt=doubt)
+        assert_codes(codes, y, reference.per_element(row_clips, k, group_size), doubt=doubt)
 
 
 @pytest.mark.parametrize("codebook", ["midrise", "midtread"])
@@ -259,15 +261,15 @@ def test_quantize_dynamic(ops, k, group_size, rotated, statistic):
 def test_quantize_rotated(ops, k, group_size, codebook):
     x = normal(5, k)
     table = clips(3, reference.group_count(k, group_size))
-    language = torch.tensor([2, 0, 1, 2, 1], dtype=torch.int32)
+    language_ids = torch.tensor([2, 0, 1, 2, 1], dtype=torch.int32)
     signs = random_signs(k)
     y = reference.rotate(x.double(), signs)
-    clip = clip_per_element(table, language, x, group_size)
-    codes, _ = ops.quantize(x, table, language, group_size, codebook, signs)
+    clip = clip_per_element(table, language_ids, x, group_size)
+    codes, _ = ops.quantize(x, table, language_ids, group_size, codebook, signs)
     assert_codes(codes, y, clip, codebook, doubt=2e-4)
-    codes, tail = ops.quantize(x, table, language, group_size, codebook, signs, tail_sums=True)
+    codes, tail = ops.quantize(x, table, language_ids, group_size, codebook, signs, tail_sums=True)
     assert_codes(codes, y, clip, codebook, doubt=2e-4)
-    expected = reference.quantize(x, table, language, group_size, codebook, signs, tail_sums=True)[1]
+    expected = reference.quantize(x, table, language_ids, group_size, codebook, signs, tail_sums=True)[1]
     torch.testing.assert_close(tail, expected, rtol=1e-4, atol=0)
 
 
@@ -282,12 +284,12 @@ def test_dynamic_clips_of_extreme_rows(ops, k, group_size, statistic):
     x[4] = torch.nan
     x[5] *= 1e-42
     factors = clips(1, reference.group_count(k, group_size))
-    codes, scales = ops.quantize_dynamic(x, factors, None, group_size, statistic)
+    codes, row_clips = ops.quantize_dynamic(x, factors, None, group_size, statistic)
     expected = reference.quantize_dynamic(x, factors, None, group_size, statistic)[1]
-    torch.testing.assert_close(scales, expected, rtol=3e-6, atol=1e-44)
-    assert (scales[0] == 0).all()
-    assert (scales[4] == 0).all()
-    values = ops.dequantize(codes, scales, None, k=k, group_size=group_size, per_row=True, dtype=torch.float32)
+    torch.testing.assert_close(row_clips, expected, rtol=3e-6, atol=1e-44)
+    assert (row_clips[0] == 0).all()
+    assert (row_clips[4] == 0).all()
+    values = ops.dequantize(codes, row_clips, None, k=k, group_size=group_size, per_row=True, dtype=torch.float32)
     assert values.isfinite().all()
 
 
@@ -310,14 +312,14 @@ def assert_moments(state, expected, rtol=1e-6):
 @pytest.mark.parametrize("histogram", [False, True])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize(
-    ("shape", "languages"),
+    ("shape", "num_entries"),
     [((7, 64), 3), ((300, 64), 12), ((40, 4096), 5), ((3, 9000), 2), ((50, 33), 4), ((20, 1), 3), ((2, 30000), 700)],
 )
-def test_moments_by_language(ops, shape, languages, dtype, histogram):
+def test_moments_by_language(ops, shape, num_entries, dtype, histogram):
     x = normal(*shape, dtype=dtype) + 0.5
-    language = (torch.arange(shape[0]) * 5 % (languages + 1)).to(torch.int32)  # the last is out of range
-    state, counts = ops.moments(x, language, languages, histogram)
-    expected, expected_counts = reference.moments(x, language, languages, histogram)
+    language_ids = (torch.arange(shape[0]) * 5 % (num_entries + 1)).to(torch.int32)  # the last is out of range
+    state, counts = ops.moments(x, language_ids, num_entries, histogram)
+    expected, expected_counts = reference.moments(x, language_ids, num_entries, histogram)
     assert_moments(state, expected)
     assert torch.equal(counts, expected_counts)
 
@@ -325,17 +327,17 @@ def test_moments_by_language(ops, shape, languages, dtype, histogram):
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (70000,), (3, 50, 8), (1, 28672)], ids=str)
 def test_moments_of_all(ops, shape):
     x = normal(*shape)
-    for languages in (1, 4):
-        state, _ = ops.moments(x, None, languages)
-        assert_moments(state, reference.moments(x, None, languages)[0])
+    for num_entries in (1, 4):
+        state, _ = ops.moments(x, None, num_entries)
+        assert_moments(state, reference.moments(x, None, num_entries)[0])
 
 
 def test_moments_of_groups(ops):
-    """A language per row and group, as calibration asks for."""
+    """An entry per row and group, as calibration asks for."""
     x = normal(96, 8, 64, dtype=torch.bfloat16)
-    language = (torch.arange(96).unsqueeze(1) % 3 * 8 + torch.arange(8)).to(torch.int32)
-    state, counts = ops.moments(x, language, 24, True)
-    expected, expected_counts = reference.moments(x, language, 24, True)
+    language_ids = (torch.arange(96).unsqueeze(1) % 3 * 8 + torch.arange(8)).to(torch.int32)
+    state, counts = ops.moments(x, language_ids, 24, True)
+    expected, expected_counts = reference.moments(x, language_ids, 24, True)
     assert_moments(state, expected)
     assert torch.equal(counts, expected_counts)
 
@@ -418,8 +420,8 @@ def test_linear_with_rounded_activations(ops, bits, clip, rotated):
         "signs": random_signs(k) if rotated else None,
         "activation_bits": bits,
         "activation_clip": clip,
-        "clip": clips(3, k // group_size),
-        "language": torch.tensor([2, 1], dtype=torch.int32),
+        "clips": clips(3, k // group_size),
+        "language_ids": torch.tensor([2, 1], dtype=torch.int32),
         "activation_group_size": group_size,
         "activation_codebook": "midtread",
     }
@@ -474,13 +476,13 @@ def test_any_strides(ops, dtype, k):
     if ops.name == "cuda":
         x = x.cuda()  # so that what arrives there is the view itself
     table, signs = clips(3, 1), random_signs(k)
-    language = torch.tensor([0, 2, 1, 0], dtype=torch.int32)
+    language_ids = torch.tensor([0, 2, 1, 0], dtype=torch.int32)
     weight, weight_clips = torch.randint(0, 256, (5, k // 2), dtype=torch.uint8), clips(5, 1)
     calls = {
-        "moments": lambda v: ops.moments(v, language, 3),
+        "moments": lambda v: ops.moments(v, language_ids, 3),
         "moments of all": lambda v: ops.moments(v),
-        "quantize": lambda v: ops.quantize(v, table, language, tail_sums=True),
-        "quantize_dynamic": lambda v: ops.quantize_dynamic(v, table, language, 0, "rms", "midrise", signs),
+        "quantize": lambda v: ops.quantize(v, table, language_ids, tail_sums=True),
+        "quantize_dynamic": lambda v: ops.quantize_dynamic(v, table, language_ids, 0, "rms", "midrise", signs),
         "rotate": lambda v: (ops.rotate(v, signs),),
         "linear": lambda v: (ops.linear(v[0], weight, weight_clips),),
     }
@@ -496,16 +498,16 @@ def test_any_strides(ops, dtype, k):
 
 def test_zero_rows(ops):
     x = torch.zeros(0, 3, 64)
-    table, language = clips(2, 1), torch.zeros(0, 1, dtype=torch.int32)
-    codes, tail = ops.quantize(x, table, language, tail_sums=True)
+    table, language_ids = clips(2, 1), torch.zeros(0, 1, dtype=torch.int32)
+    codes, tail = ops.quantize(x, table, language_ids, tail_sums=True)
     assert codes.shape == (0, 3, 32)
     assert torch.equal(tail, torch.zeros(2, 1, 4, dtype=torch.float64))
-    codes, scales = ops.quantize_dynamic(x, table, language)
-    assert scales.shape == (0, 3, 1)
-    assert ops.dequantize(codes, table, language, k=64, dtype=torch.float32).shape == (0, 3, 64)
+    codes, row_clips = ops.quantize_dynamic(x, table, language_ids)
+    assert row_clips.shape == (0, 3, 1)
+    assert ops.dequantize(codes, table, language_ids, k=64, dtype=torch.float32).shape == (0, 3, 64)
     assert ops.rotate(x, torch.ones(64)).shape == (0, 3, 64)
-    state, counts = ops.moments(x, language, 2, True)
-    expected = reference.moments(x, language, 2, True)
+    state, counts = ops.moments(x, language_ids, 2, True)
+    expected = reference.moments(x, language_ids, 2, True)
     assert torch.equal(state, expected[0])
     assert torch.equal(counts, expected[1])
     assert ops.moments(torch.zeros(3, 0))[0][0, 0] == 0
@@ -520,10 +522,10 @@ def test_errors_name_the_argument(ops, operation):
         call(torch.zeros(2, 4, dtype=torch.int64), *([] if operation == "moments" else [clips(1, 1)]))
     x = torch.zeros(2, 4)
     if operation == "moments":
-        with pytest.raises(ValueError, match="language: expected a shape"):
+        with pytest.raises(ValueError, match="language_ids: expected a shape"):
             call(x, torch.zeros(3, dtype=torch.int32), 1)
     else:
-        with pytest.raises(ValueError, match=r"expected shape \[languages, 2\]"):
+        with pytest.raises(ValueError, match=r"expected shape \[num_entries, 2\]"):
             call(x, clips(1, 1), None, 2)
 
 
@@ -534,21 +536,21 @@ def check_any_shape(ops, rows, k, half_group, seed):
     x = normal(rows, k, seed=seed)
     groups = reference.group_count(k, group_size)
     table = clips(4, groups, seed)
-    language = torch.randint(0, 4, (rows,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-    codes, tail = ops.quantize(x, table, language, group_size, tail_sums=True)
-    assert_codes(codes, x, clip_per_element(table, language, x, group_size))
-    expected = reference.quantize(x, table, language, group_size, tail_sums=True)[1]
+    language_ids = torch.randint(0, 4, (rows,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    codes, tail = ops.quantize(x, table, language_ids, group_size, tail_sums=True)
+    assert_codes(codes, x, clip_per_element(table, language_ids, x, group_size))
+    expected = reference.quantize(x, table, language_ids, group_size, tail_sums=True)[1]
     torch.testing.assert_close(tail, expected, rtol=1e-6, atol=0)
-    codes, scales = ops.quantize_dynamic(x, table, language, group_size)
+    codes, row_clips = ops.quantize_dynamic(x, table, language_ids, group_size)
     torch.testing.assert_close(
-        scales, reference.quantize_dynamic(x, table, language, group_size)[1], rtol=3e-6, atol=1e-9
+        row_clips, reference.quantize_dynamic(x, table, language_ids, group_size)[1], rtol=3e-6, atol=1e-9
     )
-    assert_codes(codes, x, reference.per_element(scales, k, group_size))
-    values = ops.dequantize(codes, scales, None, k=k, group_size=group_size, per_row=True, dtype=torch.float32)
+    assert_codes(codes, x, reference.per_element(row_clips, k, group_size))
+    values = ops.dequantize(codes, row_clips, None, k=k, group_size=group_size, per_row=True, dtype=torch.float32)
     options = {"k": k, "group_size": group_size, "per_row": True}
-    torch.testing.assert_close(values, reference.dequantize(codes, scales, **options), rtol=1e-6, atol=0)
-    state, counts = ops.moments(x, language, 4, True)
-    expected, expected_counts = reference.moments(x, language, 4, True)
+    torch.testing.assert_close(values, reference.dequantize(codes, row_clips, **options), rtol=1e-6, atol=0)
+    state, counts = ops.moments(x, language_ids, 4, True)
+    expected, expected_counts = reference.moments(x, language_ids, 4, True)
     assert_moments(state, expected)
     assert torch.equal(counts, expected_counts)
 

@@ -29,8 +29,8 @@ class Case:
     group_size: int = 0
     dtype: torch.dtype = torch.float32
     codebook: str = "midrise"
-    languages: int = 3
-    language_shape: tuple[int, ...] | None = None
+    num_entries: int = 3
+    ids_shape: tuple[int, ...] | None = None
     out_of_range: bool = False
     rotated: bool = False
     block_size: int = 0
@@ -61,14 +61,14 @@ class Case:
         return numbers
 
     def table(self) -> Tensor:
-        table = torch.rand(self.languages, self.groups, generator=self.generator()) * 2 + 1
+        table = torch.rand(self.num_entries, self.groups, generator=self.generator()) * 2 + 1
         return table.to(DEVICE)
 
-    def language(self) -> Tensor | None:
-        if self.language_shape is None:
+    def language_ids(self) -> Tensor | None:
+        if self.ids_shape is None:
             return None
         beyond = 3 if self.out_of_range else 0
-        ids = torch.randint(-beyond, self.languages + beyond, self.language_shape, generator=self.generator())
+        ids = torch.randint(-beyond, self.num_entries + beyond, self.ids_shape, generator=self.generator())
         return ids.to(torch.int32).to(DEVICE)
 
     def signs(self) -> Tensor | None:
@@ -92,8 +92,8 @@ def cases(draw, rotation: bool = True) -> Case:
         group_size=draw(st.sampled_from([0, 2, 6, 16, 64, 100, 256])),
         dtype=draw(st.sampled_from(DTYPES)),
         codebook=draw(st.sampled_from(CODEBOOKS)),
-        languages=draw(st.integers(1, 5)),
-        language_shape=draw(st.sampled_from(shapes)),
+        num_entries=draw(st.integers(1, 5)),
+        ids_shape=draw(st.sampled_from(shapes)),
         out_of_range=draw(st.booleans()),
         rotated=rotated,
         block_size=draw(st.sampled_from(blocks)) if rotated else 0,
@@ -103,13 +103,13 @@ def cases(draw, rotation: bool = True) -> Case:
 
 
 NAMED = (
-    Case(lead=(2,), k=4096, group_size=64, dtype=torch.bfloat16, rotated=True, language_shape=(2,)),
+    Case(lead=(2,), k=4096, group_size=64, dtype=torch.bfloat16, rotated=True, ids_shape=(2,)),
     Case(lead=(2,), k=4096, rotated=True),
     Case(lead=(1,), k=16384, rotated=True, dtype=torch.float16),
     Case(lead=(1,), k=28672, rotated=True, dtype=torch.bfloat16),
     Case(lead=(2,), k=28671, group_size=100),
     Case(lead=(1,), k=32768, rotated=True),
-    Case(lead=(40, 2), k=66, languages=1024, language_shape=(40, 2), group_size=6),
+    Case(lead=(40, 2), k=66, num_entries=1024, ids_shape=(40, 2), group_size=6),
     Case(lead=(2,), k=192, group_size=96, rotated=True, block_size=64),
     Case(lead=(1,), k=40000, group_size=20000),
 )

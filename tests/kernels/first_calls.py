@@ -21,16 +21,20 @@ def calls(device: str) -> dict:
     ids = torch.tensor([0, 2, 1, 1, 0, 2], dtype=torch.int32)
     signs = (1 - 2 * torch.randint(0, 2, (192,), generator=generator)).to(torch.int8)
     weight = torch.randint(0, 256, (40, 96), generator=generator, dtype=torch.uint8)
-    scale = 0.1 + torch.rand(40, 3, generator=generator)
+    weight_clip = 0.1 + torch.rand(40, 3, generator=generator)
     narrow = x.bfloat16()
-    x, table, ids, signs, weight, scale, narrow = (t.to(device) for t in (x, table, ids, signs, weight, scale, narrow))
+    x, table, ids, signs, weight, weight_clip, narrow = (
+        t.to(device) for t in (x, table, ids, signs, weight, weight_clip, narrow)
+    )
     return {
         "moments": lambda ops: ops.moments(x, ids, 3, True),
         "quantize": lambda ops: ops.quantize(x, table, ids, 64, tail_sums=True),
         "quantize_dynamic": lambda ops: ops.quantize_dynamic(x, table, ids, 64, "rms", "midrise", signs),
-        "dequantize": lambda ops: (ops.dequantize(weight, scale, k=192, group_size=64, per_row=True, dtype=x.dtype),),
+        "dequantize": lambda ops: (
+            ops.dequantize(weight, weight_clip, k=192, group_size=64, per_row=True, dtype=x.dtype),
+        ),
         "rotate": lambda ops: (ops.rotate(x, signs),),
-        "linear": lambda ops: (ops.linear(narrow, weight, scale, group_size=64),),
+        "linear": lambda ops: (ops.linear(narrow, weight, weight_clip, group_size=64),),
     }
 
 

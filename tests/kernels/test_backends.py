@@ -86,23 +86,23 @@ def test_a_backend_that_cannot_run_on_the_tensor_is_refused_with_the_reason(avai
 
 
 def test_the_wrappers_run_every_operation_on_triton():
-    case = Case(lead=(2, 3), k=96, group_size=32, language_shape=(2,), rotated=True)
-    x, alpha, language, signs = case.x(), case.table(), case.language(), case.signs()
+    case = Case(lead=(2, 3), k=96, group_size=32, ids_shape=(2,), rotated=True)
+    x, clips, language_ids, signs = case.x(), case.table(), case.language_ids(), case.signs()
     with la_aciq.use_backend("triton"):
-        codes, tail = la_aciq.quantize(x, alpha, language, group_size=32, signs=signs, tail_sums=True)
-        dynamic, scales = la_aciq.quantize_dynamic(x, alpha, language, group_size=32, signs=signs)
-        values = la_aciq.dequantize(codes, alpha, language, k=96, group_size=32)
-        statistics = la_aciq.moments(x, language=language, languages=3)
+        codes, tail = la_aciq.quantize(x, clips, language_ids, group_size=32, signs=signs, tail_sums=True)
+        dynamic, row_clips = la_aciq.quantize_dynamic(x, clips, language_ids, group_size=32, signs=signs)
+        values = la_aciq.dequantize(codes, clips, language_ids, k=96, group_size=32)
+        statistics = la_aciq.moments(x, language_ids=language_ids, num_entries=3)
         y = la_aciq.rotate(x, signs)
         weight = torch.zeros(5, 48, dtype=torch.uint8, device=DEVICE)
-        scale = torch.ones(5, 3, device=DEVICE)
-        out = la_aciq.linear(x, weight, scale, group_size=32, activation_bits=8, clip=alpha[:, :1])
-    assert_codes(case, codes, reference.clip_per_group(alpha, language, (2, 3)))
-    assert_codes(case, dynamic, scales.double())
+        weight_clip = torch.ones(5, 3, device=DEVICE)
+        out = la_aciq.linear(x, weight, weight_clip, group_size=32, activation_bits=8, clips=clips[:, :1])
+    assert_codes(case, codes, reference.clip_per_group(clips, language_ids, (2, 3)))
+    assert_codes(case, dynamic, row_clips.double())
     assert tail.shape == (3, 3, 4)
-    expected = reference.dequantize(codes, alpha, language, k=96, group_size=32)
+    expected = reference.dequantize(codes, clips, language_ids, k=96, group_size=32)
     torch.testing.assert_close(values, expected, rtol=2e-7, atol=0)
-    counts = torch.bincount(language, minlength=3).cpu().numpy() * 3 * 96
+    counts = torch.bincount(language_ids, minlength=3).cpu().numpy() * 3 * 96
     assert statistics.count.tolist() == counts.tolist()
     torch.testing.assert_close(y, reference.rotate(x, signs), rtol=0, atol=2e-5)
     assert out.shape == (2, 3, 5)

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-CASE = Case(lead=(64,), k=4096, group_size=64, dtype=torch.bfloat16, languages=12, language_shape=(64,))
+CASE = Case(lead=(64,), k=4096, group_size=64, dtype=torch.bfloat16, num_entries=12, ids_shape=(64,))
 
 
 @pytest.fixture(params=["triton", "cuda"], autouse=True)
@@ -33,35 +33,35 @@ def backend(request):
 
 
 def problem(device: str = "cuda"):
-    x, alpha, language = CASE.x().to(device), CASE.table().to(device), CASE.language().to(device)
+    x, clips, language_ids = CASE.x().to(device), CASE.table().to(device), CASE.language_ids().to(device)
     signs = (1 - 2 * torch.randint(0, 2, (CASE.k,), generator=CASE.generator())).to(device=device, dtype=torch.int8)
     weight = torch.randint(0, 256, (512, CASE.k // 2), generator=CASE.generator(), dtype=torch.uint8).to(device)
-    scale = torch.rand(512, CASE.groups, generator=CASE.generator()).to(device) + 0.5
-    return x, alpha, language, signs, weight, scale
+    weight_clip = torch.rand(512, CASE.groups, generator=CASE.generator()).to(device) + 0.5
+    return x, clips, language_ids, signs, weight, weight_clip
 
 
-def all_operations(x, alpha, language, signs, weight, scale) -> list[torch.Tensor]:
+def all_operations(x, clips, language_ids, signs, weight, weight_clip) -> list[torch.Tensor]:
     """Every operation, with tail sums, rotation and rounded activations."""
     size = CASE.group_size
-    codes, tail = la_aciq.quantize(x, alpha, language, group_size=size, tail_sums=True)
-    rotated_codes = la_aciq.quantize(x, alpha, language, group_size=size, signs=signs)
-    dynamic, scales = la_aciq.quantize_dynamic(x, alpha, language, group_size=size, signs=signs)
-    state, histogram = la_aciq.ops.moments_state(x, language, alpha.shape[0], histogram=True)
-    options = {"clip": alpha, "language": language, "activation_group_size": size, "group_size": size}
+    codes, tail = la_aciq.quantize(x, clips, language_ids, group_size=size, tail_sums=True)
+    rotated_codes = la_aciq.quantize(x, clips, language_ids, group_size=size, signs=signs)
+    dynamic, row_clips = la_aciq.quantize_dynamic(x, clips, language_ids, group_size=size, signs=signs)
+    state, histogram = la_aciq.ops.moments_state(x, language_ids, clips.shape[0], histogram=True)
+    options = {"clips": clips, "language_ids": language_ids, "activation_group_size": size, "group_size": size}
     return [
         codes,
         tail,
         rotated_codes,
         dynamic,
-        scales,
+        row_clips,
         state,
         histogram,
-        la_aciq.dequantize(codes, alpha, language, k=CASE.k, group_size=size, dtype=torch.bfloat16),
+        la_aciq.dequantize(codes, clips, language_ids, k=CASE.k, group_size=size, dtype=torch.bfloat16),
         la_aciq.rotate(x, signs),
-        la_aciq.linear(x, weight, scale, group_size=size),
-        la_aciq.linear(x[:1], weight, scale, group_size=size),
-        la_aciq.linear(x, weight, scale, signs=signs, activation_bits=8, **options),
-        la_aciq.linear(x, weight, scale, signs=signs, activation_bits=4, activation_clip="rms", **options),
+        la_aciq.linear(x, weight, weight_clip, group_size=size),
+        la_aciq.linear(x[:1], weight, weight_clip, group_size=size),
+        la_aciq.linear(x, weight, weight_clip, signs=signs, activation_bits=8, **options),
+        la_aciq.linear(x, weight, weight_clip, signs=signs, activation_bits=4, activation_clip="rms", **options),
     ]
 
 
@@ -103,11 +103,11 @@ def test_replays_see_the_ids_the_table_and_the_input_of_their_time():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = all_operations(*arguments)
-    x, alpha, language, *_ = arguments
+    x, clips, language_ids, *_ = arguments
     for step in range(3):
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(step)))
-        alpha.mul_(1.25)
-        language.copy_(torch.randint(-2, 14, language.shape, generator=torch.Generator().manual_seed(step)))
+        clips.mul_(1.25)
+        language_ids.copy_(torch.randint(-2, 14, language_ids.shape, generator=torch.Generator().manual_seed(step)))
         graph.replay()
         torch.cuda.synchronize()
         assert_same(captured, all_operations(*arguments))
@@ -172,13 +172,13 @@ def test_more_than_2_to_the_31_elements():
 @pytest.mark.parametrize("opcheck_tests", [("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")])
 def test_opcheck(backend, opcheck_tests):
     namespace = torch.ops.la_aciq_triton if backend == "triton" else torch.ops.la_aciq
-    x, alpha, language, signs, weight, scale = problem()
+    x, clips, language_ids, signs, weight, weight_clip = problem()
     calls = [
-        (namespace.moments, (x, language, 12, True), {}),
-        (namespace.quantize, (x, alpha, language, 64, "midrise", signs, 0, True), {}),
-        (namespace.quantize_dynamic, (x, alpha, language, 64), {}),
+        (namespace.moments, (x, language_ids, 12, True), {}),
+        (namespace.quantize, (x, clips, language_ids, 64, "midrise", signs, 0, True), {}),
+        (namespace.quantize_dynamic, (x, clips, language_ids, 64), {}),
         (namespace.rotate, (x, signs), {}),
-        (namespace.linear, (x, weight, scale), {"group_size": 64}),
+        (namespace.linear, (x, weight, weight_clip), {"group_size": 64}),
     ]
     for operation, arguments, options in calls:
         torch.library.opcheck(operation.default, arguments, options, test_utils=opcheck_tests)

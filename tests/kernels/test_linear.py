@@ -17,8 +17,8 @@ def problem(rows: int, n: int, k: int, group_size: int, dtype: torch.dtype, seed
     weight = torch.randint(0, 256, (n, (k + 1) // 2), generator=generator, dtype=torch.uint8)
     if k % 2:
         weight[:, -1] &= 15
-    scale = torch.rand(n, reference.group_count(k, group_size), generator=generator) + 0.5
-    return x, weight.to(DEVICE), scale.to(DEVICE)
+    weight_clip = torch.rand(n, reference.group_count(k, group_size), generator=generator) + 0.5
+    return x, weight.to(DEVICE), weight_clip.to(DEVICE)
 
 
 def flip_bound(x: Tensor, dense: Tensor, options: dict) -> Tensor:
@@ -28,7 +28,7 @@ def flip_bound(x: Tensor, dense: Tensor, options: dict) -> Tensor:
         return torch.zeros((), device=x.device)
     y = reference._rotate64(x, options.get("signs"), options.get("block_size", 0))
     size = options.get("activation_group_size", 0)
-    clip = reference.clip_per_group(options["clip"], options.get("language"), x.shape[:-1])
+    clip = reference.clip_per_group(options["clips"], options.get("language_ids"), x.shape[:-1])
     if options["activation_clip"] != "static":
         clip = reference.dynamic_clip(y, clip, size, options["activation_clip"]).double()
     clip = reference.per_element(clip, x.shape[-1], size)
@@ -39,14 +39,14 @@ def flip_bound(x: Tensor, dense: Tensor, options: dict) -> Tensor:
     return ((high - low) * step) @ dense.abs().T
 
 
-def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, **options) -> None:
-    out = kernel("linear")(x, weight, scale, bias, **options)
+def check(x: Tensor, weight: Tensor, weight_clip: Tensor, bias: Tensor | None = None, **options) -> None:
+    out = kernel("linear")(x, weight, weight_clip, bias, **options)
     assert out.dtype == x.dtype
-    expected = reference.linear(x.double(), weight, scale, bias, **options)
+    expected = reference.linear(x.double(), weight, weight_clip, bias, **options)
     assert out.shape == expected.shape
     dense = reference.dequantize(
         weight,
-        scale,
+        weight_clip,
         k=x.shape[-1],
         group_size=options.get("group_size", 0),
         codebook=options.get("weight_codebook", "midrise"),
@@ -61,7 +61,7 @@ def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, 
         allowed = allowed + sizes * eps
     wrong = ~((out.double() - expected).abs() <= allowed)
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} outputs are wrong"
-    assert torch.equal(kernel("linear")(x, weight, scale, bias, **options), out), "another result the second time"
+    assert torch.equal(kernel("linear")(x, weight, weight_clip, bias, **options), out), "another result the second time"
 
 
 @settings(deadline=None, max_examples=35)
@@ -74,7 +74,7 @@ def test_linear(data):
     group_size, activation_group_size = draw(groups), draw(groups)
     dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 1000))
     generator = torch.Generator().manual_seed(seed)
-    x, weight, scale = problem(rows, n, k, group_size, dtype, seed)
+    x, weight, weight_clip = problem(rows, n, k, group_size, dtype, seed)
     options = {"group_size": group_size, "weight_codebook": draw(st.sampled_from(CODEBOOKS))}
     if draw(st.booleans()):
         options["signs"] = (1.0 - 2.0 * torch.randint(0, 2, (k,), generator=generator)).to(DEVICE)
@@ -84,57 +84,57 @@ def test_linear(data):
         options |= {
             "activation_bits": bits,
             "activation_clip": draw(st.sampled_from(["static", "rms", "absmax"])),
-            "clip": clip.to(DEVICE),
-            "language": torch.randint(-1, 4, (rows,), generator=generator).to(torch.int32).to(DEVICE),
+            "clips": clip.to(DEVICE),
+            "language_ids": torch.randint(-1, 4, (rows,), generator=generator).to(torch.int32).to(DEVICE),
             "activation_group_size": activation_group_size,
             "activation_codebook": draw(st.sampled_from(CODEBOOKS)),
         }
     bias = torch.randn(n, generator=generator).to(dtype).to(DEVICE) if draw(st.booleans()) else None
-    check(x, weight, scale, bias, **options)
+    check(x, weight, weight_clip, bias, **options)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 16, 65, 200])
 def test_batches_that_choose_other_tiles(rows, dtype):
-    x, weight, scale = problem(rows, 70, 256, 64, dtype)
-    check(x, weight, scale, group_size=64)
+    x, weight, weight_clip = problem(rows, 70, 256, 64, dtype)
+    check(x, weight, weight_clip, group_size=64)
     clip = torch.full((1, 4), 2.5, device=DEVICE)
     for bits in (8, 4):
-        options = {"activation_bits": bits, "clip": clip, "activation_group_size": 64}
-        check(x, weight, scale, group_size=64, activation_clip="static", activation_codebook="midrise", **options)
+        options = {"activation_bits": bits, "clips": clip, "activation_group_size": 64}
+        check(x, weight, weight_clip, group_size=64, activation_clip="static", activation_codebook="midrise", **options)
 
 
 @pytest.mark.gpu
 def test_k_is_split_between_programs():
     """4096 columns of K in 64 segments: 16 partial sums, added in order."""
-    x, weight, scale = problem(2, 40, 4096, 64, torch.float16)
-    check(x, weight, scale, torch.ones(40, device=DEVICE), group_size=64)
+    x, weight, weight_clip = problem(2, 40, 4096, 64, torch.float16)
+    check(x, weight, weight_clip, torch.ones(40, device=DEVICE), group_size=64)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["rows apart", "every second", "leading dimensions"])
 def test_strided_input(layout):
-    x, weight, scale = problem(6, 20, 96, 32, torch.float32)
+    x, weight, weight_clip = problem(6, 20, 96, 32, torch.float32)
     if layout == "rows apart":
         x = torch.cat([x, x], dim=1)[:, :96]
     elif layout == "every second":
         x = torch.stack([x, x * 9], dim=-1)[..., 0]
     else:
         x = x.reshape(2, 3, 96)
-    check(x, weight, scale, group_size=32)
+    check(x, weight, weight_clip, group_size=32)
 
 
 @pytest.mark.gpu
 def test_a_clip_of_zero_gives_the_bias():
     """A row of zeros measured dynamically, and weights of a group that is all zero."""
-    _, weight, scale = problem(2, 20, 64, 32, torch.float32)
+    _, weight, weight_clip = problem(2, 20, 64, 32, torch.float32)
     bias = torch.randn(20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    options = {"activation_bits": 8, "activation_clip": "absmax", "clip": torch.ones(1, 1, device=DEVICE)}
-    out = kernel("linear")(torch.zeros(2, 64, device=DEVICE), weight, scale, bias, group_size=32, **options)
+    options = {"activation_bits": 8, "activation_clip": "absmax", "clips": torch.ones(1, 1, device=DEVICE)}
+    out = kernel("linear")(torch.zeros(2, 64, device=DEVICE), weight, weight_clip, bias, group_size=32, **options)
     assert torch.equal(out, bias.expand(2, -1))
     ones = torch.ones(2, 64, device=DEVICE)
-    assert torch.equal(kernel("linear")(ones, weight, scale * 0, bias, group_size=32), bias.expand(2, -1))
+    assert torch.equal(kernel("linear")(ones, weight, weight_clip * 0, bias, group_size=32), bias.expand(2, -1))
 
 
 @pytest.mark.gpu
@@ -144,23 +144,23 @@ def test_integer_products_are_exact():
     a = torch.randint(0, 256, (3, 128), generator=generator)
     x = ((a - 127.5) / 128).to(torch.float32).to(DEVICE)
     _, weight, _ = problem(3, 20, 128, 0, torch.float32)
-    scale = torch.full((20, 1), 7.5, device=DEVICE)
+    weight_clip = torch.full((20, 1), 7.5, device=DEVICE)
     clip = torch.full((1, 1), 127.5 / 128, device=DEVICE)
     # The inputs are the codebook's own values, the middles of its cells, so no rounding decides a code.
-    out = kernel("linear")(x, weight, scale, activation_bits=8, clip=clip)
+    out = kernel("linear")(x, weight, weight_clip, activation_bits=8, clips=clip)
     dense = reference.unpack(weight, 128).double() - 7.5
     assert torch.equal(out.double(), x.double() @ dense.T)
 
 
 @pytest.mark.gpu
 def test_long_rows_measured_by_another_kernel():
-    x, weight, scale = problem(1, 4, 20000, 0, torch.float32)
-    options = {"activation_bits": 8, "activation_clip": "absmax", "clip": torch.ones(1, 1, device=DEVICE)}
-    check(x, weight, scale, activation_codebook="midtread", **options)
+    x, weight, weight_clip = problem(1, 4, 20000, 0, torch.float32)
+    options = {"activation_bits": 8, "activation_clip": "absmax", "clips": torch.ones(1, 1, device=DEVICE)}
+    check(x, weight, weight_clip, activation_codebook="midtread", **options)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_rows_or_no_columns(rows):
-    x, weight, scale = problem(rows, 0 if rows else 5, 64, 0, torch.float32)
-    assert kernel("linear")(x, weight, scale).shape == (rows, 0 if rows else 5)
+    x, weight, weight_clip = problem(rows, 0 if rows else 5, 64, 0, torch.float32)
+    assert kernel("linear")(x, weight, weight_clip).shape == (rows, 0 if rows else 5)

@@ -15,10 +15,10 @@ TOLERANCE = {torch.float64: 1e-12}
 
 
 def check(
-    x: torch.Tensor, language: torch.Tensor | None, languages: int, histogram: bool = True, repeat: bool = True
+    x: torch.Tensor, language_ids: torch.Tensor | None, num_entries: int, histogram: bool = True, repeat: bool = True
 ) -> None:
-    state, counts = kernel("moments")(x, language, languages, histogram)
-    expected, expected_counts = reference.moments(x, language, languages, histogram)
+    state, counts = kernel("moments")(x, language_ids, num_entries, histogram)
+    expected, expected_counts = reference.moments(x, language_ids, num_entries, histogram)
     assert state.shape == expected.shape
     assert torch.equal(counts, expected_counts)
     exact = [0, 5, 6, 7]
@@ -26,12 +26,12 @@ def check(
     # Powers of the deviations are summed in float32: errors are relative to the sums of their absolute values, which
     # M2 and M4 bound: |sum d| <= sqrt(n M2), sum |d|^3 <= sqrt(M2 M4).
     count, m2, m4 = expected[:, 0], expected[:, 2], expected[:, 4]
-    scales = torch.stack([(m2 / count.clamp(min=1)).sqrt(), m2, (m2 * m4).sqrt(), m4], dim=-1)
+    spreads = torch.stack([(m2 / count.clamp(min=1)).sqrt(), m2, (m2 * m4).sqrt(), m4], dim=-1)
     error = (state[:, 1:5] - expected[:, 1:5]).abs()
     relative = TOLERANCE.get(x.dtype, 4e-6)
-    assert (error <= relative * scales + 1e-15 * expected[:, 1:5].abs() + 1e-300).all(), (state, expected)
+    assert (error <= relative * spreads + 1e-15 * expected[:, 1:5].abs() + 1e-300).all(), (state, expected)
     if repeat:
-        again, _ = kernel("moments")(x, language, languages, histogram)
+        again, _ = kernel("moments")(x, language_ids, num_entries, histogram)
         assert torch.equal(again, state), "another result the second time"
 
 
@@ -39,7 +39,7 @@ def check(
 @given(case=cases(rotation=False), double=st.booleans(), offset=st.sampled_from([0.0, 3.0, -1000.0]))
 def test_moments(case, double, offset):
     x = case.x() + offset
-    check(x.double() if double else x, case.language(), case.languages)
+    check(x.double() if double else x, case.language_ids(), case.num_entries)
 
 
 @pytest.mark.gpu
@@ -54,8 +54,8 @@ def test_many_pieces_in_one_language(dtype):
 @pytest.mark.gpu
 def test_a_row_per_language_and_1024_languages():
     """Per-group statistics are asked for like this: rows of one group each, an id per row."""
-    case = Case(lead=(1500,), k=16, languages=1024, language_shape=(1500,))
-    check(case.x(), case.language(), 1024, repeat=False)
+    case = Case(lead=(1500,), k=16, num_entries=1024, ids_shape=(1500,))
+    check(case.x(), case.language_ids(), 1024, repeat=False)
 
 
 @pytest.mark.gpu

@@ -74,20 +74,20 @@ def test_an_entry_reaches_the_launch_of_linear():
 @pytest.mark.gpu
 @pytest.mark.parametrize("parameters", [{"tile": 512, "per_thread": 16}, {"tile": 8192, "per_thread": 64}], ids=str)
 def test_results_are_right_with_any_parameters(parameters):
-    case = Case(lead=(5,), k=192, group_size=48, language_shape=(5,), rotated=True, block_size=16)
-    x, alpha, language, signs = case.x(), case.table(), case.language(), case.signs()
+    case = Case(lead=(5,), k=192, group_size=48, ids_shape=(5,), rotated=True, block_size=16)
+    x, clips, language_ids, signs = case.x(), case.table(), case.language_ids(), case.signs()
     size = "4 bytes, small"
     with tuning.use({f"{name}, {size}": parameters for name in tuning.PER_THREAD}):
-        codes, _ = kernel("quantize")(x, alpha, language, 48, "midrise", signs, 16)
-        dynamic, scales = kernel("quantize_dynamic")(x, alpha, language, 48, "rms", "midrise", signs, 16)
-        values = kernel("dequantize")(codes, alpha, language, k=192, group_size=48)
-        state, _ = kernel("moments")(x, language, 3)
+        codes, _ = kernel("quantize")(x, clips, language_ids, 48, "midrise", signs, 16)
+        dynamic, row_clips = kernel("quantize_dynamic")(x, clips, language_ids, 48, "rms", "midrise", signs, 16)
+        values = kernel("dequantize")(codes, clips, language_ids, k=192, group_size=48)
+        state, _ = kernel("moments")(x, language_ids, 3)
         y = kernel("rotate")(x, signs, 16)
-    assert_codes(case, codes, reference.clip_per_group(alpha, language, (5,)))
-    assert_codes(case, dynamic, scales.double())
-    expected = reference.dequantize(codes, alpha, language, k=192, group_size=48)
+    assert_codes(case, codes, reference.clip_per_group(clips, language_ids, (5,)))
+    assert_codes(case, dynamic, row_clips.double())
+    expected = reference.dequantize(codes, clips, language_ids, k=192, group_size=48)
     torch.testing.assert_close(values, expected, rtol=2e-7, atol=0)
-    torch.testing.assert_close(state, reference.moments(x, language, 3)[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(state, reference.moments(x, language_ids, 3)[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(y, reference.rotate(x, signs, 16), rtol=0, atol=2e-5)
 
 
@@ -97,14 +97,14 @@ def test_linear_is_right_with_any_parameters(bits):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 512, generator=generator).to(torch.bfloat16).to(DEVICE)
     weight = torch.randint(0, 256, (40, 256), generator=generator, dtype=torch.uint8).to(DEVICE)
-    scale = (torch.rand(40, 8, generator=generator) + 0.5).to(DEVICE)
+    weight_clip = (torch.rand(40, 8, generator=generator) + 0.5).to(DEVICE)
     options = {"group_size": 64}
     if bits < 16:
-        options |= {"activation_bits": bits, "clip": torch.full((1, 1), 4.0, device=DEVICE)}
-    expected = kernel("linear")(x, weight, scale, **options)
+        options |= {"activation_bits": bits, "clips": torch.full((1, 1), 4.0, device=DEVICE)}
+    expected = kernel("linear")(x, weight, weight_clip, **options)
     for parameters in ({"block_n": 32, "warps": 2}, {"block_m": 32, "block_n": 128, "stages": 2, "programs": 32}):
         with tuning.use({tuning.linear_key(3, x.dtype, bits): parameters}):
-            out = kernel("linear")(x, weight, scale, **options)
+            out = kernel("linear")(x, weight, weight_clip, **options)
         torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-1)
 
 

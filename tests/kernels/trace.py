@@ -41,19 +41,19 @@ def main() -> None:
     x = torch.randn(6, 64, dtype=torch.bfloat16)
     table, signs, ids = torch.ones(3, 4), torch.ones(64, dtype=torch.int8), torch.zeros(6, dtype=torch.int32)
     codes = torch.zeros(6, 32, dtype=torch.uint8)
-    weight, scale = torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 4)
+    weight, weight_clip = torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 4)
 
     def linear(x, ids):
         return triton_ops.linear(
             x,
             weight,
-            scale,
+            weight_clip,
             None,
             16,
             signs=signs,
             activation_bits=4,
-            clip=table,
-            language=ids,
+            clips=table,
+            language_ids=ids,
             activation_group_size=16,
         )
 
@@ -68,7 +68,7 @@ def main() -> None:
         ),
         "rotate": (lambda x: triton_ops.rotate(x, signs), x),
         "linear": (linear, x, ids),
-        "linear, 16-bit": (lambda x: triton_ops.linear(x, weight, scale, None, 16), x),
+        "linear, 16-bit": (lambda x: triton_ops.linear(x, weight, weight_clip, None, 16), x),
     }
     print(
         json.dumps(

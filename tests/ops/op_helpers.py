@@ -47,27 +47,27 @@ def make_inputs(op, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 40, generator=generator).to(dtype)
     table = torch.rand(4, 2, generator=generator) + 0.5
-    language = torch.tensor([1, 3], dtype=torch.int32)
+    language_ids = torch.tensor([1, 3], dtype=torch.int32)
     signs = torch.ones(40)
     codes = torch.randint(0, 256, (5, 20), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(5, 2, generator=generator)
+    row_clips = torch.rand(5, 2, generator=generator)
     groups = {"group_size": 32}
     rotation = {"signs": signs, "block_size": 8}
     return {
-        "moments": [((x,), {}), ((x, language, 4, True), {})],
-        "quantize": [((x, table[:, :1]), {}), ((x, table, language), {**groups, **rotation, "tail_sums": True})],
-        "quantize_dynamic": [((x, table[:, :1]), {}), ((x, table, language, 32, "absmax", "midtread"), rotation)],
+        "moments": [((x,), {}), ((x, language_ids, 4, True), {})],
+        "quantize": [((x, table[:, :1]), {}), ((x, table, language_ids), {**groups, **rotation, "tail_sums": True})],
+        "quantize_dynamic": [((x, table[:, :1]), {}), ((x, table, language_ids, 32, "absmax", "midtread"), rotation)],
         "dequantize": [
             ((codes, table[:, :1]), {"k": 40, "dtype": dtype}),
-            ((codes, scales), {"k": 39, **groups, "per_row": True, "codebook": "midtread", "dtype": torch.float32}),
+            ((codes, row_clips), {"k": 39, **groups, "per_row": True, "codebook": "midtread", "dtype": torch.float32}),
         ],
         "rotate": [((x, signs), {}), ((x.transpose(0, 1), signs.to(torch.int8), 4), {})],
         "linear": [
-            ((x, codes, scales[:, :1]), {}),
+            ((x, codes, row_clips[:, :1]), {}),
             (
-                (x, codes, scales, torch.ones(5)),
-                {**groups, **rotation, "activation_bits": 4, "clip": table[:, :1], "language": language},
+                (x, codes, row_clips, torch.ones(5)),
+                {**groups, **rotation, "activation_bits": 4, "clips": table[:, :1], "language_ids": language_ids},
             ),
-            ((x, reference.repack(codes), scales), groups),
+            ((x, reference.repack(codes), row_clips), groups),
         ],
     }[op]

@@ -63,35 +63,35 @@ def test_wrappers_compile_without_graph_breaks(backend, dynamic):
     if backend == "cpu" and _C is None:
         pytest.skip("needs the compiled core")
 
-    def everything(x, alpha, language, signs, weight, scale):
-        codes, tail = la_aciq.quantize(x, alpha, language, group_size=32, signs=signs, tail_sums=True)
-        values = la_aciq.dequantize(codes, alpha, language, k=x.shape[-1], group_size=32, dtype=x.dtype)
-        dynamic_codes, scales = la_aciq.quantize_dynamic(x, 2.5, group_size=32, codebook="midtread")
-        more = la_aciq.dequantize(dynamic_codes, scales=scales, k=x.shape[-1], group_size=32, codebook="midtread")
+    def everything(x, clips, language_ids, signs, weight, weight_clip):
+        codes, tail = la_aciq.quantize(x, clips, language_ids, group_size=32, signs=signs, tail_sums=True)
+        values = la_aciq.dequantize(codes, clips, language_ids, k=x.shape[-1], group_size=32, dtype=x.dtype)
+        dynamic_codes, row_clips = la_aciq.quantize_dynamic(x, 2.5, group_size=32, codebook="midtread")
+        more = la_aciq.dequantize(dynamic_codes, row_clips=row_clips, k=x.shape[-1], group_size=32, codebook="midtread")
         y = la_aciq.linear(
             la_aciq.rotate(values, signs) + more,
             weight,
-            scale,
+            weight_clip,
             activation_bits=8,
-            clip=alpha,
-            language=language,
+            clips=clips,
+            language_ids=language_ids,
             activation_group_size=32,
         )
-        state, histogram = ops.moments_state(y, language, alpha.shape[0], histogram=True)
-        return codes, tail, values, scales, y, state, histogram
+        state, histogram = ops.moments_state(y, language_ids, clips.shape[0], histogram=True)
+        return codes, tail, values, row_clips, y, state, histogram
 
     generator = torch.Generator().manual_seed(1)
-    alpha = torch.rand(3, 3, generator=generator) + 1
+    clips = torch.rand(3, 3, generator=generator) + 1
     signs = torch.randint(0, 2, (96,), generator=generator).float() * 2 - 1
     weight = torch.randint(0, 256, (10, 48), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(10, 1, generator=generator)
+    weight_clip = torch.rand(10, 1, generator=generator)
     torch._dynamo.reset()
     with la_aciq.use_backend(backend):
         compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for batch in (2, 5):
             x = torch.randn(batch, 4, 96, generator=generator)
-            language = torch.randint(0, 3, (batch,), generator=generator, dtype=torch.int32)
-            arguments = (x, alpha, language, signs, weight, scale)
+            language_ids = torch.randint(0, 3, (batch,), generator=generator, dtype=torch.int32)
+            arguments = (x, clips, language_ids, signs, weight, weight_clip)
             for got, expected in zip(compiled(*arguments), everything(*arguments), strict=True):
                 torch.testing.assert_close(got, expected)
 
@@ -104,22 +104,22 @@ def test_inductor_calls_the_kernels():
     torch.testing.assert_close(function(x), la_aciq.dequantize(la_aciq.quantize(x * 2, 2.0), 2.0, k=64) + 1)
 
 
-def every_result(x, language):
+def every_result(x, language_ids):
     generator = torch.Generator().manual_seed(0)
     k = x.shape[-1]
     signs = torch.randint(0, 2, (k,), generator=generator).float() * 2 - 1
     weight = torch.randint(0, 256, (70, k // 2), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(70, 1, generator=generator)
-    alpha = torch.rand(4, k // 32, generator=generator) + 1
-    codes, tail = la_aciq.quantize(x, alpha, language, group_size=32, tail_sums=True)
+    weight_clip = torch.rand(70, 1, generator=generator)
+    clips = torch.rand(4, k // 32, generator=generator) + 1
+    codes, tail = la_aciq.quantize(x, clips, language_ids, group_size=32, tail_sums=True)
     return [
         codes,
         tail,
-        *la_aciq.quantize_dynamic(x, alpha, language, group_size=32, signs=signs),
-        la_aciq.dequantize(codes, alpha, language, k=k, group_size=32),
+        *la_aciq.quantize_dynamic(x, clips, language_ids, group_size=32, signs=signs),
+        la_aciq.dequantize(codes, clips, language_ids, k=k, group_size=32),
         la_aciq.rotate(x, signs),
-        *ops.moments_state(x, language, 4, histogram=True),
-        la_aciq.linear(x[:3], weight, scale),
+        *ops.moments_state(x, language_ids, 4, histogram=True),
+        la_aciq.linear(x[:3], weight, weight_clip),
     ]
 
 
@@ -134,13 +134,13 @@ def test_the_core_uses_the_threads_of_torch():
 def test_results_do_not_depend_on_the_number_of_threads(isa):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1500, 192, generator=generator) + 5
-    language = torch.randint(0, 4, (1500,), generator=generator, dtype=torch.int32)
+    language_ids = torch.randint(0, 4, (1500,), generator=generator, dtype=torch.int32)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(every_result(x, language))
+            results.append(every_result(x, language_ids))
     finally:
         torch.set_num_threads(before)
     for others in results[1:]:
@@ -153,13 +153,13 @@ def test_every_instruction_set_gives_the_same_codes():
     """So a checkpoint or a cache made on one machine means the same on another."""
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(300, 192, generator=generator) * 2
-    language = torch.randint(0, 4, (300,), generator=generator, dtype=torch.int32)
+    language_ids = torch.randint(0, 4, (300,), generator=generator, dtype=torch.int32)
     before = _C.cpu_info()["isa"]
     try:
         results = []
         for isa in _C.cpu_info()["available"]:
             _C.force_isa(isa)
-            results.append(every_result(x, language))
+            results.append(every_result(x, language_ids))
     finally:
         _C.force_isa(before)
     for others in results[1:]:
@@ -172,10 +172,10 @@ def test_every_instruction_set_gives_the_same_codes():
 def test_many_python_threads_at_once():
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(400, 64, generator=generator)
-    language = torch.randint(0, 4, (400,), generator=generator, dtype=torch.int32)
-    expected = every_result(x, language)
+    language_ids = torch.randint(0, 4, (400,), generator=generator, dtype=torch.int32)
+    expected = every_result(x, language_ids)
     with ThreadPoolExecutor(8) as pool:
-        for results in pool.map(lambda _: every_result(x, language), range(40)):
+        for results in pool.map(lambda _: every_result(x, language_ids), range(40)):
             for got, want in zip(results, expected, strict=True):
                 assert torch.equal(got, want)
 

@@ -62,11 +62,13 @@ def test_integers_are_exact(
     rng = np.random.default_rng(seed)
     levels = 2**bits
     zero = levels - (activation_codebook == "midrise")
-    languages = 3
-    clip_powers = 2 ** rng.integers(0, 2, (languages, groups_of(k, activation_group)))
+    num_entries = 3
+    clip_powers = 2 ** rng.integers(0, 2, (num_entries, groups_of(k, activation_group)))
     weight_powers = 2 ** rng.integers(0, 2, (n, groups_of(k, weight_group)))
-    language = rng.integers(0, languages, rows).astype(np.int32)
-    x = (2 * rng.integers(0, levels, (rows, k)) - zero) * powers_per_member(clip_powers, k, activation_group)[language]
+    language_ids = rng.integers(0, num_entries, rows).astype(np.int32)
+    x = (2 * rng.integers(0, levels, (rows, k)) - zero) * powers_per_member(clip_powers, k, activation_group)[
+        language_ids
+    ]
     codes = rng.integers(0, 16, (n, k))
     weight = (2 * codes - (15 if weight_codebook == "midrise" else 16)) * powers_per_member(
         weight_powers, k, weight_group
@@ -82,8 +84,8 @@ def test_integers_are_exact(
         group_size=weight_group,
         weight_codebook=weight_codebook,
         activation_bits=bits,
-        clip=torch.from_numpy((levels - 1.0) * clip_powers).float(),
-        language=torch.from_numpy(language),
+        clips=torch.from_numpy((levels - 1.0) * clip_powers).float(),
+        language_ids=torch.from_numpy(language_ids),
         activation_group_size=activation_group,
         activation_codebook=activation_codebook,
     )
@@ -96,11 +98,13 @@ def test_floats_are_as_good_as_those_of_torch(isa, rows, layout, k, n, group_siz
     """Against float64, at most twice the error of PyTorch's float32 product of the same values."""
     x = torch.randn(rows, k, generator=generator)
     weight = torch.randint(0, 256, (n, (k + 1) // 2), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(n, groups_of(k, group_size), generator=generator)
-    dense = reference.dequantize(weight, scale, k=k, group_size=group_size or 0, per_row=True, dtype=torch.float64)
+    weight_clip = torch.rand(n, groups_of(k, group_size), generator=generator)
+    dense = reference.dequantize(
+        weight, weight_clip, k=k, group_size=group_size or 0, per_row=True, dtype=torch.float64
+    )
     expected = x.double() @ dense.T
     own = in_layout(layout, weight)
-    ours = (la_aciq.linear(x, own, scale, group_size=group_size).double() - expected).square().mean()
+    ours = (la_aciq.linear(x, own, weight_clip, group_size=group_size).double() - expected).square().mean()
     torchs = (torch.nn.functional.linear(x, dense.float()).double() - expected).square().mean()
     assert ours.sqrt() <= 2 * torchs.sqrt()
 
@@ -115,12 +119,12 @@ def test_bfloat16_is_as_good_as_rounding_the_float32_product_of_torch(
     PyTorch's float32 product of the same values."""
     x = torch.randn(rows, k, generator=generator).bfloat16()
     weight = torch.randint(0, 256, (n, (k + 1) // 2), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(n, groups_of(k, group_size), generator=generator)
+    weight_clip = torch.rand(n, groups_of(k, group_size), generator=generator)
     options = {"k": k, "group_size": group_size or 0, "codebook": codebook, "per_row": True}
-    dense = reference.dequantize(weight, scale, dtype=torch.float64, **options)
+    dense = reference.dequantize(weight, weight_clip, dtype=torch.float64, **options)
     exact = x.double() @ dense.T
     allowed = 2 * (torch.nn.functional.linear(x.float(), dense.float()).double() - exact).abs().max()
-    y = la_aciq.linear(x, in_layout(layout, weight), scale, group_size=group_size, weight_codebook=codebook)
+    y = la_aciq.linear(x, in_layout(layout, weight), weight_clip, group_size=group_size, weight_codebook=codebook)
     assert y.dtype == torch.bfloat16
     assert ((exact - allowed).bfloat16() <= y).all()
     assert (y <= (exact + allowed).bfloat16()).all()
@@ -144,10 +148,10 @@ def test_bfloat16_that_is_not_finite_stays_in_its_row(isa, rows, layout, generat
 def test_narrow_types_are_rounded_once(isa, dtype, bits, rows, layout, generator):
     x = torch.randn(rows, 200, generator=generator).to(dtype)
     weight = in_layout(layout, torch.randint(0, 256, (21, 100), generator=generator, dtype=torch.uint8))
-    options = {"group_size": 64, "activation_bits": bits, "clip": 2.5 if bits < 16 else None}
-    scale = torch.rand(21, 4, generator=generator)
-    y = la_aciq.linear(x, weight, scale, **options)
-    assert torch.equal(y, la_aciq.linear(x.float(), weight, scale, **options).to(dtype))
+    options = {"group_size": 64, "activation_bits": bits, "clips": 2.5 if bits < 16 else None}
+    weight_clip = torch.rand(21, 4, generator=generator)
+    y = la_aciq.linear(x, weight, weight_clip, **options)
+    assert torch.equal(y, la_aciq.linear(x.float(), weight, weight_clip, **options).to(dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -156,8 +160,8 @@ def test_narrow_types_are_rounded_once(isa, dtype, bits, rows, layout, generator
 def test_groups_without_a_clip_are_zero(isa, bits, rows, layout, generator):
     x = torch.randn(rows, 128, generator=generator)
     weight = in_layout(layout, torch.randint(0, 256, (5, 64), generator=generator, dtype=torch.uint8))
-    scale = torch.tensor([0.0, -1.0, float("nan"), float("inf"), 1.0]).unsqueeze(1).repeat(1, 2)
-    y = la_aciq.linear(x, weight, scale, group_size=64, activation_bits=bits, clip=2.0 if bits < 16 else None)
+    weight_clip = torch.tensor([0.0, -1.0, float("nan"), float("inf"), 1.0]).unsqueeze(1).repeat(1, 2)
+    y = la_aciq.linear(x, weight, weight_clip, group_size=64, activation_bits=bits, clips=2.0 if bits < 16 else None)
     assert (y[:, :4] == 0).all()
     assert (y[:, 4] != 0).all()
 
@@ -168,19 +172,19 @@ def test_threads_and_neighbours_change_nothing(isa, layout, k, generator):
     """To the last bit, whichever kernel takes so many rows."""
     x = torch.randn(230, k, generator=generator)
     weight = torch.randint(0, 256, (333, (k + 1) // 2), generator=generator, dtype=torch.uint8)
-    own, scale = in_layout(layout, weight), torch.rand(333, groups_of(k, 24), generator=generator)
+    own, weight_clip = in_layout(layout, weight), torch.rand(333, groups_of(k, 24), generator=generator)
     before = torch.get_num_threads()
     for dtype, options in (
         (torch.float32, {}),
         (torch.bfloat16, {}),
-        (torch.float32, {"activation_bits": 8, "clip": 3.0, "activation_group_size": 64}),
+        (torch.float32, {"activation_bits": 8, "clips": 3.0, "activation_group_size": 64}),
     ):
         rows, options = x.to(dtype), {"group_size": 24, **options}
-        expected = la_aciq.linear(rows, weight, scale, **options)
+        expected = la_aciq.linear(rows, weight, weight_clip, **options)
         try:
             for threads, count in itertools.product((1, 2, 3), (1, 2, 3, 4, 5, 7, 16, 230)):
                 torch.set_num_threads(threads)
-                assert torch.equal(la_aciq.linear(rows[:count], own, scale, **options), expected[:count])
+                assert torch.equal(la_aciq.linear(rows[:count], own, weight_clip, **options), expected[:count])
         finally:
             torch.set_num_threads(before)
 
@@ -221,10 +225,10 @@ def test_repacked_codes_are_where_they_are_said_to_be(n, k, seed):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_repacked_weights_give_what_portable_ones_give(bits, dtype, rows, backend, generator):
     """With everything: odd shapes, languages, rotation, bias, both codebooks."""
-    k, n, languages = 200, 37, 3
+    k, n, num_entries = 200, 37, 3
     x = torch.randn(rows, k, generator=generator).to(dtype)
     weight = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
-    scale, bias = torch.rand(n, 4, generator=generator) + 0.1, torch.randn(n, generator=generator)
+    weight_clip, bias = torch.rand(n, 4, generator=generator) + 0.1, torch.randn(n, generator=generator)
     options = {
         "group_size": 64,
         "weight_codebook": "midtread",
@@ -233,45 +237,45 @@ def test_repacked_weights_give_what_portable_ones_give(bits, dtype, rows, backen
     }
     if bits < 16:
         options |= {
-            "clip": torch.rand(languages, 9, generator=generator) + 1,
-            "language": torch.arange(rows, dtype=torch.int32) % languages,
+            "clips": torch.rand(num_entries, 9, generator=generator) + 1,
+            "language_ids": torch.arange(rows, dtype=torch.int32) % num_entries,
             "activation_group_size": 24,
             "activation_clip": "rms",
         }
     with la_aciq.use_backend("reference"):
-        expected = la_aciq.linear(x, weight, scale, bias, **options)
+        expected = la_aciq.linear(x, weight, weight_clip, bias, **options)
     with la_aciq.use_backend(backend):
-        y = la_aciq.linear(x, la_aciq.repack_weight(weight), scale, bias, **options)
+        y = la_aciq.linear(x, la_aciq.repack_weight(weight), weight_clip, bias, **options)
     assert y.dtype == dtype
     if backend == "reference":
         assert torch.equal(y, expected)
     else:
         with la_aciq.use_backend(backend):
-            portable = la_aciq.linear(x, weight, scale, bias, **options)
+            portable = la_aciq.linear(x, weight, weight_clip, bias, **options)
         tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10 if dtype == torch.float16 else 1e-5
         torch.testing.assert_close(y, portable, rtol=tolerance, atol=tolerance * 10)
 
 
 def test_repacked_weights_that_do_not_fit_are_refused(generator):
-    x, scale = torch.randn(2, 40, generator=generator), torch.ones(20, 2)
+    x, weight_clip = torch.randn(2, 40, generator=generator), torch.ones(20, 2)
     repacked = la_aciq.repack_weight(torch.zeros(20, 20, dtype=torch.uint8))
-    la_aciq.linear(x, repacked, scale, group_size=32)
+    la_aciq.linear(x, repacked, weight_clip, group_size=32)
     with pytest.raises(ValueError, match=r"weight: expected shape \[2, 5, 16\] .* for N=20, K=40, got \[3, 5, 16\]"):
-        la_aciq.linear(x, torch.zeros(3, 5, 16, dtype=torch.int32), scale, group_size=32)
+        la_aciq.linear(x, torch.zeros(3, 5, 16, dtype=torch.int32), weight_clip, group_size=32)
     with pytest.raises(ValueError, match=r"group_size: expected a multiple of 8 .*, got 20"):
-        la_aciq.linear(x, repacked, scale, group_size=20)
+        la_aciq.linear(x, repacked, weight_clip, group_size=20)
     with pytest.raises(ValueError, match=r"activation_group_size: expected a multiple of 8 .*, got 10"):
         la_aciq.linear(
-            x, repacked, scale, group_size=32, activation_bits=8, clip=torch.ones(1, 4), activation_group_size=10
+            x, repacked, weight_clip, group_size=32, activation_bits=8, clips=torch.ones(1, 4), activation_group_size=10
         )
     for refused, options in (
         (torch.zeros(3, 5, 16, dtype=torch.int32), {"group_size": 32}),
         (repacked, {"group_size": 20}),
-        (repacked, {"group_size": 32, "activation_bits": 8, "clip": torch.ones(1, 4), "activation_group_size": 10}),
+        (repacked, {"group_size": 32, "activation_bits": 8, "clips": torch.ones(1, 4), "activation_group_size": 10}),
     ):
         if _C is not None:  # what does not come through Python's checks
             with pytest.raises(ValueError, match="expected"):
-                torch.ops.la_aciq.linear(x, refused, scale, **options)
+                torch.ops.la_aciq.linear(x, refused, weight_clip, **options)
     with pytest.raises(TypeError, match="weight: expected uint8 codes, got int32"):
         la_aciq.repack_weight(repacked)
     with pytest.raises(ValueError, match=r"weight: expected shape \[N, ceil\(K / 2\)\]"):

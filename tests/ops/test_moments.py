@@ -208,11 +208,11 @@ def test_histogram_edges_of_the_range():
 def test_histograms_of_languages_add_up():
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(50, 30, 64, generator=generator)
-    language = torch.randint(0, 9, (50, 30), generator=generator, dtype=torch.int32)
-    _, histogram = moments_state(x, language, 9, histogram=True)
-    for row in range(9):
-        counts, _ = np.histogram(x[language == row].abs().double().numpy(), bins=histogram_edges())
-        assert np.array_equal(histogram[row, :, 0].numpy(), counts)
+    language_ids = torch.randint(0, 9, (50, 30), generator=generator, dtype=torch.int32)
+    _, histogram = moments_state(x, language_ids, 9, histogram=True)
+    for entry in range(9):
+        counts, _ = np.histogram(x[language_ids == entry].abs().double().numpy(), bins=histogram_edges())
+        assert np.array_equal(histogram[entry, :, 0].numpy(), counts)
 
 
 def test_pickles_and_prints():
@@ -236,8 +236,11 @@ def test_pickles_and_prints():
         (lambda: Moments.empty() + Moments.empty(nan_policy="omit"), "nan_policy 'propagate' and 'omit'"),
         (lambda: Moments.empty((2,)).pool(1), "axis: expected one of the 1 axes"),
         (lambda: histogram_sums(np.zeros((257, 2), int)), "histogram: expected integers of shape"),
-        (lambda: la_aciq.moments(torch.ones(2, 3), torch.tensor([0, 1])), "languages: expected the number of rows"),
-        (lambda: la_aciq.moments(torch.ones(2, 3), languages=0), "languages: expected at least 1, got 0"),
+        (
+            lambda: la_aciq.moments(torch.ones(2, 3), torch.tensor([0, 1])),
+            "num_entries: expected the number of entries",
+        ),
+        (lambda: la_aciq.moments(torch.ones(2, 3), num_entries=0), "num_entries: expected at least 1, got 0"),
     ],
 )
 def test_errors_name_the_argument(make, message):

@@ -39,8 +39,8 @@ def make_x(lead, k, dtype, generator, bad=True):
     return x.to(dtype)
 
 
-def per_element(table, language, lead, k, group_size):
-    clip = reference.clip_per_group(table, language, torch.Size(lead))
+def per_element(table, language_ids, lead, k, group_size):
+    clip = reference.clip_per_group(table, language_ids, torch.Size(lead))
     return reference.per_element(clip, k, group_size or 0)
 
 
@@ -62,14 +62,16 @@ class TestQuantize:
     @pytest.mark.parametrize("k", KS)
     def test_codes_and_tail_sums(self, isa, k, dtype, codebook, generator):
         x = make_x((3, 5), k, dtype, generator)
-        language = LANGUAGES["batch"]
+        language_ids = LANGUAGES["batch"]
         for group_size in GROUP_SIZES:
-            alpha = torch.rand(3, group_count(k, group_size), generator=generator) * 3 + 0.5
-            codes, tail = la_aciq.quantize(x, alpha, language, group_size=group_size, codebook=codebook, tail_sums=True)
-            clip = per_element(alpha, language, (3, 5), k, group_size)
+            clips = torch.rand(3, group_count(k, group_size), generator=generator) * 3 + 0.5
+            codes, tail = la_aciq.quantize(
+                x, clips, language_ids, group_size=group_size, codebook=codebook, tail_sums=True
+            )
+            clip = per_element(clips, language_ids, (3, 5), k, group_size)
             assert_codes_match(codes, x.double(), clip, codebook)
             _, expected = on_reference(
-                la_aciq.quantize, x, alpha, language, group_size=group_size, codebook=codebook, tail_sums=True
+                la_aciq.quantize, x, clips, language_ids, group_size=group_size, codebook=codebook, tail_sums=True
             )
             torch.testing.assert_close(tail, expected, rtol=1e-13, atol=0)
 
@@ -87,10 +89,10 @@ class TestQuantize:
     def test_values_that_are_not_numbers(self, isa, codebook):
         x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
         assert reference.unpack(la_aciq.quantize(x, 1.0, codebook=codebook), 4).tolist() == [8, 15, 0, 8]
-        for alpha in (0.0, -1.0, float("nan"), float("inf")):
-            codes, tail = la_aciq.quantize(x.expand(2, 4), torch.full((1, 1), alpha), codebook=codebook, tail_sums=True)
+        for clip in (0.0, -1.0, float("nan"), float("inf")):
+            codes, tail = la_aciq.quantize(x.expand(2, 4), torch.full((1, 1), clip), codebook=codebook, tail_sums=True)
             assert codes.tolist() == [[0x88, 0x88]] * 2
-            values = la_aciq.dequantize(codes, torch.full((1, 1), alpha), k=4, codebook=codebook)
+            values = la_aciq.dequantize(codes, torch.full((1, 1), clip), k=4, codebook=codebook)
             assert torch.equal(values, torch.zeros(2, 4))
             assert tail[0, 0, 3] == 6
             assert tail[0, 0, 0] == 2
@@ -98,20 +100,20 @@ class TestQuantize:
     @pytest.mark.parametrize("name", list(LANGUAGES))
     def test_language_patterns(self, isa, name, generator):
         x = make_x((3, 5), 96, torch.float32, generator)
-        alpha = torch.rand(3, 3, generator=generator) + 0.5
-        codes, tail = la_aciq.quantize(x, alpha, LANGUAGES[name], group_size=32, tail_sums=True)
-        assert_codes_match(codes, x.double(), per_element(alpha, LANGUAGES[name], (3, 5), 96, 32), "midrise")
-        _, expected = on_reference(la_aciq.quantize, x, alpha, LANGUAGES[name], group_size=32, tail_sums=True)
+        clips = torch.rand(3, 3, generator=generator) + 0.5
+        codes, tail = la_aciq.quantize(x, clips, LANGUAGES[name], group_size=32, tail_sums=True)
+        assert_codes_match(codes, x.double(), per_element(clips, LANGUAGES[name], (3, 5), 96, 32), "midrise")
+        _, expected = on_reference(la_aciq.quantize, x, clips, LANGUAGES[name], group_size=32, tail_sums=True)
         torch.testing.assert_close(tail, expected, rtol=1e-13, atol=0)
 
     def test_forms_of_the_table(self, generator):
         x = torch.randn(4, 64, generator=generator)
-        language = torch.tensor([0, 1, 1, 0], dtype=torch.int32)
+        language_ids = torch.tensor([0, 1, 1, 0], dtype=torch.int32)
         full = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
-        expected = la_aciq.quantize(x, full, language, group_size=32)
-        assert torch.equal(la_aciq.quantize(x, full[:, 0], language, group_size=32), expected)
-        assert torch.equal(la_aciq.quantize(x, full.double(), language, group_size=32), expected)
-        assert torch.equal(la_aciq.quantize(x, full.T.contiguous().T, language, group_size=32), expected)
+        expected = la_aciq.quantize(x, full, language_ids, group_size=32)
+        assert torch.equal(la_aciq.quantize(x, full[:, 0], language_ids, group_size=32), expected)
+        assert torch.equal(la_aciq.quantize(x, full.double(), language_ids, group_size=32), expected)
+        assert torch.equal(la_aciq.quantize(x, full.T.contiguous().T, language_ids, group_size=32), expected)
         for number in (1.0, np.float32(1), torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64)):
             assert torch.equal(la_aciq.quantize(x, number, group_size=32)[0], expected[0])
 
@@ -121,12 +123,12 @@ class TestQuantize:
         x = make_x((6,), k, dtype, generator, bad=False)
         signs = make_signs(k, generator)
         rotated = reference.rotate(x.double(), signs, block or 0)
-        alpha = rotated.std().float().reshape(1, 1) * 2 + 0.1
-        codes = la_aciq.quantize(x, alpha, signs=signs, block_size=block)
+        clips = rotated.std().float().reshape(1, 1) * 2 + 0.1
+        codes = la_aciq.quantize(x, clips, signs=signs, block_size=block)
         # Additions in float32: an error relative to the largest element of the row.
-        tolerance = 8 * 2.0**-23 * max(float((rotated / alpha).abs().max()) * 7.5, 1.0)
-        assert_codes_match(codes, rotated, alpha.double(), "midrise", tolerance)
-        assert torch.equal(codes, la_aciq.quantize(x, alpha, signs=signs.to(torch.int8), block_size=block))
+        tolerance = 8 * 2.0**-23 * max(float((rotated / clips).abs().max()) * 7.5, 1.0)
+        assert_codes_match(codes, rotated, clips.double(), "midrise", tolerance)
+        assert torch.equal(codes, la_aciq.quantize(x, clips, signs=signs.to(torch.int8), block_size=block))
 
     @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
@@ -142,20 +144,20 @@ class TestQuantize:
         x = make_x(lead, k, dtype, generator)
         depth = int(torch.randint(0, len(lead) + 1, (1,), generator=generator))
         shape = [n if int(torch.randint(0, 3, (1,), generator=generator)) else 1 for n in lead[:depth]]
-        language = torch.randint(0, 4, shape, generator=generator, dtype=torch.int32)
-        alpha = torch.rand(4, group_count(k, group), generator=generator) * 2 + 0.2
-        codes, tail = la_aciq.quantize(x, alpha, language, group_size=group, codebook=codebook, tail_sums=True)
-        clip = per_element(alpha, language, lead, k, group)
+        language_ids = torch.randint(0, 4, shape, generator=generator, dtype=torch.int32)
+        clips = torch.rand(4, group_count(k, group), generator=generator) * 2 + 0.2
+        codes, tail = la_aciq.quantize(x, clips, language_ids, group_size=group, codebook=codebook, tail_sums=True)
+        clip = per_element(clips, language_ids, lead, k, group)
         assert_codes_match(codes, x.double(), clip, codebook)
-        values = la_aciq.dequantize(codes, alpha, language, k=k, group_size=group, codebook=codebook)
+        values = la_aciq.dequantize(codes, clips, language_ids, k=k, group_size=group, codebook=codebook)
         expected = reference.to_values(reference.unpack(codes, k), clip, 4, codebook)
         torch.testing.assert_close(values.double(), expected, rtol=2.0**-22, atol=0)
         _, expected_tail = on_reference(
-            la_aciq.quantize, x, alpha, language, group_size=group, codebook=codebook, tail_sums=True
+            la_aciq.quantize, x, clips, language_ids, group_size=group, codebook=codebook, tail_sums=True
         )
         torch.testing.assert_close(tail, expected_tail, rtol=1e-13, atol=0)
-        state, histogram = ops.moments_state(x, language, 4, histogram=True)
-        expected_state, expected_histogram = reference.moments(x, language, 4, True)
+        state, histogram = ops.moments_state(x, language_ids, 4, histogram=True)
+        expected_state, expected_histogram = reference.moments(x, language_ids, 4, True)
         assert torch.equal(histogram, expected_histogram)
         assert torch.equal(state[:, [0, 5, 6, 7]], expected_state[:, [0, 5, 6, 7]])
 
@@ -166,22 +168,22 @@ class TestQuantizeDynamic:
     @pytest.mark.parametrize("k", KS)
     def test_scales_and_codes(self, isa, k, dtype, statistic, generator):
         x = make_x((3, 5), k, dtype, generator)
-        language = LANGUAGES["every row"]
+        language_ids = LANGUAGES["every row"]
         for group_size in GROUP_SIZES:
             for codebook in CODEBOOKS:
-                shape = torch.rand(3, group_count(k, group_size), generator=generator) + 0.5
+                clip_factor = torch.rand(3, group_count(k, group_size), generator=generator) + 0.5
                 options = {"group_size": group_size, "statistic": statistic, "codebook": codebook}
-                codes, scales = la_aciq.quantize_dynamic(x, shape, language, **options)
-                _, expected = on_reference(la_aciq.quantize_dynamic, x, shape, language, **options)
-                torch.testing.assert_close(scales, expected, rtol=2.0**-22, atol=0)
-                clip = reference.per_element(scales.double(), k, group_size or 0)
+                codes, row_clips = la_aciq.quantize_dynamic(x, clip_factor, language_ids, **options)
+                _, expected = on_reference(la_aciq.quantize_dynamic, x, clip_factor, language_ids, **options)
+                torch.testing.assert_close(row_clips, expected, rtol=2.0**-22, atol=0)
+                clip = reference.per_element(row_clips.double(), k, group_size or 0)
                 assert_codes_match(codes, x.double(), clip, codebook)
 
     def test_huge_tiny_and_zero_groups(self, isa):
         x = torch.tensor([[3e38, -3e38, 0.0, 0.0, 1e-40, 0.0, 1e-30, -1e-30]])
-        codes, scales = la_aciq.quantize_dynamic(x, 1.0, group_size=2)
-        torch.testing.assert_close(scales[0, :3], torch.tensor([3e38, 0.0, 1e-40 / 2**0.5]), rtol=1e-5, atol=1e-44)
-        values = la_aciq.dequantize(codes, scales=scales, k=8, group_size=2)
+        codes, row_clips = la_aciq.quantize_dynamic(x, 1.0, group_size=2)
+        torch.testing.assert_close(row_clips[0, :3], torch.tensor([3e38, 0.0, 1e-40 / 2**0.5]), rtol=1e-5, atol=1e-44)
+        values = la_aciq.dequantize(codes, row_clips=row_clips, k=8, group_size=2)
         assert torch.equal(values[0, :4], torch.tensor([3e38, -3e38, 0.0, 0.0]))
         assert torch.isfinite(values).all()
 
@@ -190,10 +192,10 @@ class TestQuantizeDynamic:
         x = make_x((7,), 576, torch.bfloat16, generator, bad=False)
         signs = make_signs(576, generator)
         rotated = reference.rotate(x.double(), signs)
-        codes, scales = la_aciq.quantize_dynamic(x, 2.5, group_size=64, statistic=statistic, signs=signs)
+        codes, row_clips = la_aciq.quantize_dynamic(x, 2.5, group_size=64, statistic=statistic, signs=signs)
         _, expected = reference.quantize_dynamic(x, torch.full((1, 9), 2.5), None, 64, statistic, signs=signs)
-        torch.testing.assert_close(scales, expected, rtol=1e-5, atol=0)
-        clip = reference.per_element(scales.double(), 576, 64)
+        torch.testing.assert_close(row_clips, expected, rtol=1e-5, atol=0)
+        clip = reference.per_element(row_clips.double(), 576, 64)
         assert_codes_match(codes, rotated, clip, "midrise", tolerance=1e-4)
 
 
@@ -206,19 +208,19 @@ class TestDequantize:
         for group_size in GROUP_SIZES:
             groups = group_count(k, group_size)
             options = {"k": k, "group_size": group_size, "codebook": codebook, "dtype": dtype}
-            alpha = torch.rand(3, groups, generator=generator) * 100
-            scales = torch.rand(3, 5, groups, generator=generator) * 1e-6
-            for arguments in ({"alpha": alpha, "language": LANGUAGES["batch"]}, {"scales": scales}):
+            clips = torch.rand(3, groups, generator=generator) * 100
+            row_clips = torch.rand(3, 5, groups, generator=generator) * 1e-6
+            for arguments in ({"clips": clips, "language_ids": LANGUAGES["batch"]}, {"row_clips": row_clips}):
                 values = la_aciq.dequantize(codes, **arguments, **options)
                 expected = on_reference(la_aciq.dequantize, codes, **arguments, **{**options, "dtype": torch.float32})
                 assert values.dtype == dtype
                 torch.testing.assert_close(values.float(), expected, rtol=2.0**-22 + ROUNDING[dtype], atol=2.0**-25)
 
     def test_ends_of_midrise_are_the_clip(self, isa):
-        alpha = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 9 + 1e-3
+        clips = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 9 + 1e-3
         codes = torch.tensor([[0xF0]], dtype=torch.uint8).expand(1000, 1)
-        values = la_aciq.dequantize(codes, scales=alpha.unsqueeze(1), k=2)
-        assert torch.equal(values, torch.stack([-alpha, alpha], dim=1))
+        values = la_aciq.dequantize(codes, row_clips=clips.unsqueeze(1), k=2)
+        assert torch.equal(values, torch.stack([-clips, clips], dim=1))
 
     def test_zero_of_midtread_is_zero(self, isa):
         codes = torch.tensor([[0x88]], dtype=torch.uint8)
@@ -271,9 +273,9 @@ class TestMoments:
         """Statistics per row id and group, the way calibration asks for them."""
         x = torch.randn(200, 9, 64, generator=generator).to(dtype)
         row = torch.randint(0, 5, (200, 1), generator=generator)
-        language = (row * 9 + torch.arange(9)).int()
-        state, histogram = ops.moments_state(x, language, 45, histogram=True)
-        expected, expected_histogram = reference.moments(x, language, 45, True)
+        language_ids = (row * 9 + torch.arange(9)).int()
+        state, histogram = ops.moments_state(x, language_ids, 45, histogram=True)
+        expected, expected_histogram = reference.moments(x, language_ids, 45, True)
         torch.testing.assert_close(state, expected, rtol=1e-10, atol=1e-10)
         assert torch.equal(histogram, expected_histogram)
 
@@ -293,12 +295,18 @@ class TestLinear:
             for codebook in CODEBOOKS:
                 x = torch.randn(rows, k, generator=generator).to(dtype)
                 weight = torch.randint(0, 256, (n, (k + 1) // 2), generator=generator, dtype=torch.uint8)
-                scale = torch.rand(n, group_count(k, group_size), generator=generator)
+                weight_clip = torch.rand(n, group_count(k, group_size), generator=generator)
                 bias = torch.randn(n, generator=generator).to(dtype) if k % 2 else None
                 options = {"group_size": group_size, "weight_codebook": codebook}
-                y = la_aciq.linear(x, weight, scale, bias, **options)
+                y = la_aciq.linear(x, weight, weight_clip, bias, **options)
                 dense = reference.dequantize(
-                    weight, scale, k=k, group_size=group_size or 0, codebook=codebook, per_row=True, dtype=torch.float64
+                    weight,
+                    weight_clip,
+                    k=k,
+                    group_size=group_size or 0,
+                    codebook=codebook,
+                    per_row=True,
+                    dtype=torch.float64,
                 )
                 expected = torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double())
                 bound = (x.double().abs() @ dense.abs().T) * 2.0**-22 + expected.abs() * ROUNDING[dtype] + 1e-30
@@ -312,34 +320,34 @@ class TestLinear:
     def test_quantized_activations(self, isa, rotated, clip_kind, bits, rows, generator):
         for k, group_size, codebook in [(64, None, "midrise"), (96, 32, "midtread"), (576, 64, "midrise")]:
             x = torch.randn(2, rows, k, generator=generator)
-            language = torch.tensor([1, 0], dtype=torch.int32)
+            language_ids = torch.tensor([1, 0], dtype=torch.int32)
             signs = make_signs(k, generator) if rotated else None
             weight = torch.randint(0, 256, (11, k // 2), generator=generator, dtype=torch.uint8)
-            scale = torch.rand(11, group_count(k, 32), generator=generator)
+            weight_clip = torch.rand(11, group_count(k, 32), generator=generator)
             clip = torch.rand(2, group_count(k, group_size), generator=generator) + 1.5
             y = la_aciq.linear(
                 x,
                 weight,
-                scale,
+                weight_clip,
                 group_size=32,
                 signs=signs,
                 activation_bits=bits,
                 activation_clip=clip_kind,
-                clip=clip,
-                language=language,
+                clips=clip,
+                language_ids=language_ids,
                 activation_group_size=group_size,
                 activation_codebook=codebook,
             )
             y_reference = reference.linear(
                 x,
                 weight,
-                scale,
+                weight_clip,
                 group_size=32,
                 signs=signs,
                 activation_bits=bits,
                 activation_clip=clip_kind,
-                clip=clip,
-                language=language,
+                clips=clip,
+                language_ids=language_ids,
                 activation_group_size=group_size or 0,
                 activation_codebook=codebook,
             )
@@ -364,7 +372,7 @@ class TestLinear:
                 torch.full((k, 1), 15 / 14),
                 weight_codebook="midtread",
                 activation_bits=4,
-                clip=clip,
+                clips=clip,
                 activation_group_size=64,
                 activation_codebook=codebook,
             )
@@ -428,11 +436,11 @@ def test_one_element(isa, dtype):
     codes, tail = la_aciq.quantize(x, 0.5, tail_sums=True)
     assert codes.tolist() == [[0]]
     assert tail.tolist() == [[[1.0, 1.0, 0.75, 0.0]]]
-    codes, scales = la_aciq.quantize_dynamic(x, 2.0)
-    assert scales.tolist() == [[1.5]]
+    codes, row_clips = la_aciq.quantize_dynamic(x, 2.0)
+    assert row_clips.tolist() == [[1.5]]
     assert codes.tolist() == [[4]]  # floor(-0.75 / 0.2) + 8
     torch.testing.assert_close(
-        la_aciq.dequantize(codes, scales=scales, k=1, dtype=dtype), torch.tensor([[-0.7]], dtype=dtype)
+        la_aciq.dequantize(codes, row_clips=row_clips, k=1, dtype=dtype), torch.tensor([[-0.7]], dtype=dtype)
     )
     assert torch.equal(la_aciq.rotate(x, -torch.ones(1)), -x)
     m = la_aciq.moments(x, histogram=True)
@@ -470,17 +478,17 @@ def test_moments_whatever_element_comes_first(isa, offset, dtype):
     assert la_aciq.moments(x).nonfinite == 1
 
 
-@pytest.mark.parametrize("languages", [1, 3, 200])
+@pytest.mark.parametrize("num_entries", [1, 3, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_histograms_of_many_elements(isa, dtype, languages, generator):
-    """Enough elements to fill the counters before a histogram, and too many languages to have such counters."""
+def test_histograms_of_many_elements(isa, dtype, num_entries, generator):
+    """Enough elements to fill the counters before a histogram, and too many entries to have such counters."""
     x = torch.randn(150, 4099, generator=generator)
     x[:, ::7] = 1.5  # one bin
     x[3, :50], x[4, 7], x[5, 8] = float("nan"), float("inf"), 1e-30
-    x, language = x.to(dtype), (torch.arange(150) % languages).int()
-    state, histogram = ops.moments_state(x, language, languages, histogram=True)
-    for row in range(min(languages, 3)):
-        values = x[language == row].double()
+    x, language_ids = x.to(dtype), (torch.arange(150) % num_entries).int()
+    state, histogram = ops.moments_state(x, language_ids, num_entries, histogram=True)
+    for row in range(min(num_entries, 3)):
+        values = x[language_ids == row].double()
         magnitude = values[values.isfinite()].abs().numpy()
         counts, _ = np.histogram(magnitude, bins=histogram_edges())
         assert np.array_equal(histogram[row, :, 0].numpy(), counts)
@@ -517,45 +525,45 @@ def test_denormals_are_not_slow(generator):
 def test_large_outputs_are_whole():
     """Beyond the size from which memory is asked for in huge pages, and not a multiple of one."""
     x = torch.randn(2100, 4097, generator=torch.Generator().manual_seed(2))
-    codes, scales = la_aciq.quantize_dynamic(x, 2.5, group_size=64)
-    values = la_aciq.dequantize(codes, scales=scales, k=4097, group_size=64)
+    codes, row_clips = la_aciq.quantize_dynamic(x, 2.5, group_size=64)
+    values = la_aciq.dequantize(codes, row_clips=row_clips, k=4097, group_size=64)
     for rows in (slice(0, 3), slice(1040, 1060), slice(2097, 2100)):
-        part_codes, part_scales = la_aciq.quantize_dynamic(x[rows].clone(), 2.5, group_size=64)
+        part_codes, part_clips = la_aciq.quantize_dynamic(x[rows].clone(), 2.5, group_size=64)
         assert torch.equal(codes[rows], part_codes)
-        assert torch.equal(values[rows], la_aciq.dequantize(part_codes, scales=part_scales, k=4097, group_size=64))
+        assert torch.equal(values[rows], la_aciq.dequantize(part_codes, row_clips=part_clips, k=4097, group_size=64))
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)])
 def test_no_rows(isa, lead):
     x = torch.zeros(*lead, 10)
-    language = torch.zeros(lead, dtype=torch.int32)
-    codes, tail = la_aciq.quantize(x, 1.0, language, group_size=4, tail_sums=True)
+    language_ids = torch.zeros(lead, dtype=torch.int32)
+    codes, tail = la_aciq.quantize(x, 1.0, language_ids, group_size=4, tail_sums=True)
     assert codes.shape == (*lead, 5)
     assert torch.equal(tail, torch.zeros(1, 3, 4, dtype=torch.float64))
-    codes, scales = la_aciq.quantize_dynamic(x, 1.0, language, group_size=4)
-    assert scales.shape == (*lead, 3)
-    assert la_aciq.dequantize(codes, scales=scales, k=10, group_size=4).shape == (*lead, 10)
+    codes, row_clips = la_aciq.quantize_dynamic(x, 1.0, language_ids, group_size=4)
+    assert row_clips.shape == (*lead, 3)
+    assert la_aciq.dequantize(codes, row_clips=row_clips, k=10, group_size=4).shape == (*lead, 10)
     assert la_aciq.rotate(x, torch.ones(10)).shape == x.shape
     weight = torch.zeros(3, 5, dtype=torch.uint8)
-    assert la_aciq.linear(x, weight, torch.ones(3, 1), activation_bits=4, clip=1.0).shape == (*lead, 3)
+    assert la_aciq.linear(x, weight, torch.ones(3, 1), activation_bits=4, clips=1.0).shape == (*lead, 3)
     assert la_aciq.linear(torch.ones(2, 10), weight[:0], torch.ones(0, 1)).shape == (2, 0)
-    assert la_aciq.moments(x, language, 1).count.tolist() == [0]
+    assert la_aciq.moments(x, language_ids, 1).count.tolist() == [0]
     assert la_aciq.moments(torch.zeros(3, 0), histogram=True).histogram.sum() == 0
 
 
 def test_ids_out_of_range(generator):
     x = torch.randn(3, 8, generator=generator)
-    alpha = torch.tensor([[1.0], [2.0]])
+    clips = torch.tensor([[1.0], [2.0]])
     for bad, shown in (([0, 2, 1], "2"), ([0, -1, 1], "-1")):
         ids = torch.tensor(bad, dtype=torch.int32)
-        with pytest.raises(ValueError, match=f"language: expected ids from 0 to 1, got {shown}"):
-            la_aciq.quantize(x, alpha, ids)
-        with pytest.raises(ValueError, match=f"language: expected ids from 0 to 1, got {shown}"):
+        with pytest.raises(ValueError, match=f"language_ids: expected ids from 0 to 1, got {shown}"):
+            la_aciq.quantize(x, clips, ids)
+        with pytest.raises(ValueError, match=f"language_ids: expected ids from 0 to 1, got {shown}"):
             la_aciq.moments(x, ids, 2)
     ids = torch.tensor([5, -7, 1], dtype=torch.int32)
     safe = torch.tensor([0, 0, 1], dtype=torch.int32)
     for function in (torch.ops.la_aciq.quantize, reference.quantize):
-        assert torch.equal(function(x, alpha, ids)[0], la_aciq.quantize(x, alpha, safe))
+        assert torch.equal(function(x, clips, ids)[0], la_aciq.quantize(x, clips, safe))
     for function in (torch.ops.la_aciq.moments, reference.moments):
         torch.testing.assert_close(function(x, ids, 2)[0], ops.moments_state(x, safe, 2)[0])
 
@@ -584,17 +592,17 @@ ONES = torch.ones(2, 8)
             "^activation_group_size: expected an even number .* got 3",
         ),
         (lambda: la_aciq.quantize(ONES, 1.0, codebook="nf4"), ValueError, "codebook: expected 'midrise' or 'midtread'"),
-        (lambda: la_aciq.quantize(ONES, torch.ones(2, 3), group_size=4), ValueError, r"alpha: .* \[languages, 2\]"),
-        (lambda: la_aciq.quantize(ONES, torch.ones(2, dtype=torch.int32)), TypeError, "alpha: expected a float32"),
+        (lambda: la_aciq.quantize(ONES, torch.ones(2, 3), group_size=4), ValueError, r"clips: .* \[num_entries, 2\]"),
+        (lambda: la_aciq.quantize(ONES, torch.ones(2, dtype=torch.int32)), TypeError, "clips: expected a float32"),
         (
             lambda: la_aciq.quantize(ONES, 1.0, torch.ones(2)),
             TypeError,
-            "language: expected int32 or int64, got float32",
+            "language_ids: expected int32 or int64, got float32",
         ),
         (
             lambda: la_aciq.quantize(ONES, 1.0, torch.zeros(3, dtype=torch.int32)),
             ValueError,
-            r"language: .*\[2\].*\[3\]",
+            r"language_ids: .*\[2\].*\[3\]",
         ),
         (
             lambda: la_aciq.quantize(ONES, 1.0, signs=torch.ones(7)),
@@ -607,16 +615,16 @@ ONES = torch.ones(2, 8)
         (lambda: la_aciq.rotate(ONES, torch.ones(8).double()), TypeError, "signs: expected float32 or int8"),
         (lambda: la_aciq.quantize_dynamic(ONES, 1.0, statistic="std"), ValueError, "statistic: expected 'rms' or"),
         (lambda: la_aciq.dequantize(WEIGHT, 1.0, k=9), ValueError, r"codes: expected shape \[..., 5\] for k=9"),
-        (lambda: la_aciq.dequantize(WEIGHT, k=8), ValueError, "alpha, scales: expected exactly one"),
+        (lambda: la_aciq.dequantize(WEIGHT, k=8), ValueError, "clips, row_clips: expected exactly one"),
         (lambda: la_aciq.dequantize(WEIGHT.int(), 1.0, k=8), TypeError, "codes: expected uint8, got int32"),
         (lambda: la_aciq.dequantize(WEIGHT, 1.0, k=8, dtype=torch.float64), TypeError, "dtype: expected float32"),
         (
-            lambda: la_aciq.dequantize(WEIGHT, scales=torch.ones(3, 2), k=8),
+            lambda: la_aciq.dequantize(WEIGHT, row_clips=torch.ones(3, 2), k=8),
             ValueError,
-            r"scales: expected shape \[3, 1\]",
+            r"row_clips: expected shape \[3, 1\]",
         ),
         (lambda: la_aciq.linear(ONES, WEIGHT[:, 1:], torch.ones(3, 1)), ValueError, r"weight: expected shape \[N, 4\]"),
-        (lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3)), ValueError, r"weight_scale: expected shape \[3, 1\]"),
+        (lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3)), ValueError, r"weight_clip: expected shape \[3, 1\]"),
         (
             lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), torch.ones(4)),
             ValueError,
@@ -627,33 +635,33 @@ ONES = torch.ones(2, 8)
             ValueError,
             "activation_bits: .* 5",
         ),
-        (lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), activation_bits=4), ValueError, "clip: .* got None"),
+        (lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), activation_bits=4), ValueError, "clips: .* got None"),
         (lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), activation_clip="max"), ValueError, "activation_clip:"),
-        (lambda: la_aciq.quantize(ONES, torch.ones(1, 1, device="meta")), ValueError, "alpha: expected on cpu like x"),
+        (lambda: la_aciq.quantize(ONES, torch.ones(1, 1, device="meta")), ValueError, "clips: expected on cpu like x"),
         (
             lambda: la_aciq.dequantize(WEIGHT, torch.ones(1, 1, device="meta"), k=8),
             ValueError,
-            "alpha: expected on cpu like codes",
+            "clips: expected on cpu like codes",
         ),
         (
-            lambda: la_aciq.dequantize(WEIGHT, scales=torch.ones(3, 1, device="meta"), k=8),
+            lambda: la_aciq.dequantize(WEIGHT, row_clips=torch.ones(3, 1, device="meta"), k=8),
             ValueError,
-            "scales: expected on cpu like codes",
+            "row_clips: expected on cpu like codes",
         ),
         (
             lambda: la_aciq.dequantize(WEIGHT, 1.0, torch.zeros(4, dtype=torch.int32), k=8),
             ValueError,
-            r"language: .* dimensions \[3\] of codes .* got \[4\]",
+            r"language_ids: .* dimensions \[3\] of codes .* got \[4\]",
         ),
         (
-            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, clip=1.0),
+            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, clips=1.0),
             ValueError,
-            "clip: has no meaning with activation_bits=16",
+            "clips: has no meaning with activation_bits=16",
         ),
         (
-            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, language=torch.zeros(2, dtype=torch.int32)),
+            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, language_ids=torch.zeros(2, dtype=torch.int32)),
             ValueError,
-            "language: has no meaning with activation_bits=16",
+            "language_ids: has no meaning with activation_bits=16",
         ),
         (
             lambda: la_aciq.moments([[1.0], [2.0, 3.0]]),
@@ -676,22 +684,25 @@ def test_errors_name_the_argument(call, error, message):
         (lambda: la_aciq.rotate([1.0], SIGNS), "x: expected a tensor, got list"),
         (lambda: la_aciq.linear("x", WEIGHT, SCALE), "x: expected a tensor, got 'x'"),
         (lambda: la_aciq.quantize_dynamic(1.5, 1.0), "x: expected a tensor, got 1.5"),
-        (lambda: la_aciq.quantize(ONES, None), "alpha: expected a tensor or a number, got None"),
-        (lambda: la_aciq.quantize(ONES, [1.0]), "alpha: expected a tensor or a number, got list"),
-        (lambda: la_aciq.quantize(ONES, "1"), "alpha: expected a tensor or a number, got '1'"),
-        (lambda: la_aciq.quantize(ONES, np.ones((2, 1))), "alpha: expected a tensor or a number, got numpy.ndarray"),
-        (lambda: la_aciq.quantize_dynamic(ONES, None), "shape: expected a tensor or a number, got None"),
-        (lambda: la_aciq.quantize(ONES, 1.0, np.zeros(2, int)), "language: expected a tensor or None, got numpy.nd"),
+        (lambda: la_aciq.quantize(ONES, None), "clips: expected a tensor or a number, got None"),
+        (lambda: la_aciq.quantize(ONES, [1.0]), "clips: expected a tensor or a number, got list"),
+        (lambda: la_aciq.quantize(ONES, "1"), "clips: expected a tensor or a number, got '1'"),
+        (lambda: la_aciq.quantize(ONES, np.ones((2, 1))), "clips: expected a tensor or a number, got numpy.ndarray"),
+        (lambda: la_aciq.quantize_dynamic(ONES, None), "clip_factor: expected a tensor or a number, got None"),
+        (
+            lambda: la_aciq.quantize(ONES, 1.0, np.zeros(2, int)),
+            "language_ids: expected a tensor or None, got numpy.nd",
+        ),
         (lambda: la_aciq.quantize(ONES, 1.0, group_size=8.0), "group_size: expected an int or None, got 8.0"),
         (lambda: la_aciq.quantize(ONES, 1.0, group_size="8"), "group_size: expected an int or None, got '8'"),
         (lambda: la_aciq.quantize(ONES, 1.0, signs=[1] * 8), "signs: expected a tensor or None, got list"),
         (lambda: la_aciq.rotate(ONES, None), "signs: expected a tensor, got None"),
         (lambda: la_aciq.rotate(ONES, SIGNS, 4.0), "block_size: expected an int or None, got 4.0"),
         (lambda: la_aciq.dequantize(WEIGHT.numpy(), 1.0, k=8), "codes: expected a tensor, got numpy.ndarray"),
-        (lambda: la_aciq.dequantize(WEIGHT, [1.0], k=8), "alpha: expected a tensor or a number or None, got list"),
+        (lambda: la_aciq.dequantize(WEIGHT, [1.0], k=8), "clips: expected a tensor or a number or None, got list"),
         (
-            lambda: la_aciq.dequantize(WEIGHT, scales=np.ones((3, 1), np.float32), k=8),
-            "scales: expected a tensor or None, got numpy.ndarray",
+            lambda: la_aciq.dequantize(WEIGHT, row_clips=np.ones((3, 1), np.float32), k=8),
+            "row_clips: expected a tensor or None, got numpy.ndarray",
         ),
         (lambda: la_aciq.dequantize(WEIGHT, 1.0, k=None), "k: expected an int, got None"),
         (lambda: la_aciq.dequantize(WEIGHT, 1.0, k=8.0), "k: expected an int, got 8.0"),
@@ -700,22 +711,22 @@ def test_errors_name_the_argument(call, error, message):
             "dtype: expected a torch.dtype, got 'float32'",
         ),
         (lambda: la_aciq.linear(ONES, WEIGHT.numpy(), SCALE), "weight: expected a tensor, got numpy.ndarray"),
-        (lambda: la_aciq.linear(ONES, WEIGHT, SCALE.numpy()), "weight_scale: expected a tensor, got numpy.ndarray"),
+        (lambda: la_aciq.linear(ONES, WEIGHT, SCALE.numpy()), "weight_clip: expected a tensor, got numpy.ndarray"),
         (lambda: la_aciq.linear(ONES, WEIGHT, SCALE, [0.0] * 3), "bias: expected a tensor or None, got list"),
         (
-            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits="8", clip=1.0),
+            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits="8", clips=1.0),
             "activation_bits: expected an int, got '8'",
         ),
         (
-            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits=8, clip=[1.0]),
-            "clip: expected a tensor or a number or None, got list",
+            lambda: la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits=8, clips=[1.0]),
+            "clips: expected a tensor or a number or None, got list",
         ),
-        (lambda: la_aciq.moments(ONES.numpy(), [0, 0], 2), "language: expected a tensor or None, got list"),
+        (lambda: la_aciq.moments(ONES.numpy(), [0, 0], 2), "language_ids: expected a tensor or None, got list"),
         (
             lambda: la_aciq.moments(ONES, torch.zeros(2, dtype=torch.int32), 2.0),
-            "languages: expected an int or None, got 2.0",
+            "num_entries: expected an int or None, got 2.0",
         ),
-        (lambda: la_aciq.moments(ONES, None, "2"), "languages: expected an int or None, got '2'"),
+        (lambda: la_aciq.moments(ONES, None, "2"), "num_entries: expected an int or None, got '2'"),
         (lambda: la_aciq.repack_weight(None), "weight: expected a tensor, got None"),
         (lambda: la_aciq.restore_weight(la_aciq.repack_weight(WEIGHT), None, 8), "n: expected an int, got None"),
     ],
@@ -730,7 +741,7 @@ def test_errors_name_the_argument_of_another_type(call, message, backend):
 @pytest.mark.skipif(_C is None, reason="the reference takes any number of bits")
 def test_what_the_operator_refuses_is_named_as_well():
     with pytest.raises(TypeError, match=r"^activation_bits: expected an int, got 8\.0$"):
-        la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits=8.0, clip=1.0)
+        la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits=8.0, clips=1.0)
 
 
 def test_other_errors_are_not_blamed_on_numbers_of_numpy():
@@ -743,9 +754,12 @@ def test_other_errors_are_not_blamed_on_numbers_of_numpy():
 @pytest.mark.parametrize("clip", [float("nan"), float("inf"), 0.0, -1.0, 1e39, 1e-46])
 def test_a_number_for_a_table_is_finite_and_positive_in_float32(clip):
     calls = {
-        "alpha": [lambda: la_aciq.quantize(ONES, clip), lambda: la_aciq.dequantize(WEIGHT, clip, k=8)],
-        "shape": [lambda: la_aciq.quantize_dynamic(ONES, clip)],
-        "clip": [lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), activation_bits=4, clip=clip)],
+        "clips": [
+            lambda: la_aciq.quantize(ONES, clip),
+            lambda: la_aciq.dequantize(WEIGHT, clip, k=8),
+            lambda: la_aciq.linear(ONES, WEIGHT, torch.ones(3, 1), activation_bits=4, clips=clip),
+        ],
+        "clip_factor": [lambda: la_aciq.quantize_dynamic(ONES, clip)],
     }
     for name, functions in calls.items():
         for function in functions:

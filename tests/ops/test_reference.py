@@ -90,9 +90,9 @@ def test_tail_sums_by_hand():
 @pytest.mark.parametrize("statistic", ["rms", "absmax"])
 def test_dynamic_clips_are_over_finite_elements(statistic):
     x = torch.tensor([[3.0, 4.0, float("nan"), 0.0, 0.0, 0.0, float("inf")]])
-    _, scales = reference.quantize_dynamic(x, torch.tensor([[2.0, 2.0]]), group_size=4, statistic=statistic)
+    _, row_clips = reference.quantize_dynamic(x, torch.tensor([[2.0, 2.0]]), group_size=4, statistic=statistic)
     expected = 2 * np.sqrt((9 + 16 + 0) / 3) if statistic == "rms" else 8.0
-    np.testing.assert_allclose(scales, [[expected, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(row_clips, [[expected, 0.0]], rtol=1e-6)
 
 
 def test_linear_with_everything_on():
@@ -100,30 +100,30 @@ def test_linear_with_everything_on():
     x = torch.randn(2, 5, 12, generator=generator)
     signs = torch.randint(0, 2, (12,), generator=generator).float() * 2 - 1
     weight = reference.pack(torch.randint(0, 16, (7, 12), generator=generator))
-    scale = torch.rand(7, 3, generator=generator) + 0.1
+    weight_clip = torch.rand(7, 3, generator=generator) + 0.1
     bias = torch.randn(7, generator=generator)
-    clip = torch.tensor([[2.0, 2.5], [1.0, 1.5]])
-    language = torch.tensor([0, 1], dtype=torch.int32)
+    clips = torch.tensor([[2.0, 2.5], [1.0, 1.5]])
+    language_ids = torch.tensor([0, 1], dtype=torch.int32)
     out = reference.linear(
         x,
         weight,
-        scale,
+        weight_clip,
         bias,
         group_size=4,
         signs=signs,
         activation_bits=4,
         activation_group_size=8,
-        clip=clip,
-        language=language,
+        clips=clips,
+        language_ids=language_ids,
     )
     matrix = scipy.linalg.block_diag(*[scipy.linalg.hadamard(4) / 2] * 3)
     rotated = (x.double().numpy() * signs.numpy()) @ matrix.T
     expected = np.zeros((2, 5, 7))
     for b, t, n in np.ndindex(2, 5, 7):
         for k in range(12):
-            alpha = float(clip[b, k // 8])
+            alpha = float(clips[b, k // 8])
             activation = (code_by_definition(rotated[b, t, k], alpha, 4, "midrise") - 7.5) * 2 * alpha / 15
             code = int(weight[n, k // 2]) >> (4 * (k % 2)) & 15
-            expected[b, t, n] += activation * (code - 7.5) * 2 * float(scale[n, k // 4]) / 15
+            expected[b, t, n] += activation * (code - 7.5) * 2 * float(weight_clip[n, k // 4]) / 15
         expected[b, t, n] += float(bias[n])
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)

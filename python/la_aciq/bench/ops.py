@@ -45,7 +45,7 @@ def measure(nbytes: int | None = None, rounds: int = 7, step: Callable[[], objec
     codes = ops.quantize(x, clip, language, group_size=_GROUP)
     # As many rows of packed weights as take half the input's bytes, with the clips of their groups.
     weight = torch.randint(0, 256, (4 * rows, _K // 2), dtype=torch.uint8, generator=generator)
-    weight_scale = torch.rand(4 * rows, _K // _GROUP, generator=generator) + 0.5
+    weight_clip = torch.rand(4 * rows, _K // _GROUP, generator=generator) + 0.5
 
     operations: dict[str, tuple[Callable[[], object], int]] = {
         "moments": (lambda: ops.moments(x, language, _LANGUAGES), x.nbytes),
@@ -60,8 +60,8 @@ def measure(nbytes: int | None = None, rounds: int = 7, step: Callable[[], objec
         ),
         "rotate": (lambda: ops.rotate(x, signs), 2 * x.nbytes),
         "linear, 1 row": (
-            lambda: ops.linear(x[:1], weight, weight_scale, group_size=_GROUP),
-            weight.nbytes + weight_scale.nbytes,
+            lambda: ops.linear(x[:1], weight, weight_clip, group_size=_GROUP),
+            weight.nbytes + weight_clip.nbytes,
         ),
     }
     reads = [Timing(f"read ({name})", _median_seconds(function, rounds), x.nbytes) for name, function in _reads(x)]

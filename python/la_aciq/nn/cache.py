@@ -285,9 +285,9 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = slice(skipped * BLOCK, end)
         if self._config.kv_clip == "static":
             language_ids = None if self._language_ids is None else self._language_ids[None]
-            clip: dict[str, Any] = {"alpha": self._table, "language": language_ids}
+            clip: dict[str, Any] = {"clips": self._table, "language_ids": language_ids}
         else:
-            clip = {"scales": self._clips[rows].float()}
+            clip = {"row_clips": self._clips[rows].float()}
         out = ops.dequantize(
             self._codes[rows],
             k=self._width,

@@ -386,7 +386,7 @@ def round_trip(
     if config.clip == "static":
         codes = ops.quantize(x, clip, language, group_size=size, codebook=codebook, signs=signs, block_size=block_size)
         return ops.dequantize(codes, clip, language, k=x.shape[-1], group_size=size, codebook=codebook, dtype=x.dtype)
-    codes, scales = ops.quantize_dynamic(
+    codes, row_clips = ops.quantize_dynamic(
         x,
         clip,
         language,
@@ -396,7 +396,7 @@ def round_trip(
         signs=signs,
         block_size=block_size,
     )
-    return ops.dequantize(codes, scales=scales, k=x.shape[-1], group_size=size, codebook=codebook, dtype=x.dtype)
+    return ops.dequantize(codes, row_clips=row_clips, k=x.shape[-1], group_size=size, codebook=codebook, dtype=x.dtype)
 
 
 def check_weight(linear: nn.Module, name: str) -> torch.Tensor:

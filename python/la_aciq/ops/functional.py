@@ -4,18 +4,20 @@ csrc/ops.cpp declares `torch.ops.la_aciq.*`; the compiled core attaches kernels 
 results. The functions here are what `la_aciq.quantize` and its siblings are. They work inside
 torch.compile(fullgraph=True).
 
-Shapes: x is [..., K]; each index of the leading dimensions is a row. `language` holds int32 row numbers of the table
-of clips (int64 ones are converted), matched with the leading dimensions of x from the left (a [batch] tensor for x
-[batch, tokens, K]; a dimension may be 1); None reads row 0. A table is float32 [languages, groups] with
-groups = ceil(K / group_size) and group_size None for one group per row; [languages], [] or a number stands for the same
-clip in every group. A number must be finite and positive. The entries of a tensor are not looked at, which every call
-would pay for (on the CPU with 1.6 microseconds of a small `linear`'s 30, on a GPU by waiting for it): check a table
-where it is made. What is quantized under a clip that is not finite and positive comes back as 0.
+Shapes: x is [..., K]; each index of the leading dimensions is a row. A table is float32 [num_entries, groups] with
+groups = ceil(K / group_size); group_size None means one group per row. A table [num_entries] or [], or a number, stands
+for the same clip in every group. A number must be finite and positive. Tensor values are not validated here, because
+that would slow down every call (on the CPU by 1.6 microseconds of a small `linear`'s 30; on a GPU it would wait for the
+device): validate a table when you build it. Elements that are quantized under a clip that is not finite and positive
+dequantize to 0.
 
-A process forked after operations have run on several threads has to call torch.set_num_threads(1) first, as for any
-operation of PyTorch: OpenMP's threads do not survive the fork, and work handed to them is waited for without end.
+`language_ids` says which entry of the table each row reads: int32 (int64 is converted), matched with the leading
+dimensions of x from the left ([batch] for x [batch, tokens, K]; a dimension may be 1). None reads entry 0.
 
-The operations are for inference: no gradient goes through them (PyTorch warns of a backward pass that would need one).
+A process that was forked after operations ran on several threads must call torch.set_num_threads(1) first, as for any
+operation of PyTorch: OpenMP's threads do not survive the fork, and work handed to them never ends.
+
+The operations are for inference: gradients do not pass through them (PyTorch warns of a backward pass that needs one).
 """
 
 import functools
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_arguments
 from ..choices import ACTIVATION_CLIPS, CODEBOOKS, STATISTICS, ActivationClip, Codebook, Statistic
 from . import reference
 from .backends import WHY_NO_CORE, implementation
@@ -73,20 +76,42 @@ def _check_types(function: Callable[..., Any], arguments: dict[str, Any]) -> Non
         raise TypeError(f"{name}: expected {expected}, got {got.removeprefix('builtins.')}") from None
 
 
+# Arguments that had other names in 0.1, by function; the old names work until 0.3.
+_OLD_NAMES: dict[str, dict[str, str]] = {
+    "moments": {"language": "language_ids", "languages": "num_entries"},
+    "moments_state": {"language": "language_ids", "languages": "num_entries"},
+    "quantize": {"alpha": "clips", "language": "language_ids"},
+    "quantize_dynamic": {"shape": "clip_factor", "language": "language_ids"},
+    "dequantize": {"alpha": "clips", "scales": "row_clips", "language": "language_ids"},
+    "linear": {"weight_scale": "weight_clip", "clip": "clips", "language": "language_ids"},
+}
+
+
 def _names_misfits(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, but where a call fails in an error that does not say so, an argument whose type is not that of the
-    signature is named. Calls that are good pay 0.1 to 0.3 microseconds, less than looking at each argument."""
+    """`function` with clearer errors, and with the old names of its arguments (`_OLD_NAMES`).
+
+    Where a call fails in an error that does not name the argument, an argument whose type is not the signature's is
+    named. Good calls pay 0.1 to 0.3 microseconds, less than checks of each argument would take.
+    """
+    signature = inspect.signature(function)
+    renamed = _OLD_NAMES.get(function.__name__, {})
+    old_names = frozenset(renamed)
 
     @functools.wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not old_names.isdisjoint(kwargs):
+            old = {name: value for name, value in kwargs.items() if name in old_names}
+            new = {name: value for name, value in kwargs.items() if name not in old_names}
+            warn = not torch.compiler.is_compiling()
+            return named(*args, **renamed_arguments(function.__name__, old, renamed, new, warn=warn))
         try:
             return function(*args, **kwargs)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             try:
-                given = inspect.signature(function).bind(*args, **kwargs).arguments
+                arguments = signature.bind(*args, **kwargs).arguments
             except TypeError:  # an argument too few or too many, which Python has named
-                given = {}
-            _check_types(function, given)
+                arguments = {}
+            _check_types(function, arguments)
             raise
 
     return named
@@ -95,10 +120,11 @@ def _names_misfits(function: Callable[P, R]) -> Callable[P, R]:
 # --- Operations -----------------------------------------------------------------------------------------------------
 
 
+@_names_misfits
 def moments(
     x: Any,
-    language: Tensor | None = None,
-    languages: int | None = None,
+    language_ids: Tensor | None = None,
+    num_entries: int | None = None,
     *,
     histogram: bool = False,
     nan_policy: NanPolicy = "propagate",
@@ -106,8 +132,8 @@ def moments(
     """Moments of a tensor or NumPy array in one pass over memory, in float64.
 
     x: tensor or array of float32, float64, bfloat16 or float16 [..., K]; integer and boolean data are read as float64.
-    language, languages: int32 row numbers as for `quantize`, and how many rows the result has; the result then is an
-        array of samples of shape [languages], else a single sample.
+    language_ids, num_entries: entries as for `quantize`, and how many entries the result has; the result then is an
+        array of samples of shape [num_entries], else a single sample.
     histogram: also count |x| in log-linear bins (see la_aciq.Moments.histogram).
     nan_policy: "propagate", "omit" or "raise", as in SciPy.
 
@@ -117,31 +143,31 @@ def moments(
     tensor = x if isinstance(x, Tensor) else _tensor_from_array(x)
     if not tensor.is_floating_point() and not tensor.is_complex():
         tensor = tensor.to(torch.float64)
-    state, counts = moments_state(tensor, language, languages, histogram=histogram)
+    state, counts = moments_state(tensor, language_ids, num_entries, histogram=histogram)
     read: Any = state.numpy(force=True)  # as arrays first: an index into a tensor is an operation of PyTorch
     read_counts: Any = counts.numpy(force=True) if histogram else None
-    if language is None and languages is None:
+    if language_ids is None and num_entries is None:
         read, read_counts = read[0], read_counts[0] if histogram else None
     return Moments(read, read_counts, nan_policy)
 
 
 @_names_misfits
 def moments_state(
-    x: Tensor, language: Tensor | None = None, languages: int | None = None, *, histogram: bool = False
+    x: Tensor, language_ids: Tensor | None = None, num_entries: int | None = None, *, histogram: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The tensors `moments` is made of: float64 [languages, 8] and int64 [languages, 258, 2] ([languages, 0, 2] without
-    histogram), left on the device of x. `Moments.from_state` reads them."""
+    """The tensors `moments` is made of, on the device of x: float64 [num_entries, 8] and int64 [num_entries, 258, 2]
+    ([num_entries, 0, 2] without histogram). `Moments.from_state` reads them."""
     if x.dtype not in _DTYPES_OF_MOMENTS:
         raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {_name(x.dtype)}")
-    if languages is None:
-        if language is not None:
-            raise ValueError("languages: expected the number of rows that language refers to, got None")
-        languages = 1
-    if languages < 1:
-        raise ValueError(f"languages: expected at least 1, got {languages}")
-    if language is not None:
-        language = _checked_language(language, languages, x)
-    settings = _without_defaults(_DEFAULTS_OF_MOMENTS, language, languages, histogram)
+    if num_entries is None:
+        if language_ids is not None:
+            raise ValueError("num_entries: expected the number of entries that language_ids refers to, got None")
+        num_entries = 1
+    if num_entries < 1:
+        raise ValueError(f"num_entries: expected at least 1, got {num_entries}")
+    if language_ids is not None:
+        language_ids = _checked_ids(language_ids, num_entries, x)
+    settings = _without_defaults(_DEFAULTS_OF_MOMENTS, language_ids, num_entries, histogram)
     state: tuple[Tensor, Tensor] = implementation("moments", x)(x, *settings)
     return state
 
@@ -149,8 +175,8 @@ def moments_state(
 @_names_misfits
 def quantize(
     x: Tensor,
-    alpha: Tensor | float,
-    language: Tensor | None = None,
+    clips: Tensor | float,
+    language_ids: Tensor | None = None,
     *,
     group_size: int | None = None,
     codebook: Codebook = "midrise",
@@ -161,14 +187,14 @@ def quantize(
     """INT4 codes of x under static clips: one streaming pass, no reduction.
 
     x: float32, bfloat16 or float16 [..., K].
-    alpha: clips, a table as described on top of this module.
-    language: int32 rows of the table.
+    clips: a table as described on top of this module.
+    language_ids: the entries of the table that the rows read.
     group_size: elements along K that share a clip, even; None for all of them.
-    codebook: "midrise" (values (q - 7.5) Delta, ends exactly +-alpha) or "midtread" ((q - 8) Delta, zero exact);
-        Delta = 2 alpha / 15.
+    codebook: "midrise" (values (q - 7.5) Delta, ends exactly +-clip) or "midtread" ((q - 8) Delta, zero exact);
+        Delta = 2 clip / 15.
     signs, block_size: quantize rotate(x, signs, block_size) instead of x; as there, signs other than +-1 are a
         ValueError on the CPU, and a GPU does not look.
-    tail_sums: also return float64 [languages, groups, 4]: finite elements, those with |x| > alpha, the sum of |x| over
+    tail_sums: also return float64 [num_entries, groups, 4]: finite elements, those with |x| > clip, the sum of |x| over
         those, non-finite elements.
 
     Returns uint8 [..., ceil(K / 2)], two codes per byte, the even index in the low nibble; with tail_sums a pair. NaN
@@ -179,19 +205,19 @@ def quantize(
     block = _checked_block(block_size, signs, x, k)
     size = _checked_group_size("group_size", group_size)
     _check_choice("codebook", codebook, CODEBOOKS)
-    alpha = _checked_table("alpha", alpha, x, k, size)
-    if language is not None:
-        language = _checked_language(language, alpha.shape[0], x)
-    settings = _without_defaults(_DEFAULTS_OF_QUANTIZE, language, size, codebook, signs, block, tail_sums)
-    codes, tail = implementation("quantize", x)(x, alpha, *settings)
+    clips = _checked_table("clips", clips, x, k, size)
+    if language_ids is not None:
+        language_ids = _checked_ids(language_ids, clips.shape[0], x)
+    settings = _without_defaults(_DEFAULTS_OF_QUANTIZE, language_ids, size, codebook, signs, block, tail_sums)
+    codes, tail = implementation("quantize", x)(x, clips, *settings)
     return (codes, tail) if tail_sums else codes
 
 
 @_names_misfits
 def quantize_dynamic(
     x: Tensor,
-    shape: Tensor | float,
-    language: Tensor | None = None,
+    clip_factor: Tensor | float,
+    language_ids: Tensor | None = None,
     *,
     group_size: int | None = None,
     statistic: Statistic = "rms",
@@ -199,41 +225,41 @@ def quantize_dynamic(
     signs: Tensor | None = None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """INT4 codes of x under clips measured on x: alpha = shape * rms (or absmax) of the finite elements of each group.
+    """INT4 codes of x under clips measured on x: clip_factor * rms (or absmax) of the finite elements of each group.
 
-    shape: factors, a table as described on top of this module. The other arguments are those of `quantize`; of signs
-        too a GPU does not look whether they are +-1.
-    Returns codes uint8 [..., ceil(K / 2)] and the clips, float32 [..., groups], which `dequantize` takes as scales. A
-    group of zeros has clip 0 and dequantizes to zeros.
+    clip_factor: a table of factors as described on top of this module.
+    The other arguments are those of `quantize`.
+    Returns codes uint8 [..., ceil(K / 2)] and the row_clips, float32 [..., groups], for `dequantize`. A group of zeros
+    has clip 0 and dequantizes to zeros.
     """
     k = _checked_x(x)
     block = _checked_block(block_size, signs, x, k)
     size = _checked_group_size("group_size", group_size)
     _check_choice("statistic", statistic, STATISTICS)
     _check_choice("codebook", codebook, CODEBOOKS)
-    shape = _checked_table("shape", shape, x, k, size)
-    if language is not None:
-        language = _checked_language(language, shape.shape[0], x)
-    settings = _without_defaults(_DEFAULTS_OF_QUANTIZE_DYNAMIC, language, size, statistic, codebook, signs, block)
-    codes, scales = implementation("quantize_dynamic", x)(x, shape, *settings)
-    return codes, scales
+    clip_factor = _checked_table("clip_factor", clip_factor, x, k, size)
+    if language_ids is not None:
+        language_ids = _checked_ids(language_ids, clip_factor.shape[0], x)
+    settings = _without_defaults(_DEFAULTS_OF_QUANTIZE_DYNAMIC, language_ids, size, statistic, codebook, signs, block)
+    codes, row_clips = implementation("quantize_dynamic", x)(x, clip_factor, *settings)
+    return codes, row_clips
 
 
 @_names_misfits
 def dequantize(
     codes: Tensor,
-    alpha: Tensor | float | None = None,
-    language: Tensor | None = None,
+    clips: Tensor | float | None = None,
+    language_ids: Tensor | None = None,
     *,
     k: int,
-    scales: Tensor | None = None,
+    row_clips: Tensor | None = None,
     group_size: int | None = None,
     codebook: Codebook = "midrise",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Values [..., k] of codes uint8 [..., ceil(k / 2)] in float32, bfloat16 or float16.
 
-    Exactly one of alpha (with language, as given to `quantize`) and scales (as returned by `quantize_dynamic`).
+    Exactly one of clips (with language_ids, as given to `quantize`) and row_clips (as returned by `quantize_dynamic`).
     """
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes: expected uint8, got {_name(codes.dtype)}")
@@ -244,32 +270,32 @@ def dequantize(
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {_name(dtype)}")
     _check_choice("codebook", codebook, CODEBOOKS)
     size = _checked_group_size("group_size", group_size)
-    if (alpha is None) == (scales is None):
-        raise ValueError("alpha, scales: expected exactly one of them")
-    if scales is not None:
-        if language is not None:
-            raise ValueError("language: has no meaning with scales, which hold the clip of every row")
+    if (clips is None) == (row_clips is None):
+        raise ValueError("clips, row_clips: expected exactly one of them")
+    if row_clips is not None:
+        if language_ids is not None:
+            raise ValueError("language_ids: has no meaning with row_clips, which hold the clip of every row")
         expected = (*packed[:-1], reference.group_count(k, size))
-        if scales.dtype != torch.float32:
-            raise TypeError(f"scales: expected float32, got {_name(scales.dtype)}")
-        if scales.shape != expected:
-            raise ValueError(f"scales: expected shape {list(expected)}, got {list(scales.shape)}")
-        _check_device("scales", scales, codes, "codes")
-        table = scales
-    elif alpha is not None:
-        table = _checked_table("alpha", alpha, codes, k, size, "codes")
-        if language is not None:
-            language = _checked_language(language, table.shape[0], codes, "codes")
+        if row_clips.dtype != torch.float32:
+            raise TypeError(f"row_clips: expected float32, got {_name(row_clips.dtype)}")
+        if row_clips.shape != expected:
+            raise ValueError(f"row_clips: expected shape {list(expected)}, got {list(row_clips.shape)}")
+        _check_device("row_clips", row_clips, codes, "codes")
+        table = row_clips
+    elif clips is not None:
+        table = _checked_table("clips", clips, codes, k, size, "codes")
+        if language_ids is not None:
+            language_ids = _checked_ids(language_ids, table.shape[0], codes, "codes")
     options: dict[str, Any] = {"k": k}  # and what is not the operator's default, as in linear_options
     if size:
         options["group_size"] = size
     if codebook != "midrise":
         options["codebook"] = codebook
-    if scales is not None:
+    if row_clips is not None:
         options["per_row"] = True
     if dtype != torch.float32:
         options["dtype"] = dtype
-    out: Tensor = implementation("dequantize", codes)(codes, table, language, **options)
+    out: Tensor = implementation("dequantize", codes)(codes, table, language_ids, **options)
     return out
 
 
@@ -290,7 +316,7 @@ def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
 def linear(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_clip: Tensor,
     bias: Tensor | None = None,
     *,
     group_size: int | None = None,
@@ -299,8 +325,8 @@ def linear(
     block_size: int | None = None,
     activation_bits: int = 16,
     activation_clip: ActivationClip = "static",
-    clip: Tensor | float | None = None,
-    language: Tensor | None = None,
+    clips: Tensor | float | None = None,
+    language_ids: Tensor | None = None,
     activation_group_size: int | None = None,
     activation_codebook: Codebook = "midrise",
 ) -> Tensor:
@@ -313,15 +339,16 @@ def linear(
     weight: codes uint8 [N, ceil(K / 2)] of group_size along K, or on the CPU the same codes as `repack_weight` arranges
         them, int32 [ceil(N / 16), ceil(K / 8), 16], for which groups (of the activations too) have to be multiples of 8
         or whole rows.
-    weight_scale: their clips, float32 [N, groups]. An N that is wrong within 16 cannot be told from repacked weights:
+    weight_clip: their clips, float32 [N, groups]. An N that is wrong within 16 cannot be told from repacked weights:
         outputs beyond theirs have code 0, which is not value 0.
     bias: [N].
     signs, block_size: x is rotated first (the weights must have been rotated alike); signs other than +-1 are a
         ValueError on the CPU, and a GPU does not look.
     activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook, with
-        activation_clip "static": clip is the table of clips; "rms", "absmax": clip is the table of factors on the
+        activation_clip "static": clips is the table of clips; "rms", "absmax": clips is the table of factors on the
         statistic of each row's group of activation_group_size elements.
-    clip, language: the table and int32 rows of it; an error with activation_bits 16, which has no clips.
+    clips, language_ids: the table, and the entries of it that the rows read; an error with activation_bits
+        16, which has no clips.
     """
     columns = _checked_x(x)
     block = _checked_block(block_size, signs, x, columns)
@@ -332,15 +359,15 @@ def linear(
     _check_choice("activation_codebook", activation_codebook, CODEBOOKS)
     if activation_bits not in (4, 8, 16):
         raise ValueError(f"activation_bits: expected 16, 8 or 4, got {activation_bits}")
-    packed, scales = weight.shape, weight_scale.shape
-    if weight_scale.dtype != torch.float32:
-        raise TypeError(f"weight_scale: expected float32, got {_name(weight_scale.dtype)}")
+    packed, clip_shape = weight.shape, weight_clip.shape
+    if weight_clip.dtype != torch.float32:
+        raise TypeError(f"weight_clip: expected float32, got {_name(weight_clip.dtype)}")
     if weight.dtype == torch.uint8:
         if len(packed) != 2 or packed[1] != (columns + 1) // 2:
             raise ValueError(f"weight: expected shape [N, {(columns + 1) // 2}] for K={columns}, got {list(packed)}")
         outputs = packed[0]
     elif weight.dtype == torch.int32:
-        outputs = scales[0] if scales else 0
+        outputs = clip_shape[0] if clip_shape else 0
         _check_repacked(weight, outputs, columns, x)
         _check_whole_eights("group_size", size, columns)
         _check_whole_eights("activation_group_size", activation_size if activation_bits < 16 else 0, columns)
@@ -348,9 +375,9 @@ def linear(
         raise TypeError(f"weight: expected uint8 codes, or int32 from repack_weight, got {_name(weight.dtype)}")
     _check_device("weight", weight, x)
     expected = (outputs, reference.group_count(columns, size))
-    if scales != expected:
-        raise ValueError(f"weight_scale: expected shape {list(expected)}, got {list(scales)}")
-    _check_device("weight_scale", weight_scale, x)
+    if clip_shape != expected:
+        raise ValueError(f"weight_clip: expected shape {list(expected)}, got {list(clip_shape)}")
+    _check_device("weight_clip", weight_clip, x)
     if bias is not None:
         if not bias.is_floating_point():
             raise TypeError(f"bias: expected a floating-point tensor, got {_name(bias.dtype)}")
@@ -359,20 +386,20 @@ def linear(
         _check_device("bias", bias, x)
     table = None
     if activation_bits < 16:
-        if clip is None:
+        if clips is None:
             raise ValueError(
-                f"clip: expected the clips of the activations for activation_bits={activation_bits}, got None"
+                f"clips: expected the clips of the activations for activation_bits={activation_bits}, got None"
             )
-        table = _checked_table("clip", clip, x, columns, activation_size)
-        if language is not None:
-            language = _checked_language(language, table.shape[0], x)
-    elif clip is not None or language is not None:
-        name = "language" if clip is None else "clip"
+        table = _checked_table("clips", clips, x, columns, activation_size)
+        if language_ids is not None:
+            language_ids = _checked_ids(language_ids, table.shape[0], x)
+    elif clips is not None or language_ids is not None:
+        name = "language_ids" if clips is None else "clips"
         raise ValueError(f"{name}: has no meaning with activation_bits=16")
     options = linear_options(
         size, weight_codebook, block, activation_bits, activation_clip, activation_size, activation_codebook
     )
-    return linear_unchecked(x, weight, weight_scale, bias, signs, table, language, options)
+    return linear_unchecked(x, weight, weight_clip, bias, signs, table, language_ids, options)
 
 
 @_names_misfits
@@ -411,11 +438,11 @@ def restore_weight(repacked: Tensor, n: int, k: int) -> Tensor:
 def linear_unchecked(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_clip: Tensor,
     bias: Tensor | None,
     signs: Tensor | None,
-    clip: Tensor | None,
-    language: Tensor | None,
+    clips: Tensor | None,
+    language_ids: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
     """`linear` for a layer whose tensors and settings (`options`: of `linear_options`) were checked when it was made,
@@ -423,11 +450,11 @@ def linear_unchecked(
     """
     if signs is not None:
         options = {**options, "signs": signs}
-    if clip is not None:
-        options = {**options, "clip": clip}
-        if language is not None:
-            options["language"] = language
-    out: Tensor = implementation("linear", x, clip is not None)(x, weight, weight_scale, bias, **options)
+    if clips is not None:
+        options = {**options, "clips": clips}
+        if language_ids is not None:
+            options["language_ids"] = language_ids
+    out: Tensor = implementation("linear", x, clips is not None)(x, weight, weight_clip, bias, **options)
     return out
 
 
@@ -545,7 +572,7 @@ def _checked_block(block_size: int | None, signs: Tensor | None, x: Tensor, k: i
 
 
 def _checked_table(name: str, table: Tensor | float, x: Tensor, k: int, group_size: int, like: str = "x") -> Tensor:
-    """float32 [languages, groups] on the device of x, which is the argument called `like`."""
+    """float32 [num_entries, groups] on the device of x, which is the argument called `like`."""
     groups = reference.group_count(k, group_size)
     if not isinstance(table, Tensor):
         if not _CLIP_RANGE[0] <= table <= _CLIP_RANGE[1]:
@@ -562,41 +589,41 @@ def _checked_table(name: str, table: Tensor | float, x: Tensor, k: int, group_si
     if len(shape) != 2 or shape[1] != groups or shape[0] == 0:
         if not shape:
             return table.expand(1, groups)
-        raise ValueError(f"{name}: expected shape [languages, {groups}], [languages] or [], got {list(shape)}")
+        raise ValueError(f"{name}: expected shape [num_entries, {groups}], [num_entries] or [], got {list(shape)}")
     return table
 
 
-def _checked_language(language: Tensor, languages: int, x: Tensor, like: str = "x") -> Tensor:
-    """language as int32 that matches the leading dimensions of x, which is the argument called `like`.
+def _checked_ids(language_ids: Tensor, num_entries: int, x: Tensor, like: str = "x") -> Tensor:
+    """language_ids as int32 that matches the leading dimensions of x, which is the argument called `like`.
 
     Ids are compared with the table on the CPU only, where looking at them costs no synchronisation, and not while a
-    graph is captured; elsewhere an id out of range reads row 0.
+    graph is captured; elsewhere an id out of range reads entry 0.
     """
-    if language.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"language: expected int32 or int64, got {_name(language.dtype)}")
-    _check_device("language", language, x, like)
-    shape, lead = language.shape, x.shape[:-1]
+    if language_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"language_ids: expected int32 or int64, got {_name(language_ids.dtype)}")
+    _check_device("language_ids", language_ids, x, like)
+    shape, lead = language_ids.shape, x.shape[:-1]
     if shape != lead and (
         len(shape) > len(lead) or any(n not in (1, size) for n, size in zip(shape, lead, strict=False))
     ):
         raise ValueError(
-            f"language: expected a shape that matches the leading dimensions {list(lead)} of {like} from the left, "
-            f"got {list(language.shape)}"
+            f"language_ids: expected a shape that matches the leading dimensions {list(lead)} of {like} from the left, "
+            f"got {list(language_ids.shape)}"
         )
     if (
         not torch.compiler.is_compiling()
-        and language.is_cpu
-        and type(language) is Tensor
-        and (count := language.numel())
+        and language_ids.is_cpu
+        and type(language_ids) is Tensor
+        and (count := language_ids.numel())
     ):
         if count <= _FEW_IDS:
-            ids = language.tolist() if language.dim() == 1 else language.flatten().tolist()
+            ids = language_ids.tolist() if language_ids.dim() == 1 else language_ids.flatten().tolist()
             low, high = min(ids), max(ids)
         else:
-            low, high = (int(bound) for bound in torch.aminmax(language))
-        if low < 0 or high >= languages:
-            raise ValueError(f"language: expected ids from 0 to {languages - 1}, got {low if low < 0 else high}")
-    return language if language.dtype == torch.int32 else language.to(torch.int32)
+            low, high = (int(bound) for bound in torch.aminmax(language_ids))
+        if low < 0 or high >= num_entries:
+            raise ValueError(f"language_ids: expected ids from 0 to {num_entries - 1}, got {low if low < 0 else high}")
+    return language_ids if language_ids.dtype == torch.int32 else language_ids.to(torch.int32)
 
 
 class _Shared:
@@ -632,19 +659,19 @@ def _tensor_from_array(x: Any) -> Tensor:
 
 
 def _fake_moments(
-    x: Tensor, language: Tensor | None = None, languages: int = 1, histogram: bool = False
+    x: Tensor, language_ids: Tensor | None = None, num_entries: int = 1, histogram: bool = False
 ) -> tuple[Tensor, Tensor]:
     bins = HISTOGRAM_BINS if histogram else 0
     return (
-        x.new_empty((languages, STATE_SIZE), dtype=torch.float64),
-        x.new_empty((languages, bins, 2), dtype=torch.int64),
+        x.new_empty((num_entries, STATE_SIZE), dtype=torch.float64),
+        x.new_empty((num_entries, bins, 2), dtype=torch.int64),
     )
 
 
 def _fake_quantize(
     x: Tensor,
-    alpha: Tensor,
-    language: Tensor | None = None,
+    clips: Tensor,
+    language_ids: Tensor | None = None,
     group_size: int = 0,
     codebook: str = "midrise",
     signs: Tensor | None = None,
@@ -652,14 +679,14 @@ def _fake_quantize(
     tail_sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
     codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
-    languages = alpha.shape[0] if tail_sums else 0
-    return codes, x.new_empty((languages, alpha.shape[1], 4), dtype=torch.float64)
+    num_entries = clips.shape[0] if tail_sums else 0
+    return codes, x.new_empty((num_entries, clips.shape[1], 4), dtype=torch.float64)
 
 
 def _fake_quantize_dynamic(
     x: Tensor,
-    shape: Tensor,
-    language: Tensor | None = None,
+    clip_factor: Tensor,
+    language_ids: Tensor | None = None,
     group_size: int = 0,
     statistic: str = "rms",
     codebook: str = "midrise",
@@ -667,13 +694,13 @@ def _fake_quantize_dynamic(
     block_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
-    return codes, x.new_empty((*x.shape[:-1], shape.shape[1]), dtype=torch.float32)
+    return codes, x.new_empty((*x.shape[:-1], clip_factor.shape[1]), dtype=torch.float32)
 
 
 def _fake_dequantize(
     codes: Tensor,
-    alpha: Tensor,
-    language: Tensor | None = None,
+    clips: Tensor,
+    language_ids: Tensor | None = None,
     *,
     k: int,
     group_size: int = 0,
@@ -688,8 +715,8 @@ def _fake_rotate(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+def _fake_linear(x: Tensor, weight: Tensor, weight_clip: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_clip.shape[0]))
 
 
 if WHY_NO_CORE is None:

@@ -1,9 +1,9 @@
 """What every operation computes, in float64 and plain PyTorch: the oracle of the tests and the fallback without a core.
 
-Shapes, dtypes and arguments are those of the schemas in csrc/ops.cpp; the wrappers in ops.py have checked them.
+Shapes, dtypes and arguments are those of the schemas in csrc/ops.cpp; the wrappers in functional.py have checked them.
 Everything runs on any device and traces under torch.compile(fullgraph=True).
 
-The codebook of B bits has N = 2^B levels and step Delta = 2 alpha / (N - 1):
+The codebook of B bits has N = 2^B levels and, for a clip alpha, the step Delta = 2 alpha / (N - 1):
 
     midrise    code = clamp(floor(x / Delta) + N/2, 0, N-1)              value = (code - (N-1)/2) Delta
     midtread   code = clamp(round_half_even(x / Delta) + N/2, 0, N-1)    value = (code - N/2) Delta
@@ -24,12 +24,12 @@ def group_count(k: int, group_size: int) -> int:
     return 1 if group_size == 0 else -(-k // group_size)
 
 
-def rows_of_table(language: Tensor | None, languages: int, lead: torch.Size) -> Tensor:
-    """int64 [*lead]: the row of the table each row of x reads. None and ids out of range read row 0."""
-    if language is None:
+def entries_of(language_ids: Tensor | None, num_entries: int, lead: torch.Size) -> Tensor:
+    """int64 [*lead]: the entry of the table that each row of x reads. None and ids out of range read entry 0."""
+    if language_ids is None:
         return torch.zeros((), dtype=torch.int64).expand(lead)
-    ids = language.to(torch.int64)
-    ids = torch.where((ids >= 0) & (ids < languages), ids, 0)
+    ids = language_ids.to(torch.int64)
+    ids = torch.where((ids >= 0) & (ids < num_entries), ids, 0)
     return ids.reshape((*ids.shape, *[1] * (len(lead) - ids.dim()))).expand(lead)
 
 
@@ -40,38 +40,38 @@ def per_element(per_group: Tensor, k: int, group_size: int) -> Tensor:
     return per_group.repeat_interleave(group_size, dim=-1)[..., :k]
 
 
-def clip_per_group(table: Tensor, language: Tensor | None, lead: torch.Size) -> Tensor:
-    """float64 [*lead, groups]: the table's row of each row of x."""
-    rows = rows_of_table(language, table.shape[0], lead).to(table.device)
-    return table.to(torch.float64)[rows]
+def clip_per_group(table: Tensor, language_ids: Tensor | None, lead: torch.Size) -> Tensor:
+    """float64 [*lead, groups]: the table's entry for each row of x."""
+    entries = entries_of(language_ids, table.shape[0], lead).to(table.device)
+    return table.to(torch.float64)[entries]
 
 
-def _valid(alpha: Tensor) -> Tensor:
-    return torch.isfinite(alpha) & (alpha > 0)
+def _valid(clips: Tensor) -> Tensor:
+    return torch.isfinite(clips) & (clips > 0)
 
 
-def to_codes(x: Tensor, alpha: Tensor, bits: int, codebook: str) -> Tensor:
-    """float64 codes 0 .. 2^bits - 1 of x [...] for clips alpha that broadcast against it."""
+def to_codes(x: Tensor, clips: Tensor, bits: int, codebook: str) -> Tensor:
+    """float64 codes 0 .. 2^bits - 1 of x [...] for clips that broadcast against it."""
     levels = 2**bits
-    valid = _valid(alpha)
-    scaled = x.to(torch.float64) * (levels - 1) / (2 * torch.where(valid, alpha, 1.0))
+    valid = _valid(clips)
+    scaled = x.to(torch.float64) * (levels - 1) / (2 * torch.where(valid, clips, 1.0))
     scaled = torch.where(valid & ~torch.isnan(scaled), scaled, 0.0)
     rounded = torch.floor(scaled) if codebook == "midrise" else torch.round(scaled)
     return torch.clamp(rounded + levels // 2, 0, levels - 1)
 
 
-def to_values(codes: Tensor, alpha: Tensor, bits: int, codebook: str) -> Tensor:
-    """float64 values of codes for clips alpha that broadcast against them."""
+def to_values(codes: Tensor, clips: Tensor, bits: int, codebook: str) -> Tensor:
+    """float64 values of codes for clips that broadcast against them."""
     levels = 2**bits
     zero = (levels - 1) / 2 if codebook == "midrise" else levels // 2
-    step = torch.where(_valid(alpha), alpha, 0.0) * 2 / (levels - 1)
+    step = torch.where(_valid(clips), clips, 0.0) * 2 / (levels - 1)
     return torch.mul(codes.to(torch.float64) - zero, step)
 
 
-def fake_quantize(x: Tensor, alpha: Tensor, bits: int = 4, codebook: str = "midrise") -> Tensor:
-    """x rounded to the codebook of `bits` bits, in the dtype of x. alpha broadcasts against x."""
-    alpha = alpha.to(torch.float64)
-    return to_values(to_codes(x, alpha, bits, codebook), alpha, bits, codebook).to(x.dtype)
+def fake_quantize(x: Tensor, clips: Tensor, bits: int = 4, codebook: str = "midrise") -> Tensor:
+    """x rounded to the codebook of `bits` bits, in the dtype of x. clips broadcasts against x."""
+    clips = clips.to(torch.float64)
+    return to_values(to_codes(x, clips, bits, codebook), clips, bits, codebook).to(x.dtype)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -128,19 +128,19 @@ def _hadamard64(x: Tensor, signs: Tensor, block_size: int) -> Tensor:
 
 
 def moments(
-    x: Tensor, language: Tensor | None = None, languages: int = 1, histogram: bool = False
+    x: Tensor, language_ids: Tensor | None = None, num_entries: int = 1, histogram: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """State float64 [languages, 8] and histogram int64 [languages, 258 or 0, 2]; _moments.py defines both."""
+    """State float64 [num_entries, 8] and histogram int64 [num_entries, 258 or 0, 2]; streaming.py defines both."""
     lead = x.shape[:-1] if x.dim() else x.shape
-    rows = rows_of_table(language, languages, lead).to(x.device)
+    entries = entries_of(language_ids, num_entries, lead).to(x.device)
     values = x.to(torch.float64).reshape(-1)
-    index = (rows.unsqueeze(-1) if x.dim() else rows).expand(x.shape).reshape(-1)
+    index = (entries.unsqueeze(-1) if x.dim() else entries).expand(x.shape).reshape(-1)
     finite = torch.isfinite(values)
     clean = torch.where(finite, values, 0.0)
     weight = finite.to(torch.float64)
 
     def total(per_element: Tensor) -> Tensor:
-        return torch.zeros(languages, dtype=torch.float64, device=x.device).index_add(0, index, per_element)
+        return torch.zeros(num_entries, dtype=torch.float64, device=x.device).index_add(0, index, per_element)
 
     count = total(weight)
     divisor = count.clamp(min=1.0)
@@ -154,13 +154,13 @@ def moments(
         s3 - 3 * residual * s2 + 2 * count * residual**3,
         s4 - 4 * residual * s3 + 6 * residual**2 * s2 - 3 * count * residual**4,
     ]
-    low = torch.full((languages,), math.inf, dtype=torch.float64, device=x.device)
+    low = torch.full((num_entries,), math.inf, dtype=torch.float64, device=x.device)
     low = low.scatter_reduce(0, index, torch.where(finite, values, math.inf), "amin")
-    high = torch.full((languages,), -math.inf, dtype=torch.float64, device=x.device)
+    high = torch.full((num_entries,), -math.inf, dtype=torch.float64, device=x.device)
     high = high.scatter_reduce(0, index, torch.where(finite, values, -math.inf), "amax")
     state = torch.stack([count, mean + residual, *powers, low, high, total(1.0 - weight)], dim=-1)
     if not histogram:
-        return state, torch.zeros(languages, 0, 2, dtype=torch.int64, device=x.device)
+        return state, torch.zeros(num_entries, 0, 2, dtype=torch.int64, device=x.device)
 
     magnitude = clean.abs().clamp(max=torch.finfo(torch.float32).max).to(torch.float32).to(torch.float64)
     significand, exponent = torch.frexp(magnitude)  # 1/2 <= significand < 1
@@ -169,29 +169,29 @@ def moments(
     bins = torch.where(inner, 8 * (exponent + 15) + torch.floor(eighths) + 1, 0.0)
     bins = torch.where(magnitude >= 2.0**16, HISTOGRAM_BINS - 1, bins).to(torch.int64)
     low_bits = torch.where(inner, torch.frac(eighths) * 2**20, 0.0).to(torch.int64)
-    entries = torch.stack([finite.to(torch.int64), low_bits], dim=-1)
-    counts = torch.zeros(languages * HISTOGRAM_BINS, 2, dtype=torch.int64, device=x.device)
-    counts = counts.index_add(0, index * HISTOGRAM_BINS + bins, entries)
-    return state, counts.reshape(languages, HISTOGRAM_BINS, 2)
+    increments = torch.stack([finite.to(torch.int64), low_bits], dim=-1)
+    counts = torch.zeros(num_entries * HISTOGRAM_BINS, 2, dtype=torch.int64, device=x.device)
+    counts = counts.index_add(0, index * HISTOGRAM_BINS + bins, increments)
+    return state, counts.reshape(num_entries, HISTOGRAM_BINS, 2)
 
 
 def quantize(
     x: Tensor,
-    alpha: Tensor,
-    language: Tensor | None = None,
+    clips: Tensor,
+    language_ids: Tensor | None = None,
     group_size: int = 0,
     codebook: str = "midrise",
     signs: Tensor | None = None,
     block_size: int = 0,
     tail_sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [..., ceil(K / 2)]; tail sums float64 [languages or 0, groups, 4]: the finite elements, those with
-    |x| > alpha, the sum of |x| over those, the non-finite elements (all after rotation)."""
+    """Codes uint8 [..., ceil(K / 2)]; tail sums float64 [num_entries or 0, groups, 4]: the finite elements, those with
+    |x| > clip, the sum of |x| over those, the non-finite elements (all after rotation)."""
     k = x.shape[-1]
     x = _rotate64(x, signs, block_size)
-    clip = per_element(clip_per_group(alpha, language, x.shape[:-1]), k, group_size)
+    clip = per_element(clip_per_group(clips, language_ids, x.shape[:-1]), k, group_size)
     codes = pack(to_codes(x, clip, 4, codebook))
-    languages, groups = alpha.shape
+    num_entries, groups = clips.shape
     if not tail_sums:
         return codes, torch.zeros(0, groups, 4, dtype=torch.float64, device=x.device)
 
@@ -199,14 +199,14 @@ def quantize(
     beyond = finite & (x.abs() > clip)
     each = torch.stack([finite, beyond, torch.where(beyond, x.abs(), 0.0), ~finite], dim=-1)
     group = torch.arange(k, device=x.device) // (group_size or max(k, 1))
-    rows = rows_of_table(language, languages, x.shape[:-1]).to(x.device).unsqueeze(-1)
-    index = (rows * groups + group).reshape(-1)
-    tail = torch.zeros(languages * groups, 4, dtype=torch.float64, device=x.device)
-    return codes, tail.index_add(0, index, each.reshape(-1, 4)).reshape(languages, groups, 4)
+    entries = entries_of(language_ids, num_entries, x.shape[:-1]).to(x.device).unsqueeze(-1)
+    index = (entries * groups + group).reshape(-1)
+    tail = torch.zeros(num_entries * groups, 4, dtype=torch.float64, device=x.device)
+    return codes, tail.index_add(0, index, each.reshape(-1, 4)).reshape(num_entries, groups, 4)
 
 
-def dynamic_clip(x: Tensor, shape_per_group: Tensor, group_size: int, statistic: str) -> Tensor:
-    """float32 [..., groups]: shape * rms or absmax of the finite elements of each group of x (float64 [..., K])."""
+def dynamic_clip(x: Tensor, factor_per_group: Tensor, group_size: int, statistic: str) -> Tensor:
+    """float32 [..., groups]: factor * rms or absmax of the finite elements of each group of x (float64 [..., K])."""
     k = x.shape[-1]
     groups = group_count(k, group_size)
     size = group_size or k
@@ -222,13 +222,13 @@ def dynamic_clip(x: Tensor, shape_per_group: Tensor, group_size: int, statistic:
     else:
         count = grouped(finite.to(torch.float64)).sum(-1)
         measured = (clean.square().sum(-1) / count.clamp(min=1.0)).sqrt()
-    return torch.mul(shape_per_group, measured).to(torch.float32)
+    return torch.mul(factor_per_group, measured).to(torch.float32)
 
 
 def quantize_dynamic(
     x: Tensor,
-    shape: Tensor,
-    language: Tensor | None = None,
+    clip_factor: Tensor,
+    language_ids: Tensor | None = None,
     group_size: int = 0,
     statistic: str = "rms",
     codebook: str = "midrise",
@@ -237,16 +237,16 @@ def quantize_dynamic(
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 [..., ceil(K / 2)] and the clips they were made with, float32 [..., groups]."""
     x = _rotate64(x, signs, block_size)
-    factor = clip_per_group(shape, language, x.shape[:-1])
-    scales = dynamic_clip(x, factor, group_size, statistic)
-    clip = per_element(scales.to(torch.float64), x.shape[-1], group_size)
-    return pack(to_codes(x, clip, 4, codebook)), scales
+    factor = clip_per_group(clip_factor, language_ids, x.shape[:-1])
+    row_clips = dynamic_clip(x, factor, group_size, statistic)
+    clip = per_element(row_clips.to(torch.float64), x.shape[-1], group_size)
+    return pack(to_codes(x, clip, 4, codebook)), row_clips
 
 
 def dequantize(
     codes: Tensor,
-    alpha: Tensor,
-    language: Tensor | None = None,
+    clips: Tensor,
+    language_ids: Tensor | None = None,
     *,
     k: int,
     group_size: int = 0,
@@ -254,15 +254,15 @@ def dequantize(
     per_row: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Values [..., k] in dtype. With per_row alpha is [..., groups], the clips that quantize_dynamic returns."""
-    clip = alpha.to(torch.float64) if per_row else clip_per_group(alpha, language, codes.shape[:-1])
+    """Values [..., k] in dtype. With per_row clips is [..., groups], the clips that quantize_dynamic returns."""
+    clip = clips.to(torch.float64) if per_row else clip_per_group(clips, language_ids, codes.shape[:-1])
     return to_values(unpack(codes, k), per_element(clip, k, group_size), 4, codebook).to(dtype)
 
 
 def linear(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_clip: Tensor,
     bias: Tensor | None = None,
     *,
     group_size: int = 0,
@@ -271,22 +271,22 @@ def linear(
     block_size: int = 0,
     activation_bits: int = 16,
     activation_clip: str = "static",
-    clip: Tensor | None = None,
-    language: Tensor | None = None,
+    clips: Tensor | None = None,
+    language_ids: Tensor | None = None,
     activation_group_size: int = 0,
     activation_codebook: str = "midrise",
 ) -> Tensor:
     """[..., N]: x [..., K], rotated if signs are given and rounded to activation_bits, times INT4 weights [N, K]."""
     k = x.shape[-1]
     y = _rotate64(x, signs, block_size)
-    if activation_bits < 16 and clip is not None:
-        per_group = clip_per_group(clip, language, x.shape[:-1])
+    if activation_bits < 16 and clips is not None:
+        per_group = clip_per_group(clips, language_ids, x.shape[:-1])
         if activation_clip != "static":
             per_group = dynamic_clip(y, per_group, activation_group_size, activation_clip).to(torch.float64)
         y = fake_quantize(y, per_element(per_group, k, activation_group_size), activation_bits, activation_codebook)
     dense = dequantize(
-        restore(weight, weight_scale.shape[0], k) if weight.dtype == torch.int32 else weight,
-        weight_scale,
+        restore(weight, weight_clip.shape[0], k) if weight.dtype == torch.int32 else weight,
+        weight_clip,
         k=k,
         group_size=group_size,
         codebook=weight_codebook,

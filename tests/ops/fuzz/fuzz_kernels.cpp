@@ -156,12 +156,12 @@ void fill_clips(Random& random, Array<float>& clips) {
 }
 
 // Ids of rows, or none; some are out of range.
-struct LanguagesOf {
+struct RandomIds {
   int32_t count;
   int64_t span;
   std::unique_ptr<Array<int32_t>> ids;
 
-  LanguagesOf(Random& random, int64_t rows)
+  RandomIds(Random& random, int64_t rows)
       : count(static_cast<int32_t>(random.size(4, 40))), span(random.once_in(2) ? 1 : random.size(3, 3000)) {
     if (random.once_in(4)) return;
     ids = std::make_unique<Array<int32_t>>(random, (rows + span - 1) / span);
@@ -171,7 +171,7 @@ struct LanguagesOf {
                                     : static_cast<int32_t>(random.between(0, count - 1));
     }
   }
-  Languages get() { return {ids ? ids->data() : nullptr, span, count}; }
+  LanguageIds get() { return {ids ? ids->data() : nullptr, span, count}; }
   int64_t of(int64_t row) {
     const int32_t id = ids ? (*ids)[row / span] : 0;
     return id < 0 || id >= count ? 0 : id;
@@ -300,21 +300,21 @@ void check_quantize(Random& random) {
   const Shape shape(random);
   Elements x(random, any_dtype(random), shape.rows * shape.k);
   x.fill(random);
-  LanguagesOf languages(random, shape.rows);
-  Array<float> table(random, languages.count * shape.groups);
+  RandomIds ids(random, shape.rows);
+  Array<float> table(random, ids.count * shape.groups);
   fill_clips(random, table);
   const Codebook codebook = any_codebook(random);
   const Clip clips[] = {Clip::kStatic, Clip::kRms, Clip::kAbsmax};
   const Clip clip = clips[random.between(0, 2)];
   const bool bytes = random.once_in(3), tail_sums = !bytes && clip == Clip::kStatic && random.once_in(2);
-  const bool scales = clip != Clip::kStatic || random.once_in(2);
+  const bool row_clips = clip != Clip::kStatic || random.once_in(2);
   const int bits = bytes && random.once_in(2) ? 8 : 4;
   const bool rotated = random.once_in(3);
   Rotation rotation(random, rotated ? shape.k : 0, rotated ? any_block(random, shape.k) : 0);
 
   struct Output {
     Array<uint8_t> codes;
-    Array<float> scales;
+    Array<float> row_clips;
     Array<double> tail;
   };
   const int64_t row_bytes = bytes ? shape.k : shape.row_bytes();
@@ -322,8 +322,8 @@ void check_quantize(Random& random) {
   for (const Kernels* kernels : available_kernels()) {
     outputs.push_back(
         std::make_unique<Output>(Output{{random, shape.rows * row_bytes},
-                                        {random, scales ? shape.rows * shape.groups : 0},
-                                        {random, tail_sums ? languages.count * shape.groups * 4 : 0}}));
+                                        {random, row_clips ? shape.rows * shape.groups : 0},
+                                        {random, tail_sums ? ids.count * shape.groups * 4 : 0}}));
     Output& out = *outputs.back();
     std::fill_n(out.tail.data(), out.tail.bytes() / 8, 1.0);  // sums are added to what is there
     const QuantizeArgs args{
@@ -333,14 +333,14 @@ void check_quantize(Random& random) {
         .group_size = shape.group_size,
         .groups = shape.groups,
         .table = table.data(),
-        .languages = languages.get(),
+        .language_ids = ids.get(),
         .clip = clip,
         .codebook = codebook,
         .bits = bits,
         .rotation = rotation.args(),
         .codes = bytes ? nullptr : out.codes.data(),
         .bytes = bytes ? out.codes.data() : nullptr,
-        .scales = scales ? out.scales.data() : nullptr,
+        .row_clips = row_clips ? out.row_clips.data() : nullptr,
     };
     Array<float> scratch(random, rotated ? shape.k : 0);
     kernels->quantize(args, shape.begin, shape.end, scratch.data(), tail_sums ? out.tail.data() : nullptr);
@@ -348,12 +348,12 @@ void check_quantize(Random& random) {
     std::vector<double> tail(static_cast<size_t>(out.tail.bytes() / 8), 1.0);
     bool tail_is_known = true;
     for (int64_t row = shape.begin; row < shape.end; row++) {
-      const int64_t language = languages.of(row);
+      const int64_t entry = ids.of(row);
       const Rotated exact = rotate_row(x, row, shape.k, rotated ? &rotation : nullptr);
       for (int64_t group = 0; group < shape.groups; group++) {
         const int64_t start = group * shape.group_size, end = std::min(start + shape.group_size, shape.k);
-        double used = table[language * shape.groups + group], count = 0, squares = 0, largest = 0, error = 0;
-        double* sums = tail_sums ? &tail[4 * (language * shape.groups + group)] : nullptr;
+        double used = table[entry * shape.groups + group], count = 0, squares = 0, largest = 0, error = 0;
+        double* sums = tail_sums ? &tail[4 * (entry * shape.groups + group)] : nullptr;
         for (int64_t i = start; i < end; i++) {
           const double v = exact.values[i], magnitude = fabs(v);
           if (!(exact.errors[i] < INFINITY)) error = NAN;
@@ -374,17 +374,17 @@ void check_quantize(Random& random) {
           }
         }
         if (error != error) continue;
-        if (clip == Clip::kStatic && scales && !same(out.scales[row * shape.groups + group], used)) {
+        if (clip == Clip::kStatic && row_clips && !same(out.row_clips[row * shape.groups + group], used)) {
           fail(kernels->isa,
-               "quantize, clip of " + at(row, group, out.scales[row * shape.groups + group], used));
+               "quantize, clip of " + at(row, group, out.row_clips[row * shape.groups + group], used));
         }
         if (clip != Clip::kStatic) {
           const double statistic = clip == Clip::kAbsmax ? largest : count > 0 ? sqrt(squares / count) : 0;
-          const double expected = used * statistic, got = out.scales[row * shape.groups + group];
+          const double expected = used * statistic, got = out.row_clips[row * shape.groups + group];
           const double slack = 0x1p-21 * fabs(expected) + fabs(used) * error + 0x1p-140;
           if (fabs(expected) < 0.9999 * FLT_MAX && fabs(used) <= FLT_MAX &&
               !(fabs(got - expected) <= slack)) {
-            fail(kernels->isa, "quantize, scale of " + at(row, group, got, expected));
+            fail(kernels->isa, "quantize, clip of " + at(row, group, got, expected));
           }
           used = got;
         }
@@ -411,11 +411,11 @@ void check_quantize(Random& random) {
       const int64_t row = memory.bytes() / shape.rows;
       return memory.unwritten(0, shape.begin * row) && memory.unwritten(shape.end * row, memory.bytes());
     };
-    if (!untouched(out.codes) || !untouched(out.scales)) {
+    if (!untouched(out.codes) || !untouched(out.row_clips)) {
       fail(kernels->isa, "quantize wrote rows it was not asked for");
     }
     Output& first = *outputs.front();
-    if (!(out.codes == first.codes) || !(out.scales == first.scales)) {
+    if (!(out.codes == first.codes) || !(out.row_clips == first.row_clips)) {
       fail(kernels->isa, "quantize differs from baseline");
     }
   }
@@ -424,10 +424,10 @@ void check_quantize(Random& random) {
 void check_dequantize(Random& random) {
   const Shape shape(random);
   const bool per_row = random.once_in(2);
-  LanguagesOf languages(random, shape.rows);
+  RandomIds ids(random, shape.rows);
   Array<uint8_t> codes(random, shape.rows * shape.row_bytes());
   for (int64_t i = 0; i < codes.bytes(); i++) codes[i] = static_cast<uint8_t>(random.between(0, 255));
-  Array<float> table(random, (per_row ? shape.rows : languages.count) * shape.groups);
+  Array<float> table(random, (per_row ? shape.rows : ids.count) * shape.groups);
   fill_clips(random, table);
   const Codebook codebook = any_codebook(random);
   const DType dtype = any_dtype(random);
@@ -441,7 +441,7 @@ void check_dequantize(Random& random) {
         .groups = shape.groups,
         .table = table.data(),
         .per_row = per_row,
-        .languages = languages.get(),
+        .language_ids = ids.get(),
         .codebook = codebook,
         .out = out->data(),
         .dtype = dtype,
@@ -449,7 +449,7 @@ void check_dequantize(Random& random) {
     kernels->dequantize(args, shape.begin, shape.end);
     for (int64_t row = shape.begin; row < shape.end; row++) {
       for (int64_t i = 0; i < shape.k; i++) {
-        const double clip = table[(per_row ? row : languages.of(row)) * shape.groups + i / shape.group_size];
+        const double clip = table[(per_row ? row : ids.of(row)) * shape.groups + i / shape.group_size];
         const int byte = codes[row * shape.row_bytes() + i / 2], code = i % 2 ? byte >> 4 : byte & 15;
         const double expected = usable(clip) ? exact_level(code, 4, codebook) * clip : 0;
         const double got = out->get(row * shape.k + i);
@@ -510,7 +510,7 @@ void check_moments(Random& random) {
   const int64_t n = random.size(3000, 40000);
   Elements x(random, random.once_in(4) ? DType::kFloat64 : any_dtype(random), n);
   x.fill(random);
-  LanguagesOf languages(random, n);
+  RandomIds ids(random, n);
   const bool histogram = random.once_in(2), in_lanes = histogram && random.once_in(2);
   const int64_t begin = random.once_in(2) ? 0 : random.between(0, n);
   const int64_t end = random.once_in(2) ? n : random.between(begin, n);
@@ -520,9 +520,9 @@ void check_moments(Random& random) {
     double nonfinite = 0;
     std::vector<int64_t> bins = std::vector<int64_t>(2 * kHistogramBins, 0);
   };
-  std::vector<Exact> exact(static_cast<size_t>(languages.count));
+  std::vector<Exact> exact(static_cast<size_t>(ids.count));
   for (int64_t i = begin; i < end; i++) {
-    Exact& own = exact[languages.of(i)];
+    Exact& own = exact[ids.of(i)];
     const double v = x.get(i);
     if (!(fabs(v) <= DBL_MAX)) {
       own.nonfinite++;
@@ -542,28 +542,28 @@ void check_moments(Random& random) {
   }
 
   for (const Kernels* kernels : available_kernels()) {
-    Array<MomentState> states(random, languages.count);
-    std::fill_n(states.data(), languages.count, empty_moments());
-    Array<int64_t> bins(random, histogram ? languages.count * kHistogramBins * 2 : 0);
+    Array<MomentState> states(random, ids.count);
+    std::fill_n(states.data(), ids.count, empty_moments());
+    Array<int64_t> bins(random, histogram ? ids.count * kHistogramBins * 2 : 0);
     memset(bins.data(), 0, static_cast<size_t>(bins.bytes()));
-    const MomentsArgs args{.x = x.data(), .dtype = x.dtype, .languages = languages.get()};
-    std::vector<HistogramLanes> lanes(in_lanes ? static_cast<size_t>(languages.count) : 0);
+    const MomentsArgs args{.x = x.data(), .dtype = x.dtype, .language_ids = ids.get()};
+    std::vector<HistogramLanes> lanes(in_lanes ? static_cast<size_t>(ids.count) : 0);
     kernels->moments(args, begin, end, states.data(), in_lanes ? lanes.data() : nullptr,
                      histogram ? bins.data() : nullptr);
-    for (int64_t language = 0; in_lanes && language < languages.count; language++) {
-      kernels->unpack_histogram(lanes[language], bins.data() + language * 2 * kHistogramBins);
+    for (int64_t entry = 0; in_lanes && entry < ids.count; entry++) {
+      kernels->unpack_histogram(lanes[entry], bins.data() + entry * 2 * kHistogramBins);
     }
-    for (int64_t language = 0; language < languages.count; language++) {
-      const Exact& own = exact[language];
-      const MomentState& got = states[language];
+    for (int64_t entry = 0; entry < ids.count; entry++) {
+      const Exact& own = exact[entry];
+      const MomentState& got = states[entry];
       const double count = static_cast<double>(own.values.size());
       if (got.count != count || got.nonfinite != own.nonfinite) {
-        fail(kernels->isa, "moments, count of " + at(language, 0, got.count, count));
+        fail(kernels->isa, "moments, count of " + at(entry, 0, got.count, count));
       }
       for (int64_t i = 0; histogram && i < 2 * kHistogramBins; i++) {
-        if (bins[language * 2 * kHistogramBins + i] != own.bins[i]) {
+        if (bins[entry * 2 * kHistogramBins + i] != own.bins[i]) {
           fail(kernels->isa, "moments, histogram of " +
-                                 at(language, i, static_cast<double>(bins[language * 2 * kHistogramBins + i]),
+                                 at(entry, i, static_cast<double>(bins[entry * 2 * kHistogramBins + i]),
                                     static_cast<double>(own.bins[i])));
         }
       }
@@ -583,17 +583,17 @@ void check_moments(Random& random) {
       const double high = *std::max_element(own.values.begin(), own.values.end());
       const double largest = std::max(fabs(low), fabs(high));
       if (got.min != low || got.max != high)
-        fail(kernels->isa, "moments, range of " + at(language, 0, got.min, low));
+        fail(kernels->isa, "moments, range of " + at(entry, 0, got.min, low));
       if (largest > 1e70) continue;  // the fourth power overflows
       if (!(fabsl(got.mean - mean) <= 1e-12 * largest)) {
-        fail(kernels->isa, "moments, mean of " + at(language, 0, got.mean, static_cast<double>(mean)));
+        fail(kernels->isa, "moments, mean of " + at(entry, 0, got.mean, static_cast<double>(mean)));
       }
       const double sums[] = {got.m2, got.m3, got.m4};
       for (int p = 2; p <= 4; p++) {
         const long double slack = 1e-6L * magnitude[p] + count * powl(1e-11L * largest, p) + 1e-300L;
         if (!(fabsl(sums[p - 2] - power[p]) <= slack)) {
           fail(kernels->isa,
-               "moments, power sum of " + at(language, p, sums[p - 2], static_cast<double>(power[p])));
+               "moments, power sum of " + at(entry, p, sums[p - 2], static_cast<double>(power[p])));
         }
       }
     }
@@ -618,11 +618,11 @@ void check_product(Random& random) {
   for (int64_t i = 0; i < weight.bytes(); i++) {
     weight[i] = static_cast<uint8_t>(extreme ? (random.once_in(9) ? 0xFF : 0) : random.between(0, 255));
   }
-  Array<float> clips(random, n * shape.groups), bias(random, n), scales(random, codes ? rows * groups : 0);
+  Array<float> clips(random, n * shape.groups), bias(random, n), row_clips(random, codes ? rows * groups : 0);
   for (int64_t i = 0; i < n * shape.groups; i++) {
     clips[i] = random.once_in(20) ? -1 : static_cast<float>(random.uniform());
   }
-  for (int64_t i = 0; i < scales.bytes() / 4; i++) scales[i] = static_cast<float>(random.uniform());
+  for (int64_t i = 0; i < row_clips.bytes() / 4; i++) row_clips[i] = static_cast<float>(random.uniform());
   for (int64_t i = 0; i < n; i++) bias[i] = static_cast<float>(random.normal());
   const bool with_bias = random.once_in(2);
   const DType dtype = any_dtype(random);
@@ -635,7 +635,7 @@ void check_product(Random& random) {
   }
   for (int64_t i = 0; i < rows * k; i++) {
     activations[i] = codes ? exact_level(bytes[i], bits, activation_codebook) *
-                                 static_cast<double>(scales[i / k * groups + i % k / size])
+                                 static_cast<double>(row_clips[i / k * groups + i % k / size])
                            : x.get(i);
   }
 
@@ -682,7 +682,7 @@ void check_product(Random& random) {
         .segment_count = static_cast<int64_t>(segments.size()),
         .packed_rows = packed_rows,
         .width = width,
-        .scales = codes ? scales.data() : nullptr,
+        .row_clips = codes ? row_clips.data() : nullptr,
         .activation_groups = groups,
         .zero = zero,
         .weight = repacked ? lanes.data() : weight.data(),
@@ -763,14 +763,14 @@ int make_fault(const std::string& kind) {
                             .group_size = 64,
                             .groups = 1,
                             .table = table.data(),
-                            .languages = {nullptr, 1, 1},
+                            .language_ids = {nullptr, 1, 1},
                             .clip = Clip::kStatic,
                             .codebook = Codebook::kMidrise,
                             .bits = 4,
                             .rotation = {nullptr, 0, 1},
                             .codes = codes.data(),
                             .bytes = nullptr,
-                            .scales = nullptr};
+                            .row_clips = nullptr};
     kernels->quantize(args, 0, 1, nullptr, nullptr);
     const int code = codes[0] & 15;
     if (kind == "wrong" && !right_code(code, 0.5, 0, 1, 4, Codebook::kMidrise)) {
