@@ -1,5 +1,5 @@
 // The schema of every operation, once. Kernels attach to it per device (cpu/ops.cpp, cuda/ops.cpp).
-// python/la_aciq/ops/functional.py adds the fakes; python/la_aciq/ops/reference.py defines each operation.
+// python/la_aciq/ops/fakes.py adds the fakes; python/la_aciq/ops/reference.py defines each operation.
 #include <torch/library.h>
 
 TORCH_LIBRARY(la_aciq, m) {

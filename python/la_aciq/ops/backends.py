@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LaAciqError, UnavailableError
-from . import reference
+from . import fakes, reference
 
 Backend = Literal["reference", "cpu", "cuda", "triton"]
 OPERATIONS = ("moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear")
@@ -82,6 +82,7 @@ def _load_core() -> str | None:
     built = _C.build_info()["torch"].split(".")[:2]
     if built != torch.__version__.split(".")[:2]:
         return f"the compiled core was built against PyTorch {'.'.join(built)}, and this is {torch.__version__}"
+    fakes.register()
     return None
 
 

@@ -1,8 +1,8 @@
-"""The operations: input checks, choice of backend, and the shapes torch.compile needs.
+"""The operations: input checks and choice of backend.
 
-csrc/ops.cpp declares `torch.ops.la_aciq.*`; the compiled core attaches kernels per device; reference.py defines the
-results. The functions here are what `la_aciq.quantize` and its siblings are. They work inside
-torch.compile(fullgraph=True).
+csrc/ops.cpp declares `torch.ops.la_aciq.*`; the compiled core attaches kernels per device, fakes.py the shapes for
+torch.compile; reference.py defines the results. `la_aciq.quantize` and its siblings are the functions of this module.
+They work inside torch.compile(fullgraph=True).
 
 Shapes: x is [..., K]; each index of the leading dimensions is a row. A table is float32 [num_entries, groups] with
 groups = ceil(K / group_size); group_size None means one group per row. A table [num_entries] or [], or a number, stands
@@ -33,10 +33,10 @@ from torch import Tensor
 from .._deprecated import renamed_arguments
 from ..choices import ACTIVATION_CLIPS, CODEBOOKS, STATISTICS, ActivationClip, Codebook, Statistic
 from . import reference
-from .backends import WHY_NO_CORE, implementation
+from .backends import implementation
 from .backends import use_backend as use_backend
 from .backends import why_unavailable as why_unavailable
-from .streaming import HISTOGRAM_BINS, STATE_SIZE, Moments, NanPolicy, check_nan_policy
+from .streaming import Moments, NanPolicy, check_nan_policy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -653,76 +653,3 @@ def _tensor_from_array(x: Any) -> Tensor:
     if not array.flags.writeable:
         array = np.asarray(_Shared(array))
     return torch.from_numpy(array)
-
-
-# --- Shapes for torch.compile ---------------------------------------------------------------------------------------
-
-
-def _fake_moments(
-    x: Tensor, language_ids: Tensor | None = None, num_entries: int = 1, histogram: bool = False
-) -> tuple[Tensor, Tensor]:
-    bins = HISTOGRAM_BINS if histogram else 0
-    return (
-        x.new_empty((num_entries, STATE_SIZE), dtype=torch.float64),
-        x.new_empty((num_entries, bins, 2), dtype=torch.int64),
-    )
-
-
-def _fake_quantize(
-    x: Tensor,
-    clips: Tensor,
-    language_ids: Tensor | None = None,
-    group_size: int = 0,
-    codebook: str = "midrise",
-    signs: Tensor | None = None,
-    block_size: int = 0,
-    tail_sums: bool = False,
-) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
-    num_entries = clips.shape[0] if tail_sums else 0
-    return codes, x.new_empty((num_entries, clips.shape[1], 4), dtype=torch.float64)
-
-
-def _fake_quantize_dynamic(
-    x: Tensor,
-    clip_factor: Tensor,
-    language_ids: Tensor | None = None,
-    group_size: int = 0,
-    statistic: str = "rms",
-    codebook: str = "midrise",
-    signs: Tensor | None = None,
-    block_size: int = 0,
-) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty((*x.shape[:-1], (x.shape[-1] + 1) // 2), dtype=torch.uint8)
-    return codes, x.new_empty((*x.shape[:-1], clip_factor.shape[1]), dtype=torch.float32)
-
-
-def _fake_dequantize(
-    codes: Tensor,
-    clips: Tensor,
-    language_ids: Tensor | None = None,
-    *,
-    k: int,
-    group_size: int = 0,
-    codebook: str = "midrise",
-    per_row: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
-
-
-def _fake_rotate(x: Tensor, signs: Tensor, block_size: int = 0) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_linear(x: Tensor, weight: Tensor, weight_clip: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight_clip.shape[0]))
-
-
-if WHY_NO_CORE is None:
-    torch.library.register_fake("la_aciq::moments", _fake_moments)
-    torch.library.register_fake("la_aciq::quantize", _fake_quantize)
-    torch.library.register_fake("la_aciq::quantize_dynamic", _fake_quantize_dynamic)
-    torch.library.register_fake("la_aciq::dequantize", _fake_dequantize)
-    torch.library.register_fake("la_aciq::rotate", _fake_rotate)
-    torch.library.register_fake("la_aciq::linear", _fake_linear)
