@@ -45,7 +45,7 @@ def times(ratio: float) -> str:
 def machine(measured: Results) -> str:
     head = measured.head
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    quick = " A quick run on small inputs, to see that all of it works: no measurement." if head["quick"] else ""
+    quick = " A quick run on small inputs that shows that everything works: not a measurement." if head["quick"] else ""
     return f"{head['device']} ({head['isa']}), {head['threads']} threads, {head['measured'][:10]}: {versions}.{quick}\n"
 
 
@@ -121,7 +121,7 @@ def linear(measured: Results, dtype: str) -> str:
 
 
 def limits(measured: Results) -> str:
-    """What the loops of roofline.cpp reached, over all cases."""
+    """The rates of the loops of roofline.cpp, over all cases."""
     rates: dict[str, list[float]] = {}
     for case in measured.suite("streaming"):
         for limit in case.limits():
@@ -131,12 +131,12 @@ def limits(measured: Results) -> str:
         for limit, factor in case.limit_calls.items():
             rate = case.multiply_adds / factor / case.seconds(limit) / 1e9
             rates.setdefault(f"{limit.removeprefix(results.LIMIT)}, billion multiply-adds/s", []).append(rate)
-    rows = [[name, f"{min(found):.1f}", f"{max(found):.1f}"] for name, found in rates.items()]
-    return table(["limit", "least", "most"], rows)
+    rows = [[name, f"{min(values):.1f}", f"{max(values):.1f}"] for name, values in rates.items()]
+    return table(["limit", "lowest", "highest"], rows)
 
 
 def machines(files: list[Results]) -> str:
-    """What every result file says of the operations, and of linear with one large matrix."""
+    """The main operations, and linear with one large matrix, of every result file."""
     rows: dict[str, list[str]] = {"measured": [measured.head["measured"][:10] for measured in files]}
 
     def add(name: str, case: Case, one: str, other: str) -> None:
@@ -171,15 +171,15 @@ def machines(files: list[Results]) -> str:
 
 
 def cpu_tables(files: list[Results]) -> dict[str, str]:
-    """What stands between the markers of docs/kernels.md, by their name."""
+    """The text between the markers of docs/kernels.md, by their name."""
     measured = files[0] if files else None
     if measured is None:
-        return {f"cpu-{name}": "Not measured yet on a quiet machine: `make bench`.\n" for name in NAMES}
+        return {f"cpu-{name}": "Not measured yet. Run `make bench` on a quiet machine.\n" for name in NAMES}
 
     def plot(title: str, name: str) -> str:
         return f"![{title}](kernels/{name}.png)\n"
 
-    made = (
+    texts = (
         machine(measured),
         limits(measured),
         f"{streaming(measured)}\n{plot('Share of the limit by operation', 'limits')}\n"
@@ -193,7 +193,7 @@ def cpu_tables(files: list[Results]) -> dict[str, str]:
         linear(measured, "bfloat16"),
         machines(files),
     )
-    return {f"cpu-{name}": text for name, text in zip(NAMES, made, strict=True)}
+    return {f"cpu-{name}": text for name, text in zip(NAMES, texts, strict=True)}
 
 
 def measured_so_far(measured: Results) -> str:

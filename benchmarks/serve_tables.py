@@ -14,9 +14,9 @@ PLOT = "latency.png"
 def latest(folder: Path) -> dict[str, Any] | None:
     """The result file that was measured last; None where there is none."""
     files = [json.loads(path.read_text("utf-8")) for path in folder.glob("serve-*.json")]
-    if unknown := [found["schema"] for found in files if found["schema"] != serve.SCHEMA]:
+    if unknown := [results["schema"] for results in files if results["schema"] != serve.SCHEMA]:
         raise ValueError(f"serve: expected schema {serve.SCHEMA}, got {unknown[0]}; run: make bench-serve")
-    return max(files, key=lambda found: found["measured"], default=None)
+    return max(files, key=lambda results: results["measured"], default=None)
 
 
 def tables(results: dict[str, Any] | None) -> dict[str, str]:
@@ -24,7 +24,7 @@ def tables(results: dict[str, Any] | None) -> dict[str, str]:
     if results is None:
         return dict.fromkeys(("serve-latency", "serve-data-plane"), "Not measured yet.\n")
     load = results["load"]
-    versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     head = (
         f"{results['device']}, {results['cores']} cores, {results['measured'][:10]}, {versions}. Each run: "
         f"{load['num_prompts']} prompts of {load['input_len']} tokens, answered by {load['output_len']} tokens each, "

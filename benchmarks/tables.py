@@ -34,7 +34,7 @@ def with_table(text: str, name: str, table: str) -> str:
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"no markers <!-- {name} --> ... <!-- /{name} -->")
-    return pattern.sub(lambda found: found[1] + table + found[2], text)
+    return pattern.sub(lambda markers: markers[1] + table + markers[2], text)
 
 
 def with_tables(text: str, tables: dict[str, str]) -> str:
@@ -78,7 +78,7 @@ def pages() -> dict[Path, str]:
 
 def model_speed(results: dict) -> str:
     """Tokens per second and prefill time of the whole model, by number of rows."""
-    versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items() if found)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
     counts = list(dict.fromkeys(row["rows"] for row in results["rows"]))
     by_name: dict[str, dict[int, dict]] = {}
     for row in results["rows"]:
@@ -100,16 +100,16 @@ def model_speed(results: dict) -> str:
 
 
 def soaks(folder: Path) -> str:
-    """What the soak of each machine found, from `make soak`."""
+    """The result of the soak of each machine, from `make soak`."""
     lines = ["| machine | minutes | completed | cancelled | preempted | wrong | failed | memory | its growth |"]
     lines.append("|---|" + "--:|" * 8)
     for path in sorted(folder.glob("soak-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        memory = found["memory"]
+        soak = json.loads(path.read_text(encoding="utf-8"))
+        memory = soak["memory"]
         low, high = memory["mib_per_hour_95"]
         lines.append(
-            f"| {found['device']}, {found['measured'][:10]} | {found['seconds'] / 60:.0f} | {found['completed']} | "
-            f"{found['cancelled']} | {found['preemptions']:.0f} | {found['wrong']} | {found['failed']} | "
+            f"| {soak['device']}, {soak['measured'][:10]} | {soak['seconds'] / 60:.0f} | {soak['completed']} | "
+            f"{soak['cancelled']} | {soak['preemptions']:.0f} | {soak['wrong']} | {soak['failed']} | "
             f"{memory['median_mib']:.0f} MiB | {memory['mib_per_hour']:+.1f} MiB/h ({low:+.1f} to {high:+.1f}) |"
         )
     return "\n".join(lines) + "\n"
