@@ -145,7 +145,7 @@ def test_histogram_mse_matches_the_samples():
         ({"bits": 4.0}, TypeError, "bits must be an integer from 2 to 8, got 4.0"),
         ({"bits": True}, TypeError, "got True"),
         ({"codebook": "nf4"}, ValueError, "codebook must be one of midrise, midtread, got 'nf4'"),
-        ({"objective": "kl"}, ValueError, "objective must be one of aciq, in_range, exact, got 'kl'"),
+        ({"objective": "kl"}, ValueError, "objective must be one of exact, in_range, aciq, got 'kl'"),
         ({"alpha": -1.0}, ValueError, "alpha must be finite and not negative, got -1"),
         ({"alpha": np.nan}, ValueError, "alpha must be finite and not negative, got nan"),
     ],

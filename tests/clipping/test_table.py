@@ -232,3 +232,26 @@ def test_the_pooled_clip_makes_room_for_the_distance_between_centers(profile):
     np.testing.assert_allclose(own.alpha["layers.q_proj"][0], before[0] * [wider, 1], rtol=0.02)
     np.testing.assert_allclose(pooled.alpha["layers.q_proj"][:4], np.tile(before[0] * [wider, 1], (4, 1)), rtol=0.02)
     np.testing.assert_array_equal(own.alpha["layers.q_proj"][1:], before[1:])
+
+
+def test_the_disparity_weighted_error_narrows_the_gap_by_its_penalty():
+    """A larger penalty gives a smaller spread of the normalized errors under `und`'s clip, at a larger mean; weights
+    shift the clip toward the language that they name.
+    """
+    draws = {"en": {"a.q_proj.in": normal(1)}, "sw": {"a.q_proj.in": normal(1.6)}}
+    profile = synthetic_profile(draws, normal(9), values=100_000)
+
+    def errors(**arguments):
+        clips = clipping.table(profile, sharing="pooled", **arguments).alpha["a.q_proj"][0, 0]
+        return np.array([clipping.mse(clipping.Gaussian(s), clips) / s**2 for s in (1, 1.6)])
+
+    under = {p: errors(language_objective="variance", penalty=p) for p in (0.0, 100.0, 1e5)}
+    assert np.ptp(under[0.0]) > np.ptp(under[100.0]) > np.ptp(under[1e5])
+    assert under[0.0].mean() < under[100.0].mean() < under[1e5].mean()
+    np.testing.assert_allclose(under[0.0], errors(), rtol=1e-2)
+    toward_en = errors(language_objective="variance", penalty=1.0, language_weights={"en": 9, "sw": 1})
+    assert toward_en[0] < errors(language_objective="variance", penalty=1.0)[0]
+    with pytest.raises(ValueError, match="penalty must not be negative, got -1"):
+        clipping.table(profile, language_objective="variance", penalty=-1)
+    with pytest.raises(TypeError, match="language_weights must map languages to weights, got list"):
+        clipping.table(profile, language_objective="weighted", language_weights=[1, 2])

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .laws import Array
+from .checks import Array
 
 
 @dataclass(frozen=True)

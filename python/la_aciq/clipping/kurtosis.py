@@ -17,9 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import interpolate, optimize
 
+from ..choices import CODEBOOKS
+from .checks import Array, check_bits, check_choice, real_array
+from .families import GeneralizedGaussian, StudentT, Uniform
 from .kurtosis_coefficients import LINEAR, SPLINE
-from .laws import Array, GeneralizedGaussian, Law, StudentT, Uniform
-from .objectives import CODEBOOKS, check_bits, check_choice, mse
+from .law import Law
+from .objectives import mse
 from .optimal import optimal
 
 PUBLISHED = {4: (2.5, 0.3)}
@@ -49,7 +52,7 @@ def kurtosis_rule(
     bits = check_bits(bits)
     key = _key(codebook, objective)
     check_choice("coefficients", coefficients, COEFFICIENTS)
-    k = np.asarray(kappa, dtype=np.float64)
+    k = real_array("kappa", kappa)
     if np.any(np.isnan(k)) or np.any(k < -2):
         raise ValueError(f"kappa must be an excess kurtosis, at least -2, got {k[~(k >= -2)].ravel()[0]}")
     if coefficients == "spline":

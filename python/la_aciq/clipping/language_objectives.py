@@ -4,7 +4,7 @@ Language objectives, for weights w that sum to one (equal unless given):
 
 - `mean`, `weighted`   sum_i w_i e_i
 - `minimax`            max_i e_i over the languages of positive weight
-- `variance`           sum_i w_i e_i + penalty sum_i w_i (e_i - mean)^2, penalty 1 in tables
+- `variance`           sum_i w_i e_i + penalty sum_i w_i (e_i - mean)^2, the weight of the disparity
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .histogram import Bins, HistogramLaw, errors_on_grid, optimal_bins, scan_grid
-from .laws import Array
-from .objectives import check_choice, mse_unchecked
-
-LANGUAGE_OBJECTIVES = ("mean", "weighted", "minimax", "variance")
+from ..choices import LANGUAGE_OBJECTIVES
+from .checks import Array, check_choice, real_array
+from .histogram import Bins, HistogramLaw
+from .histogram_optimum import errors_on_grid, optimal_bins, scan_grid
+from .objectives import mse_unchecked
 
 
 def language_weights_array(
     language_objective: str, languages: Sequence[str], weights: Mapping[str, float] | None
 ) -> Array:
-    """Weights of `languages` in order, summing to one: equal, or those given (`weighted` needs them)."""
+    """Weights of `languages` in order, summing to one: equal unless named (`weighted` needs them; `mean` has none)."""
     check_choice("language_objective", language_objective, LANGUAGE_OBJECTIVES)
+    if weights is not None and not isinstance(weights, Mapping):
+        raise TypeError(f"language_weights must map languages to weights, got {type(weights).__name__}")
     if weights is None:
         if language_objective == "weighted":
             raise ValueError("language_weights must be given for language_objective='weighted', got None")
         return np.full(len(languages), 1 / max(1, len(languages)))
-    if language_objective != "weighted":
-        raise ValueError(f"language_weights are for language_objective='weighted', got {language_objective!r}")
+    if language_objective == "mean":
+        raise ValueError("language_weights are for language_objective='weighted', 'minimax' or 'variance', got 'mean'")
     unknown = sorted(set(weights) - set(languages))
     if unknown:
         raise ValueError(f"language_weights must name languages of the profile, got {unknown[0]!r}")
@@ -40,7 +42,7 @@ def language_weights_array(
 
 def normalized_weights(name: str, weights: ArrayLike) -> Array:
     """Finite, non-negative weights of positive sum, divided by it."""
-    w = np.asarray(weights, dtype=np.float64)
+    w = real_array(name, weights)
     if not np.all(np.isfinite(w)) or np.any(w < 0) or w.sum() <= 0:
         raise ValueError(f"{name} must be finite, not negative and not all zero, got {w.tolist()}")
     return np.asarray(w / w.sum())
@@ -58,7 +60,15 @@ def combine(errors: Array, weights: Array, language_objective: str, penalty: flo
     return np.asarray(mean)
 
 
-def shared_bins(bins: Bins, weights: Array, bits: int, codebook: str, objective: str, language_objective: str) -> Array:
+def shared_bins(
+    bins: Bins,
+    weights: Array,
+    bits: int,
+    codebook: str,
+    objective: str,
+    language_objective: str,
+    penalty: float = 1.0,
+) -> Array:
     """The shared clip of every group: bins [languages, groups, 258], weights [languages, groups] >= 0 -> alpha
     [groups].
 
@@ -80,17 +90,17 @@ def shared_bins(bins: Bins, weights: Array, bits: int, codebook: str, objective:
     octave = np.floor(np.log2(alpha)).astype(np.int64)
     grid = scan_grid()
     errors = errors_on_grid(law, np.tile(octave, languages), bits, codebook, objective).reshape(languages, groups, -1)
-    best = combine(errors / power, weights[..., None], language_objective).argmin(-1)
-    centre, ratio = 2.0**octave * grid[best], grid[1] / grid[0]
+    best = combine(errors / power, weights[..., None], language_objective, penalty).argmin(-1)
+    center, ratio = 2.0**octave * grid[best], grid[1] / grid[0]
     for _ in range(_SUBDIVISIONS):
-        clips = centre[:, None] * ratio ** np.linspace(-1, 1, 2 * _PARTS + 1)
+        clips = center[:, None] * ratio ** np.linspace(-1, 1, 2 * _PARTS + 1)
         each = law.take(np.arange(languages * groups)[:, None])
         errors = mse_unchecked(each, np.tile(clips, (languages, 1)), bits, codebook, objective).reshape(
             languages, groups, -1
         )
-        best = combine(errors / power, weights[..., None], language_objective).argmin(-1)
-        centre, ratio = clips[np.arange(groups), best], ratio ** (1 / _PARTS)
-    return np.asarray(centre)
+        best = combine(errors / power, weights[..., None], language_objective, penalty).argmin(-1)
+        center, ratio = clips[np.arange(groups), best], ratio ** (1 / _PARTS)
+    return np.asarray(center)
 
 
 _SUBDIVISIONS, _PARTS = 4, 6  # 3 % between grid clips, divided by 6 four times

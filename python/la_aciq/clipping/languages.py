@@ -10,19 +10,24 @@ and bound over intervals of clips, with the bounds of `clipping.optimal`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize
 
-from .language_objectives import LANGUAGE_OBJECTIVES, combine, normalized_weights
-from .laws import Array, Law
-from .objectives import check_choice, check_problem, mse_unchecked, slope
-from .optimal import Intervals, bounds, cap, optimal, parts
+from ..choices import LANGUAGE_OBJECTIVES
+from ..errors import LaAciqError
+from .checks import Array, check_choice, check_problem, count, number
+from .language_objectives import combine, normalized_weights
+from .law import Law, check_law
+from .objectives import mse_unchecked, noise_factor, slope
+from .optimal import optimal
+from .scan import MOST_CLIPS, MOST_HALVINGS, Intervals, bounds, last_clip, middle_of, parts
 
 _TOLERANCE = 1e-6
+_NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,23 @@ def shared(
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     check_choice("language_objective", language_objective, LANGUAGE_OBJECTIVES)
+    if isinstance(laws, (str, Law)) or not isinstance(laws, Iterable):
+        raise TypeError(f"laws must be a sequence of clipping laws, got {type(laws).__name__}")
+    laws = list(laws)
     if not laws:
         raise ValueError("laws must hold at least one law, got an empty sequence")
+    laws = [check_law(law) for law in laws]
     if any(law.shape != () for law in laws):
         raise ValueError("laws must be single laws of shape (), one per language")
     if language_objective == "weighted" and weights is None:
         raise ValueError("weights must be given for language_objective='weighted', got None")
-    if not (np.isfinite(penalty) and penalty >= 0):
+    penalty = number("penalty", penalty)
+    if penalty < 0:
         raise ValueError(f"penalty must be finite and not negative, got {penalty}")
     w = normalized_weights("weights", np.ones(len(laws)) if weights is None else weights)
     if w.shape != (len(laws),):
         raise ValueError(f"weights must have shape [{len(laws)}], got {list(w.shape)}")
-    problem = _Problem(laws, w, bits, codebook, objective, language_objective, float(penalty))
+    problem = _Problem(laws, w, bits, codebook, objective, language_objective, penalty)
     if objective == "aciq" and language_objective != "variance":
         return problem.solve_convex()
     return problem.solve_by_bounds()
@@ -98,14 +108,13 @@ def pareto(
     For the convex model it is exactly the interval between the two minimizers (on either side both errors grow). For
     the other objectives that interval is sampled and dominated points are dropped.
     """
-    if points < 2:
-        raise ValueError(f"points must be at least 2, got {points}")
+    points = count("points", points, 2)
     kind = "mean" if weights is None else "weighted"
-    ends = [shared(laws, bits, codebook, objective, what, weights).alpha for what in (kind, "minimax")]
+    ends = [shared(laws, bits, codebook, objective, choice, weights).alpha for choice in (kind, "minimax")]
     w = normalized_weights("weights", np.ones(len(laws)) if weights is None else weights)
     alpha = np.linspace(ends[0], ends[1], points)
     errors = np.stack([mse_unchecked(law, alpha, bits, codebook, objective) / law.power for law in laws])
-    mean, worst = (combine(errors, w[:, None], what) for what in ("mean", "minimax"))
+    mean, worst = (combine(errors, w[:, None], choice) for choice in ("mean", "minimax"))
     # Walking from the mean's end the mean grows: a point stays if its worst case beats all before it.
     keep = worst < np.concatenate([[np.inf], np.minimum.accumulate(worst)[:-1]])
     order = np.maximum.accumulate(mean) == mean
@@ -139,8 +148,8 @@ class _Problem:
 
     def solve_convex(self) -> SharedOptimum:
         used = [law for law, weight in zip(self.laws, self.weights, strict=True) if weight > 0]
-        own = [float(optimal(law, self.bits, self.codebook, "aciq").alpha) for law in used]
-        lo, hi = min(own), max(own)
+        separate = [float(optimal(law, self.bits, self.codebook, "aciq").alpha) for law in used]
+        lo, hi = min(separate), max(separate)
         if self.language_objective == "minimax":
             multipliers, lo, hi = self._meet(lo, hi)
         else:
@@ -149,7 +158,7 @@ class _Problem:
         errors = self.errors(alpha)
         # Convexity of the weighted sum: its minimum is above the tangent here, within the bracket of the languages'
         # own optima.
-        residual = abs(float(multipliers @ self.slopes(alpha))) * (max(own) - min(own))
+        residual = abs(float(multipliers @ self.slopes(alpha))) * (max(separate) - min(separate))
         return SharedOptimum(
             alpha, errors, float(self.value(errors)), float(multipliers @ errors) - residual, multipliers
         )
@@ -191,19 +200,25 @@ class _Problem:
         start = [float(optimal(law, self.bits, self.codebook, self.objective).alpha) for law in self.laws]
         best_alpha = start[int(np.argmin(self.value(self.errors(np.asarray(start)))))]
         best = float(self.value(self.errors(best_alpha)))
-        end = self._cap(best, 2 * max(start))
+        end, lower = self._last_clip(best, 2 * max(start))
         knots = np.concatenate([[0.0], np.geomspace(min(start) / 8, end, 65)])
         at = self._parts(knots)
         left, right, at_left, at_right = knots[:-1], knots[1:], at[..., :-1], at[..., 1:]
-        lower = np.inf
-        for _ in range(_MAX_HALVINGS):
+        examined = len(knots)
+        for _ in range(MOST_HALVINGS):
             bound = self._bounds(left, right, at_left, at_right)
-            todo = (bound < best * (1 - _TOLERANCE)) & (right - left > 1e-14 * right)
+            todo = (bound < best * (1 - _TOLERANCE) - _NEGLIGIBLE / 2) & (right - left > 1e-14 * right)
             lower = min(lower, float(bound[~todo].min(initial=np.inf)))
             if not todo.any():
                 break
             left, right, at_left, at_right = left[todo], right[todo], at_left[..., todo], at_right[..., todo]
-            middle = (left + right) / 2
+            examined += len(left)
+            if examined > MOST_CLIPS:
+                raise LaAciqError(
+                    f"laws must have a best shared clip that at most {MOST_CLIPS} clips prove, got one that needs "
+                    "more: objective='aciq' has no such limit"
+                )
+            middle = middle_of(left, right)
             at_middle = self._parts(middle)
             values = self.value(at_middle[:, 0] / self._power)
             if values.min() < best:
@@ -213,55 +228,111 @@ class _Problem:
             at_right = np.concatenate([at_middle, at_right], axis=-1)
         else:
             lower = min(lower, float(self._bounds(left, right, at_left, at_right).min()))
-        return SharedOptimum(best_alpha, self.errors(best_alpha), best, min(lower, best), None)
+        if best - lower > 1.01 * _TOLERANCE * best + _NEGLIGIBLE:
+            raise LaAciqError(
+                f"laws must have a shared clip that can be proved best in float64, got a value of {best} with a lower "
+                f"bound of {lower}"
+            )
+        return SharedOptimum(best_alpha, self.errors(best_alpha), best, max(min(lower, best), 0.0), None)
 
     @property
     def _power(self) -> Array:
         return np.array([float(law.power) for law in self.laws])[:, None]
 
     def _parts(self, alpha: Array) -> Array:
-        """[languages, parts, clips]"""
-        return np.stack([parts(law, alpha, self.bits, self.codebook, self.objective) for law in self.laws])
+        """What bounds need at every clip: [languages, parts, clips]; the derivative is last, where it is needed."""
+        each = [parts(law, alpha, self.bits, self.codebook, self.objective) for law in self.laws]
+        if self.language_objective == "variance" and self.objective != "in_range":
+            for i, law in enumerate(self.laws):
+                derivative = slope(law, alpha, self.bits, self.codebook, self.objective)
+                each[i] = np.concatenate([each[i], derivative[None]])
+        return np.stack(each)
 
-    def _cap(self, best: float, start: float) -> float:
-        """Beyond it no clip is better: every language's error exceeds `best` there, or the mean's of those that
-        count.
+    def _last_clip(self, best: float, start: float) -> tuple[float, float]:
+        """A clip beyond which no clip is better than `best`, and the least value there.
+
+        Beyond it each normalized error either exceeds `best` or does not fall, and so do their mean and maximum.
         """
-        return max(
-            start,
-            max(
-                float(cap(law, np.asarray(best * law.power), self.bits, self.codebook, self.objective))
-                for law in self.laws
-            ),
+        used = [law for law, weight in zip(self.laws, self.weights, strict=True) if weight > 0]
+        weights = self.weights[self.weights > 0]
+        ends, leasts = zip(
+            *(last_clip(law, np.asarray(best * law.power), self.bits, self.codebook, self.objective) for law in used),
+            strict=True,
         )
+        end = max(start, *(float(a) for a in ends))
+        kind = "minimax" if self.language_objective == "minimax" else "mean"
+        zero = self.objective == "exact" and self.codebook == "midtread"
+        for _ in range(_MOST_DOUBLINGS):
+            low = [
+                float(mse_unchecked(law, np.asarray(end), self.bits, self.codebook, self.objective) / law.power)
+                if zero and end >= (2**self.bits - 1) * float(law.decay_start())
+                else float(least / law.power)
+                for law, least in zip(used, leasts, strict=True)
+            ]
+            least = float(combine(np.array(low), weights, kind))
+            if least >= best * (1 - _TOLERANCE) or not zero or kind == "minimax":
+                break
+            end *= 2
+        return end, least
 
     def _bounds(self, left: Array, right: Array, at_left: Array, at_right: Array) -> Array:
+        """Proved lower bound of the language objective on every interval: [intervals]."""
         problem: NDArray[np.intp] = np.zeros(len(left), dtype=np.intp)
-        low, high = np.empty((len(self.laws), len(left))), np.empty((len(self.laws), len(left)))
-        for i, law in enumerate(self.laws):
+        low = np.empty((len(self.laws), len(left)))
+        for i in range(len(self.laws)):
             ends = Intervals(problem, left, right, at_left[i], at_right[i])
-            rms = np.full(len(left), float(law.rms))
-            low[i] = bounds(ends, rms, self.bits, self.codebook, self.objective)
-            high[i] = self._highest(ends)
-        low, high = np.maximum(low, 0) / self._power, high / self._power
+            low[i] = bounds(ends, self.bits, self.objective)
+        low = np.maximum(low, 0) / self._power
         if self.language_objective != "variance":
             return self.value(low)
+        # The mean alone is one bound; the other two see how far the languages are apart.
+        high = self._highest(left, right, at_left, at_right) / self._power
         gaps = np.maximum(low[:, None] - high[None, :], 0)
         variance = np.einsum("i,j,ijk->k", self.weights, self.weights, gaps**2)
-        return np.asarray(self.weights @ low + self.penalty * variance)
+        apart = self.weights @ low + self.penalty * variance
+        if self.objective == "in_range":
+            return np.asarray(apart)
+        return np.asarray(np.maximum(apart, self._linearized(left, right, at_left, at_right)))
 
-    def _highest(self, ends: Intervals) -> Array:
-        """Upper bound of the error on each interval."""
-        at_left, at_right = ends.at_left, ends.at_right
+    def _linearized(self, left: Array, right: Array, at_left: Array, at_right: Array) -> Array:
+        """Lower bound of mean plus variance, which is convex in the errors: above its tangent plane at the left end.
+
+        Where the plane falls with an error, an upper bound of that error is needed: the parabola from the left end
+        (exact), or the chord (aciq). Both sides are second order in the interval's width.
+        """
+        w, width = self.weights[:, None], right - left
+        start = at_left[:, 0] / self._power
+        mean = (w * start).sum(0)
+        gradient = w * (1 + 2 * self.penalty * (start - mean))
+        tilt = (at_right[:, 0] - at_left[:, 0]) / width / self._power
+        slopes = at_left[:, -1] / self._power
+        if self.objective == "exact":
+            bend = at_left[:, 1] / self._power
+            rise = np.where(gradient >= 0, tilt - bend * width, slopes)
+            curve = bend
+        else:
+            bend = noise_factor(self.bits) / self._power
+            rise = np.where(gradient >= 0, slopes, tilt - bend * width)
+            curve = np.broadcast_to(bend, start.shape)
+        constant = mean + self.penalty * (w * (start - mean) ** 2).sum(0)
+        # constant + sum_i gradient_i (rise_i u + curve_i u^2), least over 0 <= u <= width
+        first, second = (gradient * rise).sum(0), (gradient * curve).sum(0)
+        vertex = np.clip(np.where(second > 0, -first / np.where(second > 0, 2 * second, 1), 0), 0, width)
+        candidates = [constant + first * u + second * u**2 for u in (np.zeros_like(width), vertex, width)]
+        return np.asarray(np.min(candidates, axis=0))
+
+    def _highest(self, left: Array, right: Array, at_left: Array, at_right: Array) -> Array:
+        """Upper bound of every language's error on every interval: [languages, intervals]."""
+        ends = np.minimum(at_left[:, 0], at_right[:, 0])
         if self.objective == "aciq":
-            return np.asarray(np.maximum(at_left[0], at_right[0]))
+            return np.asarray(np.maximum(at_left[:, 0], at_right[:, 0]))
         if self.objective == "in_range":
             # The clipping error falls with alpha, the noise grows.
-            return np.asarray(at_left[3] + at_right[0] - at_right[3])
-        # sqrt(MSE) is the distance of X to a codebook whose values move by at most (N / (N - 1)) per unit of alpha.
+            return np.asarray(at_left[:, 3] + at_right[:, 0] - at_right[:, 3])
+        # sqrt(MSE) is the distance of X to a codebook whose values move by at most N / (N - 1) per unit of alpha.
         n = 2**self.bits
-        reach = (1.0 if self.codebook == "midrise" else n / (n - 1)) * (ends.right - ends.left)
-        return np.asarray((np.sqrt(np.minimum(at_left[0], at_right[0])) + reach) ** 2)
+        reach = (1.0 if self.codebook == "midrise" else n / (n - 1)) * (right - left)
+        return np.asarray((np.sqrt(ends) + reach) ** 2)
 
 
-_MAX_HALVINGS = 60
+_MOST_DOUBLINGS = 64

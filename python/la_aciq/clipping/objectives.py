@@ -22,50 +22,16 @@ values, and at such a threshold (x - Q)^2 changes by -2 Delta (x - t_j). Summing
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .laws import Array, Law
-
-BITS = range(2, 9)
-CODEBOOKS = ("midrise", "midtread")
-OBJECTIVES = ("aciq", "in_range", "exact")
-
-
-def check_bits(bits: object) -> int:
-    """`bits` as an int, or an error naming the range."""
-    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
-        raise TypeError(f"bits must be an integer from 2 to 8, got {bits!r}")
-    if int(bits) not in BITS:
-        raise ValueError(f"bits must be an integer from 2 to 8, got {bits}")
-    return int(bits)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """`value` if it is one of `choices`, or an error listing them."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
-def check_problem(bits: object, codebook: object, objective: object) -> tuple[int, str, str]:
-    """The three choices that define a clipping problem, each checked."""
-    return (
-        check_bits(bits),
-        check_choice("codebook", codebook, CODEBOOKS),
-        check_choice("objective", objective, OBJECTIVES),
-    )
-
-
-def check_alpha(alpha: ArrayLike) -> Array:
-    """`alpha` as float64, finite and not negative (0 stands for the quantizer whose every value is 0)."""
-    array = np.asarray(alpha, dtype=np.float64)
-    bad = ~(np.isfinite(array) & (array >= 0))
-    if np.any(bad):
-        raise ValueError(f"alpha must be finite and not negative, got {float(array[bad].ravel()[0])}")
-    return array
+from ..choices import CODEBOOKS
+from .checks import Array, check_alpha, check_bits, check_choice, check_problem, real_array
+from .law import Law, check_law
 
 
 def noise_factor(bits: int) -> float:
@@ -84,7 +50,7 @@ def mse(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", ob
     squared.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
-    return mse_unchecked(law, check_alpha(alpha), bits, codebook, objective)
+    return mse_unchecked(check_law(law), check_alpha(alpha), bits, codebook, objective)
 
 
 def mse_unchecked(law: Law, alpha: Array, bits: int, codebook: str, objective: str) -> Array:
@@ -93,10 +59,9 @@ def mse_unchecked(law: Law, alpha: Array, bits: int, codebook: str, objective: s
         return law.tail(alpha, 2) + noise_factor(bits) * alpha**2
     if objective == "in_range":
         return law.tail(alpha, 2) + noise_factor(bits) * alpha**2 * (1 - law.tail(alpha, 0))
+    alpha = np.asarray(alpha, dtype=np.float64)
     delta = 2 * alpha / (2**bits - 1)
-    excess: Any = 0.0
-    for t in thresholds(bits, codebook):
-        excess = excess + law.tail(t * delta, 1)
+    excess = _over_thresholds(delta, law.shape, bits, codebook, lambda t, at: law.tail(at, 1))
     if codebook == "midrise":
         error = law.power - delta * law.mean_abs + delta**2 / 4 - 2 * delta * excess
     else:
@@ -105,10 +70,27 @@ def mse_unchecked(law: Law, alpha: Array, bits: int, codebook: str, objective: s
     return np.asarray(np.maximum(error, 0))
 
 
+_BLOCK = 1 << 14  # values per evaluation: enough to hide the cost of a call, few enough for the cache
+
+
+def _over_thresholds(
+    delta: Array, shape: tuple[int, ...], bits: int, codebook: str, term: Callable[[Array, Array], Array]
+) -> Array:
+    """Sum of term(t, t delta) over the positive thresholds t, in units of delta, that both signs share."""
+    shape = np.broadcast_shapes(np.shape(delta), shape)
+    t = thresholds(bits, codebook).reshape(-1, *[1] * len(shape))
+    step = max(1, _BLOCK // max(1, math.prod(shape)))
+    total: Any = 0.0
+    for start in range(0, len(t), step):
+        block = t[start : start + step]
+        total = total + term(block, block * delta).sum(0)
+    return np.asarray(total)
+
+
 def slope(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", objective: str = "exact") -> Array:
     """Derivative of `mse` with respect to alpha, in units of X (a one-sided value at the kinks of an empirical law)."""
     bits, codebook, objective = check_problem(bits, codebook, objective)
-    alpha = check_alpha(alpha)
+    law, alpha = check_law(law), check_alpha(alpha)
     c = noise_factor(bits)
     if objective == "aciq":
         return -2 * law.tail(alpha, 1) + 2 * c * alpha
@@ -117,11 +99,8 @@ def slope(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", 
         return -2 * law.tail(alpha, 1) + 2 * c * alpha * (1 - law.tail(alpha, 0)) + c * alpha**2 * density
     per_alpha = 2 / (2**bits - 1)
     delta = per_alpha * alpha
-    excess: Any = 0.0
-    mass: Any = 0.0
-    for t in thresholds(bits, codebook):
-        excess = excess + law.tail(t * delta, 1)
-        mass = mass + t * law.tail(t * delta, 0)
+    excess = _over_thresholds(delta, law.shape, bits, codebook, lambda t, at: law.tail(at, 1))
+    mass = _over_thresholds(delta, law.shape, bits, codebook, lambda t, at: t * law.tail(at, 0))
     if codebook == "midrise":
         by_delta = -law.mean_abs + delta / 2 - 2 * excess + 2 * delta * mass
     else:
@@ -132,7 +111,7 @@ def slope(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", 
 def curvature(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", objective: str = "exact") -> Array:
     """Second derivative of `mse` with respect to alpha (dimensionless), for `aciq` and `exact`."""
     bits, codebook, objective = check_problem(bits, codebook, objective)
-    alpha = check_alpha(alpha)
+    law, alpha = check_law(law), check_alpha(alpha)
     if objective == "aciq":
         return 2 * law.tail(alpha, 0) + 2 * noise_factor(bits)
     if objective == "in_range":
@@ -141,10 +120,12 @@ def curvature(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midris
         )
     per_alpha = 2 / (2**bits - 1)
     delta = per_alpha * alpha
-    total: Any = 0.0
-    for t in thresholds(bits, codebook):
-        density = law.density(t * delta) + law.density(-t * delta)
-        total = total + 4 * t * law.tail(t * delta, 0) - 2 * delta * t**2 * density
+
+    def bend(t: Array, at: Array) -> Array:
+        density = law.density(at) + law.density(-at)
+        return np.asarray(4 * t * law.tail(at, 0) - 2 * delta * t**2 * density)
+
+    total = _over_thresholds(delta, law.shape, bits, codebook, bend)
     if codebook == "midrise":
         total = total + 0.5
     else:
@@ -164,7 +145,7 @@ def quantize(x: ArrayLike, alpha: ArrayLike, bits: int = 4, codebook: str = "mid
     n = 2**bits
     delta = 2 * check_alpha(alpha) / (n - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.asarray(x, dtype=np.float64) / delta
+        ratio = real_array("x", x) / delta
     if codebook == "midrise":
         value = np.clip(np.floor(ratio), -n / 2, n / 2 - 1) + 0.5
     else:

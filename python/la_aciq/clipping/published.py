@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize
 
-from .laws import Array, Gaussian, Law
+from .checks import Array
+from .families import Gaussian
+from .law import Law
 
 # Banner et al. 2019 (the tables in the authors' code), bits 1 to 8: in units of sigma, and of b = E|X|. Their digits
 # are cut off, not rounded (2.559 is printed as 2.55), with one exception: 5.029 as 5.03.

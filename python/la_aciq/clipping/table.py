@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..choices import CODEBOOKS, LANGUAGE_OBJECTIVES, OBJECTIVES, SHARINGS, TABLE_GRANULARITIES
 from ..errors import LaAciqError
 from ..ops.rotation import block_size
-from .histogram import Bins, optimal_bins
-from .language_objectives import LANGUAGE_OBJECTIVES, language_weights_array, shared_bins
-from .laws import Array
-from .objectives import CODEBOOKS, OBJECTIVES, check_bits, check_choice, check_problem
-
-GRANULARITIES = ("group", "layer", "model")
-SHARINGS = ("language", "pooled")
+from .checks import Array, check_bits, check_choice, check_problem, number
+from .histogram import Bins
+from .histogram_optimum import optimal_bins
+from .language_objectives import language_weights_array, shared_bins
 
 # A language's clip from n values is drawn toward `und`'s with the weight of this many values. At INT4, 1024 values of
 # a Gaussian leave alpha* uncertain by +-9 % (95 %), which is more than languages differ by, and 100,000 by +-1 %: the
@@ -56,7 +54,7 @@ class ClipTable:
         check_bits(self.bits)
         check_choice("codebook", self.codebook, CODEBOOKS)
         check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("granularity", self.granularity, TABLE_GRANULARITIES)
         check_choice("sharing", self.sharing, SHARINGS)
         check_choice("language_objective", self.language_objective, LANGUAGE_OBJECTIVES)
         if not self.rows or self.rows[0] != "und":
@@ -137,24 +135,30 @@ def table(
     sharing: str = "language",
     language_objective: str = "mean",
     language_weights: Mapping[str, float] | None = None,
+    penalty: float = 1.0,
 ) -> ClipTable:
     """Clips for every layer of a profile (and every key and value site, under the site's name).
 
     granularity: `group` one clip per group of channels, `layer` one per layer, `model` one for all layer inputs (and
     one for all keys, one for all values): the scheme of the source document, kept for comparison. sharing: `language`
     gives each language its own clip, `pooled` gives all of them `und`'s. language_objective: what the shared clip
-    minimizes over the languages' normalized errors (`mean`, `weighted` by language_weights, `minimax`, or `variance`:
-    mean plus variance).
+    minimizes over the languages' normalized errors e_i: `mean`, `weighted` (sum of w_i e_i), `minimax` (the largest
+    e_i of a positive weight), or `variance`, the disparity-weighted error sum of w_i e_i + penalty sum of w_i (e_i -
+    mean)^2. language_weights: w by language, normalized here (a language that is not named weighs 0); equal unless
+    named. penalty: the weight of the disparity, >= 0; read with `variance` alone.
 
     Cost: O(rows x groups x layers) independent problems of one matrix-vector product each.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
-    check_choice("granularity", granularity, GRANULARITIES)
+    check_choice("granularity", granularity, TABLE_GRANULARITIES)
     check_choice("sharing", sharing, SHARINGS)
     rows = tuple(profile.rows)
     languages = tuple(profile.languages)
     weights = language_weights_array(language_objective, languages, language_weights)
-    chosen = _Choice(rows, languages, weights, bits, codebook, objective, sharing, language_objective)
+    penalty = number("penalty", penalty)
+    if penalty < 0:
+        raise ValueError(f"penalty must not be negative, got {penalty}")
+    chosen = _Choice(rows, languages, weights, bits, codebook, objective, sharing, language_objective, penalty)
 
     solved: dict[str, _Clips] = {}
     names = list(profile.sites)
@@ -249,6 +253,7 @@ class _Choice:
     objective: str
     sharing: str
     language_objective: str
+    penalty: float
 
     def solve(self, histograms: list[NDArray[np.int64]], between: list[Array], names: list[str]) -> list[_Clips]:
         """Clips for histograms [rows, groups, 258, 2], side by side along the groups.
@@ -283,6 +288,7 @@ class _Choice:
                 self.codebook,
                 self.objective,
                 self.language_objective,
+                self.penalty,
             )
         else:
             shared = optimal_bins(Bins(weight[0], offset[0]), self.bits, self.codebook, self.objective)[0]

@@ -28,11 +28,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..clipping.histogram import Bins, HistogramLaw, optimal_bins
+from ..clipping.checks import Array, check_bits, check_problem
+from ..clipping.families import Gaussian, Laplace
+from ..clipping.histogram import Bins, HistogramLaw
+from ..clipping.histogram_optimum import optimal_bins
 from ..clipping.language_objectives import language_weights_array, shared_bins
-from ..clipping.laws import Array, Empirical, Gaussian, Laplace, Law
-from ..clipping.objectives import check_bits, check_problem, mse_unchecked, quantize, thresholds
+from ..clipping.law import Law
+from ..clipping.objectives import mse_unchecked, quantize, thresholds
 from ..clipping.optimal import optimal
+from ..clipping.samples import Empirical
 from ..ops.streaming import HISTOGRAM_BINS
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..clipping.checks import Array
 from ..clipping.language_objectives import normalized_weights
-from ..clipping.laws import Array, Law
+from ..clipping.law import Law
 from ..ops.streaming import COUNT, M2, M3, M4, MEAN
 
 

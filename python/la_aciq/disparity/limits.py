@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from scipy import integrate, linalg
 
+from ..clipping.checks import Array, check_bits
 from ..clipping.histogram import HistogramLaw
-from ..clipping.laws import Array, Law
-from ..clipping.objectives import check_bits
+from ..clipping.law import Law
 from ..clipping.optimal import optimal
 
 

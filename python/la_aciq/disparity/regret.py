@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..clipping.histogram import Bins, HistogramLaw, optimal_bins
+from ..clipping.checks import Array, check_problem
+from ..clipping.histogram import Bins, HistogramLaw
+from ..clipping.histogram_optimum import optimal_bins
 from ..clipping.language_objectives import language_weights_array, shared_bins
-from ..clipping.laws import Array
-from ..clipping.objectives import check_problem, mse_unchecked
+from ..clipping.objectives import mse_unchecked
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""Checks of arguments: each returns the value in the type that the computations use, or raises with the argument's
+name, what was expected, and what was passed.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..choices import CODEBOOKS, OBJECTIVES, TABLE_BITS
+
+Array = NDArray[np.float64]
+
+# Squares of values in this range, and products of a square with an error of 2^-20, are normal float64 numbers.
+LEAST_SCALE, LARGEST_SCALE = 2.0**-500, 2.0**500
+
+
+def real_array(name: str, value: ArrayLike) -> Array:
+    """`value` as float64; TypeError unless it holds real numbers (not bool, complex, str, None or other objects)."""
+    if np.ma.isMaskedArray(value) and np.ma.getmaskarray(value).any():
+        raise TypeError(
+            f"{name} must not have masked entries, got {int(np.ma.getmaskarray(value).sum())}: pass .compressed()"
+        )
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number or an array of real numbers, got {_brief(value)}") from error
+    if array.dtype.kind not in "iuf":
+        if array.size == 0 and isinstance(value, (list, tuple)):
+            return np.empty(array.shape)
+        raise TypeError(f"{name} must be a number or an array of real numbers, got {_brief(value)}")
+    return array.astype(np.float64)
+
+
+def finite_array(name: str, value: ArrayLike) -> Array:
+    """`value` as finite float64."""
+    array = real_array(name, value)
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"{name} must be finite, got {first(array[~np.isfinite(array)])}")
+    return array
+
+
+def positive_array(name: str, value: ArrayLike) -> Array:
+    """`value` as finite, positive float64."""
+    array = finite_array(name, value)
+    if not np.all(array > 0):
+        raise ValueError(f"{name} must be positive, got {first(array[~(array > 0)])}")
+    return array
+
+
+def scale_array(name: str, value: ArrayLike) -> Array:
+    """`value` as positive float64 whose squares are float64 numbers of full precision."""
+    array = positive_array(name, value)
+    outside = (array < LEAST_SCALE) | (array > LARGEST_SCALE)
+    if np.any(outside):
+        raise ValueError(
+            f"{name} must be from {LEAST_SCALE:.1e} to {LARGEST_SCALE:.1e}, or squared errors are no float64 numbers, "
+            f"got {first(array[outside])}: rescale the values, their clip scales with them"
+        )
+    return array
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a finite float; TypeError unless it is one real number."""
+    array = real_array(name, value)
+    if array.ndim:
+        raise TypeError(f"{name} must be one number, got an array of shape {list(array.shape)}")
+    if not np.isfinite(array):
+        raise ValueError(f"{name} must be finite, got {float(array)}")
+    return float(array)
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        integer = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, at least {least}, got {_brief(value)}") from error
+    if integer < least:
+        raise ValueError(f"{name} must be at least {least}, got {integer}")
+    return integer
+
+
+def check_bits(bits: object) -> int:
+    """`bits` as an int, or an error naming the range."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
+        raise TypeError(f"bits must be an integer from 2 to 8, got {bits!r}")
+    if int(bits) not in TABLE_BITS:
+        raise ValueError(f"bits must be an integer from 2 to 8, got {bits}")
+    return int(bits)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of `choices`, or an error listing them."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(choices)}, got {_brief(value)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_problem(bits: object, codebook: object, objective: object) -> tuple[int, str, str]:
+    """The three choices that define a clipping problem, each checked."""
+    return (
+        check_bits(bits),
+        check_choice("codebook", codebook, CODEBOOKS),
+        check_choice("objective", objective, OBJECTIVES),
+    )
+
+
+def check_alpha(alpha: ArrayLike) -> Array:
+    """`alpha` as float64, finite and not negative (0 stands for the quantizer whose every value is 0)."""
+    array = real_array("alpha", alpha)
+    bad = ~(np.isfinite(array) & (array >= 0))
+    if np.any(bad):
+        raise ValueError(f"alpha must be finite and not negative, got {first(array[bad])}")
+    return array
+
+
+def first(values: Array) -> float:
+    """The first of some values, for a message."""
+    return float(np.ravel(values)[0])
+
+
+def _brief(value: object) -> str:
+    """The value in a message: its type, and its text where that is short."""
+    text = repr(value)
+    dtype = getattr(value, "dtype", None)
+    kind = type(value).__name__ + (f" of {dtype}" if dtype is not None else "")
+    return f"{kind} {text}" if len(text) <= 60 and "\n" not in text else kind

@@ -1,0 +1,149 @@
+"""A law of one value X, described by what a clip optimizer asks of it.
+
+Everything here rests on the one-sided partial moments
+
+    above(t, k) = E[(X - t)^k ; X > t],    below(t, k) = E[(t - X)^k ; X < t],    k = 0, 1, 2,
+
+whose sum at +-a gives the tail of abs(X): P(abs(X) > a), E(abs(X) - a)+ and E((abs(X) - a)+)^2. `sigma` is always the
+standard deviation (not the family's scale parameter), so that laws of equal `sigma` have equal power. Parameters may
+be arrays: a law of shape [P] is P laws, and `above(t, k)` broadcasts t against it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .checks import Array
+
+
+class Law(ABC):
+    """A law (or an array of laws, of shape `shape`) with finite variance."""
+
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def above(self, t: ArrayLike, order: int) -> Array:
+        """E[(X - t)^order ; X > t] for order 0, 1, 2; t broadcasts against `shape`."""
+
+    @abstractmethod
+    def below(self, t: ArrayLike, order: int) -> Array:
+        """E[(t - X)^order ; X < t] for order 0, 1, 2; t broadcasts against `shape`."""
+
+    @abstractmethod
+    def density(self, x: ArrayLike) -> Array:
+        """Probability density at x (zero where the law is a set of point masses)."""
+
+    @abstractmethod
+    def take(self, index: NDArray[np.intp]) -> Law:
+        """The laws at these positions of the flattened array; a single law (shape ()) stands for every position."""
+
+    def decay_start(self) -> Array:
+        """A t0 >= 0 such that t^2 P(X > t) and t^2 P(X < -t) do not grow for t >= t0; inf where none is known.
+
+        The error of a codebook with a zero does not fall beyond the clip whose first threshold is t0 (see
+        `clipping.scan`). In units of X, shape `shape`.
+        """
+        return np.full(self.shape, np.inf)
+
+    @property
+    @abstractmethod
+    def mean(self) -> Array:
+        """E X."""
+
+    @property
+    @abstractmethod
+    def variance(self) -> Array:
+        """Central second moment."""
+
+    @property
+    @abstractmethod
+    def third_moment(self) -> Array:
+        """Central third moment; NaN where it does not exist."""
+
+    @property
+    @abstractmethod
+    def fourth_moment(self) -> Array:
+        """Central fourth moment; inf where it does not exist."""
+
+    @abstractmethod
+    def entropy(self) -> Array:
+        """Differential entropy in nats; -inf for point masses."""
+
+    @property
+    def size(self) -> int:
+        """How many laws this object holds."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def tail(self, a: ArrayLike, order: int) -> Array:
+        """E[(abs(X) - a)^order ; abs(X) > a] for a >= 0: the tail mass, the expected excess and its square for
+        order 0, 1, 2.
+        """
+        a = np.asarray(a, dtype=np.float64)
+        return self.above(a, order) + self.below(-a, order)
+
+    def tail_mass(self, a: ArrayLike) -> Array:
+        """P(abs(X) > a)."""
+        return self.tail(a, 0)
+
+    def tail_excess(self, a: ArrayLike) -> Array:
+        """E(abs(X) - a)+, in units of X."""
+        return self.tail(a, 1)
+
+    def tail_square(self, a: ArrayLike) -> Array:
+        """E((abs(X) - a)+)^2, in units of X squared: the clipping error of a symmetric clip a."""
+        return self.tail(a, 2)
+
+    @property
+    def power(self) -> Array:
+        """E X^2 about zero (the variance when the mean is zero): what normalized errors are divided by."""
+        return self.variance + self.mean**2
+
+    @property
+    def rms(self) -> Array:
+        """Square root of the power."""
+        return np.sqrt(self.power)
+
+    def power_beyond(self, t: ArrayLike) -> Array:
+        """E[X^2 ; abs(X) > t] for t >= 0, in units of X squared."""
+        t = np.asarray(t, dtype=np.float64)
+        return np.asarray(self.tail(t, 2) + 2 * t * self.tail(t, 1) + t**2 * self.tail(t, 0))
+
+    @property
+    def mean_abs(self) -> Array:
+        """E abs(X)."""
+        return self.tail(0.0, 1)
+
+    @property
+    def std(self) -> Array:
+        """Standard deviation."""
+        return np.sqrt(self.variance)
+
+    @property
+    def skewness(self) -> Array:
+        """Central third moment over variance^1.5; NaN for a constant."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.variance > 0, self.third_moment / self.variance**1.5, np.nan)
+
+    @property
+    def kurtosis(self) -> Array:
+        """Excess kurtosis mu_4 / mu_2^2 - 3; inf when the fourth moment is, NaN for a constant."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.variance > 0, self.fourth_moment / self.variance**2 - 3, np.nan)
+
+
+def check_law(law: object) -> Law:
+    """`law`, or a TypeError that says what a law is."""
+    if not isinstance(law, Law):
+        raise TypeError(f"law must be a clipping law such as Gaussian(), got {type(law).__name__}")
+    return law
+
+
+def check_single(law: object) -> Law:
+    """`law` as a single law of shape (), or an error."""
+    law = check_law(law)
+    if law.size != 1:
+        raise ValueError(f"law must be a single law, got {law.size} of them")
+    return law if law.shape == () else law.take(np.zeros((), dtype=np.intp))
