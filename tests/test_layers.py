@@ -38,10 +38,6 @@ UPWARD = {
 }
 LOADED_BY_CONFIG = {"la_aciq.models", "la_aciq.models.architecture"}
 CIRCLES = {
-    ("la_aciq.clipping.histogram", "la_aciq.clipping.laws"),
-    ("la_aciq.clipping.histogram", "la_aciq.clipping.objectives"),
-    ("la_aciq.clipping.laws", "la_aciq.clipping.histogram"),
-    ("la_aciq.clipping.objectives", "la_aciq.clipping.laws"),
     ("la_aciq.integrations.vllm.adapt", "la_aciq.integrations.vllm.serve"),
     ("la_aciq.integrations.vllm.method", "la_aciq.integrations.vllm.adapt"),
     ("la_aciq.integrations.vllm.method", "la_aciq.integrations.vllm.serve"),
