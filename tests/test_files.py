@@ -116,10 +116,20 @@ def test_a_file_or_a_link_is_not_a_folder(tmp_path):
             check_output(tmp_path / name, PROFILE, force=True)
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path):
+def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(LaAciqError, match="cannot be made"), new_folder(tmp_path / "file" / "out", PROFILE):
-        pass
+    with pytest.raises(LaAciqError, match="cannot be made: Not a directory"):
+        check_output(tmp_path / "file" / "out", PROFILE)
+    with pytest.raises(LaAciqError, match="cannot be made: File name too long"):  # the temporary folder's is longer
+        check_output(tmp_path / ("a" * 250), PROFILE)
+
+    def refuse(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(LaAciqError, match="cannot be made: Permission denied"):
+        check_output(tmp_path / "a" / "b", PROFILE)
+    assert names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("path", [".", "..", "../here", "sub/..", "/"])

@@ -57,6 +57,26 @@ _KINDS = {
 def check_output(path: str | os.PathLike[str], main_file: str, force: bool = False) -> None:
     """Raises `LaAciqError` when `new_folder` would refuse this path: to be called before hours of work, not after."""
     folder = Path(path)
+    try:
+        _check_place(folder, main_file, force)
+        _check_writable(folder.resolve())
+    except OSError as error:
+        raise LaAciqError(f"output folder {str(path)!r} cannot be made: {error.strerror}") from error
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises OSError when no folder can be made where `new_folder` makes its temporary one."""
+    parent = next(parent for parent in folder.parents if parent.exists())
+    trial = parent / _temporary(folder).name
+    trial.mkdir()
+    trial.rmdir()
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.new-{os.getpid()}")
+
+
+def _check_place(folder: Path, main_file: str, force: bool) -> None:
     if Path.cwd().is_relative_to(folder.resolve()):
         raise LaAciqError(f"output folder {str(folder)!r} is or holds the working directory; choose a new folder")
     if not folder.exists() and not folder.is_symlink():
@@ -89,8 +109,8 @@ def _check_ours(folder: Path, main_file: str) -> None:
         raise LaAciqError(
             f"output folder {str(folder)!r} has a {main_file} that la-aciq did not write, and will not be replaced"
         )
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    others = sorted(name for name in found if not any(fnmatchcase(name, pattern) for pattern in kind.names))
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    others = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in kind.names))
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise LaAciqError(
@@ -107,7 +127,7 @@ def new_folder(path: str | os.PathLike[str], main_file: str, force: bool = False
     """
     check_output(path, main_file, force)
     folder = Path(path).resolve()
-    temporary = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    temporary = _temporary(folder)
     replaced = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -140,22 +160,23 @@ def new_folder(path: str | os.PathLike[str], main_file: str, force: bool = False
 
 @contextmanager
 def kept_when_interrupted(path: str | os.PathLike[str], *endings: str) -> Iterator[list[Path]]:
-    """A folder beside `path` for each ending, where calibrations of the block keep their finished languages.
+    """Folders beside `path`, one for each ending, where calibrations of the block keep their finished languages.
 
-    They stay when the block fails and go when it ends; Ctrl-C says where they are.
+    The folders stay when the block fails, and are removed when it ends. The message of a KeyboardInterrupt says where
+    they are.
     """
     folder = Path(path).resolve()
-    kept = [folder.with_name(folder.name + ending) for ending in endings]
-    for part in kept:
-        check_output(part, "profile.json", force=True)
+    partial_folders = [folder.with_name(folder.name + ending) for ending in endings]
+    for partial in partial_folders:
+        check_output(partial, "profile.json", force=True)
     try:
-        yield kept
+        yield partial_folders
     except KeyboardInterrupt as interrupt:
-        there = " and ".join(str(part) for part in kept if part.exists())
-        if not there:
+        existing = " and ".join(str(partial) for partial in partial_folders if partial.exists())
+        if not existing:
             raise KeyboardInterrupt("no language was finished, nothing is kept") from interrupt
         raise KeyboardInterrupt(
-            f"finished languages are kept in {there}, and the same command goes on from there"
+            f"finished languages are kept in {existing}, and the same command goes on from there"
         ) from interrupt
-    for part in kept:
-        shutil.rmtree(part, ignore_errors=True)
+    for partial in partial_folders:
+        shutil.rmtree(partial, ignore_errors=True)

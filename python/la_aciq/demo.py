@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ._files import kept_when_interrupted, new_folder
-from .calibration import calibrate
+from .calibration import calibrate, tokenize
 from .evaluation import Report, evaluate_configurations
+from .evaluation.measure import check_texts
+from .evaluation.plots import draw  # here, so that a missing matplotlib is found before the work
 from .nn import QuantConfig
 
 # Twelve languages in eight scripts; the embedded texts have 38.
@@ -60,8 +62,6 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 def illustrate(report: Report, folder: Path) -> list[Path]:
     """What is made from report.json: report.md and the plots, into an existing folder; returns the plots' paths."""
-    from .evaluation.plots import draw
-
     (folder / "report.md").write_text(report.markdown(), "utf-8")
     return draw(report, folder)
 
@@ -73,6 +73,9 @@ def run(
 
     An interrupted run's calibrations are kept beside `folder`, and the next one goes on from there.
     """
+    # Before the calibration, which takes minutes: whether there is text for what comes after it.
+    tokenized = tokenize(texts, tokenizer)
+    check_texts(model, tokenized, seqlen=size.seqlen, tokens=size.evaluation_tokens, skip=size.calibration_tokens)
     start = time.monotonic()
     kv = any(name.endswith("k_proj") for name, _ in model.named_modules())
     chosen = configurations(kv=kv)
@@ -83,8 +86,8 @@ def run(
     ):
         print(f"1/3  Calibrating on {size.calibration_tokens} tokens in each of {len(texts)} languages", flush=True)
         settings: dict[str, Any] = {"seqlen": size.seqlen, "tokens": size.calibration_tokens}
-        profile = calibrate(model, texts, tokenizer, resume=partial, **settings)
-        unrotated = calibrate(model, texts, tokenizer, rotate=False, resume=unrotated_partial, **settings)
+        profile = calibrate(model, tokenized, resume=partial, **settings)
+        unrotated = calibrate(model, tokenized, rotate=False, resume=unrotated_partial, **settings)
         profile.save(temporary / "profile")
 
         print(
@@ -95,8 +98,7 @@ def run(
             model,
             [profile, unrotated],
             chosen,
-            texts=texts,
-            tokenizer=tokenizer,
+            texts=tokenized,
             seqlen=size.seqlen,
             tokens=size.evaluation_tokens,
         )

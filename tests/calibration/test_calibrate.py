@@ -302,7 +302,7 @@ class TestRefused:
             calibrated(group_size=group_size)
 
     def test_something_else_than_a_language_model(self):
-        with pytest.raises(LaAciqError, match="is not a Hugging Face causal language model"):
+        with pytest.raises(LaAciqError, match="is not a language model of Hugging Face transformers"):
             calibrated(nn.Sequential(nn.Linear(4, 4)))
 
 

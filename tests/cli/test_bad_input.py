@@ -1,12 +1,13 @@
 """Bad input: one sentence, a non-zero status, no traceback, and nothing half-written."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from byte_llama import byte_llama, byte_tokenizer
+from byte_llama import byte_llama, byte_tokenizer, sentences
 from small_calibration import SMALL
 from transformers import BertConfig
 
@@ -99,6 +100,37 @@ def test_too_short_a_text_for_evaluation(refused, model_folder, profile_folder, 
         "128 tokens after 128 for calibration are needed, 256 in all, and it has 200",
         *(*argv, "--seqlen", "32", "--nsamples", "4", "--output_dir", tmp_path / "out"),
     )
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "demo"])
+def test_half_of_a_character_in_a_text(refused, command, model_folder, profile_folder, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    lines = [{"language": "en", "text": sentences("en")}, {"language": "sw", "text": "a \ud83d " + sentences("sw")}]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    argv = [command, "--model", model_folder, "--texts", texts, "--output_dir", tmp_path / "out"]
+    if command == "evaluate":
+        argv += ["--profile", profile_folder]
+    refused(r"texts\.jsonl line 2: the text for 'sw' has a lone surrogate, U\+D83D, as character 2", *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
+def test_few_tokens_of_characters_of_several_bytes(refused, model_folder, profile_folder, texts_folder, tmp_path):
+    refused(
+        "tokens = 4: an interval needs at least two segments .* and the text for 'th' has [01] in which the tokens add",
+        *("evaluate", "--model", model_folder, "--profile", profile_folder, "--texts", texts_folder),
+        *("--languages", "th", "--nsamples", "2", "--seqlen", "2", "--output_dir", tmp_path / "out"),
+    )
+
+
+def test_the_demos_held_out_text_is_checked_before_it_calibrates(run, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("la_aciq.demo.calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "en.txt").write_text(sentences("en")[:400])  # enough to calibrate on
+    status, _, err = run("demo", "--quick", "--model", model_folder, "--texts", texts, "--output_dir", tmp_path / "out")
+    assert status == 2
+    assert "'en' is too short: 256 tokens after 256 for calibration are needed, 512 in all, and it has 400" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
 def test_a_file_that_is_not_utf8(refused, calibrate, tmp_path):
@@ -308,6 +340,19 @@ def test_a_disk_that_cannot_be_written(refused, calibrate, monkeypatch, tmp_path
 def test_a_package_that_is_missing(refused, calibrate, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused(r"needs the package transformers; run: pip install 'la-aciq\[demo\]'", *calibrate)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "demo"])
+def test_a_plotting_package_that_is_missing_is_found_before_the_work(refused, command, texts_folder, monkeypatch):
+    for name in ("la_aciq.demo", "la_aciq.evaluation.plots"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    argv = [command, "--model", "nowhere", "--texts", texts_folder, "--output_dir", "o"]
+    if command == "evaluate":
+        argv += ["--profile", "p"]
+    refused(r"needs the package matplotlib.*; run: pip install 'la-aciq\[demo\]'", *argv)
 
 
 def test_in_a_process_of_its_own(tmp_path):

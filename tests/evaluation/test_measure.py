@@ -222,3 +222,48 @@ def test_evaluation_sets_a_language(model, profile):
 def test_nothing_to_evaluate(model, profile):
     with pytest.raises(LaAciqError, match="at least one"):
         evaluate_configurations(model, profile, {}, texts=random_texts(), **SETTINGS)
+
+
+def test_tokens_that_add_no_byte_are_no_sample(model):
+    """Windows of two tokens in the middle of characters of several bytes."""
+    ids = np.arange(8) % 61
+    ends = {"en": np.arange(1, 9), "th": np.array([3, 3, 6, 6, 9, 9, 12, 12])}
+    texts = {tag: TokenizedText(ids, bytes_) for tag, bytes_ in ends.items()}
+    passes = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with pytest.raises(LaAciqError, match=r"tokens = 4: .*the text for 'th' has 0 in which the tokens add text"):
+        evaluate(model, model, texts=texts, seqlen=2, tokens=4, progress=False)
+    handle.remove()
+    assert not passes
+    report = evaluate(model, model, texts={"en": texts["en"]}, seqlen=2, tokens=4, progress=False)
+    assert report.configurations[0].by_language["en"].segments == 2
+
+
+def test_a_window_that_ends_with_part_of_a_character(model):
+    """Its last segment is one token without a byte, and joins the one before it: no draw of segments is empty."""
+    ids = np.arange(520) % 61
+    counts = np.ones(520, dtype=np.int64)
+    counts[129::130] = 0
+    text = TokenizedText(ids, np.cumsum(counts))
+    report = evaluate(model, model, texts={"th": text}, seqlen=130, tokens=520, progress=False)
+    (result,) = report.configurations[0].by_language.values()
+    assert (result.segments, result.tokens) == (4, 4 * 129)
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ({"en": np.full(600, 61)}, {}, r"texts\['en'\] has token ids from 61 to 61; the model knows 0 to 60"),
+        ({"en": np.arange(9000) % 61}, {"seqlen": 4096, "tokens": 4096}, "seqlen = 4096 is longer than the 2048"),
+    ],
+)
+def test_texts_that_the_model_cannot_read_before_it_runs(model, texts, settings, message):
+    with pytest.raises(LaAciqError, match=message):
+        evaluate(model, model, texts=texts, **SETTINGS | settings)
+
+
+def test_a_profile_of_another_model_before_the_model_runs(profile):
+    other = tiny_llama(1)
+    other.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(LaAciqError, match="measured on another model"):
+        evaluate_configurations(other, profile, {"a": QuantConfig(group_size=16)}, texts=random_texts(), **SETTINGS)

@@ -29,6 +29,22 @@ def test_a_saved_model_comes_back(model_folder):
     assert tokenizer.decode(tokenizer("mto")["input_ids"]) == "mto"
 
 
+@pytest.mark.parametrize("suffix", ["gguf", "GGUF", "Gguf"])
+def test_a_gguf_file_whatever_the_case_of_its_suffix(tmp_path, monkeypatch, suffix):
+    from transformers import AutoConfig
+
+    asked = {}
+
+    def from_pretrained(**place):
+        asked.update(place)
+        raise OSError("the file is read here")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    (tmp_path / f"model.{suffix}").write_bytes(b"GGUF")
+    refused(tmp_path / f"model.{suffix}", "cannot be loaded: the file is read here")
+    assert (asked["pretrained_model_name_or_path"], asked["gguf_file"]) == (str(tmp_path), f"model.{suffix}")
+
+
 def test_dtype(model_folder):
     assert load_model(str(model_folder), dtype="bfloat16")[0].dtype == torch.bfloat16
 

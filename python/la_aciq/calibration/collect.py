@@ -32,7 +32,7 @@ from ..profile.profile import JSON_FILE, Kind, Profile
 from ..profile.second_moments import SecondMoments
 from ..tags import SINK, UND, canonical
 from .parts import Part, Parts
-from .texts import TokenizedText, tokenize
+from .texts import check_ids, tokenize
 
 
 def calibrate(
@@ -243,7 +243,9 @@ def _readings(
         )
     tokenized = tokenize(texts, tokenizer)
     windows = {tag: text.windows(tag, tokens=tokens, seqlen=seqlen) for tag, text in tokenized.items()}
-    _check_ids(model, tokenized, seqlen)
+    if getattr(model, "get_input_embeddings", None) is None:
+        raise LaAciqError(f"{type(model).__name__} is not a language model of Hugging Face transformers")
+    check_ids(model, tokenized, seqlen)
     return {
         tag: _Reading(
             [_call(model, window.ids) for window in windows[tag]],
@@ -268,10 +270,21 @@ def _call(model: nn.Module, ids: NDArray[np.int64]) -> dict[str, Tensor]:
     call = {"input_ids": torch.from_numpy(ids)[None]}
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        start = config.decoder_start_token_id
+        start = _decoder_start(model, config)
         first = call["input_ids"][:, -1:] if start is None else torch.tensor([[start]])
         call["decoder_input_ids"] = torch.cat([first, call["input_ids"][:, :-1]], dim=1)
     return call
+
+
+def _decoder_start(model: nn.Module, config: Any) -> int | None:
+    """The id that a decoder's text begins with; None for models that begin with the text's last id, as mBART does."""
+    generation: Any = getattr(model, "generation_config", None)
+    start = getattr(generation, "decoder_start_token_id", None)
+    if start is None and hasattr(config, "decoder_start_token_id"):
+        start = config.decoder_start_token_id
+    elif start is None:  # `generate` begins with it then
+        start = getattr(generation, "bos_token_id", None)
+    return None if start is None else int(start)
 
 
 def _positions(call: Mapping[str, Tensor]) -> int:
@@ -509,22 +522,6 @@ def _moments_by_group(x: Tensor, row: Tensor, group_size: int) -> Moments:
         states.append(moments.state.reshape(2, groups, -1))
         histograms.append(np.asarray(moments.histogram).reshape(2, groups, -1, 2))
     return Moments.from_state(np.concatenate(states, axis=1), np.concatenate(histograms, axis=1))
-
-
-def _check_ids(model: nn.Module, texts: Mapping[str, TokenizedText], seqlen: int) -> None:
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and seqlen > positions:
-        raise LaAciqError(f"seqlen = {seqlen} is longer than the {positions} positions of {type(model).__name__}")
-    input_embeddings: Any = getattr(model, "get_input_embeddings", None)
-    if input_embeddings is None:
-        raise LaAciqError(f"{type(model).__name__} is not a Hugging Face causal language model")
-    embeddings = input_embeddings()
-    for tag, text in texts.items():
-        if text.ids.min() < 0 or text.ids.max() >= embeddings.num_embeddings:
-            raise LaAciqError(
-                f"texts[{tag!r}] has token ids from {text.ids.min()} to {text.ids.max()}; "
-                f"the model knows 0 to {embeddings.num_embeddings - 1}"
-            )
 
 
 def _check_weights(model: nn.Module) -> None:

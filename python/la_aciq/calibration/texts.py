@@ -162,6 +162,32 @@ def tokenize(texts: Mapping[str, Any], tokenizer: Any = None) -> dict[str, Token
     return result
 
 
+def check_ids(model: Any, texts: Mapping[str, TokenizedText], seqlen: int) -> None:
+    """Check that a model can read these texts.
+
+    Args:
+        model: a model of transformers; of another one nothing is known, and nothing is checked.
+        texts: the token ids by canonical tag.
+        seqlen: tokens per window.
+
+    Raises:
+        LaAciqError: a window is longer than the model's positions, or a token id is not in its vocabulary.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and seqlen > positions:
+        raise LaAciqError(f"seqlen = {seqlen} is longer than the {positions} positions of {type(model).__name__}")
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    if vocabulary is None:
+        return
+    for tag, text in texts.items():
+        if text.ids.min() < 0 or text.ids.max() >= vocabulary:
+            raise LaAciqError(
+                f"texts[{tag!r}] has token ids from {text.ids.min()} to {text.ids.max()}; "
+                f"the model knows 0 to {vocabulary - 1}"
+            )
+
+
 def _tokenize_one(tag: str, text: Any, tokenizer: Any, bos: int | None) -> TokenizedText:
     if isinstance(text, TokenizedText):
         return text

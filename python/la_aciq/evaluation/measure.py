@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..calibration import Window, tokenize
+from ..calibration.texts import check_ids
 from ..errors import LaAciqError
 from ..models import fingerprint
 from ..nn import QuantConfig, Quantization, bits_per_weight, quantize_model
+from ..nn.quantize import check_unquantized
 from ..profile import Profile
 from .loss import (
     CONFIDENCE,
@@ -63,7 +65,7 @@ def evaluate(
     quantization = getattr(model, "la_aciq", None)
     if skip is None:
         skip = quantization.calibration_tokens if isinstance(quantization, Quantization) else 0
-    data = _Texts.prepare(texts, tokenizer, seqlen, tokens, skip)
+    data = _Texts.prepare(reference_model, texts, tokenizer, seqlen, tokens, skip)
     with tqdm(total=2 * data.windows, desc="Evaluating", unit="window", disable=not progress) as bar:
         reference = data.losses(reference_model, bar)
         losses = data.losses(model, bar)
@@ -101,7 +103,11 @@ def evaluate_configurations(
     if skip is None:
         calibrated = [one.metadata["tokens"] for one in profiles]
         skip = {tag: max(own.get(tag, 0) for own in calibrated) for tag in set().union(*calibrated)}
-    data = _Texts.prepare(texts, tokenizer, seqlen, tokens, skip)
+    check_unquantized(model)
+    own_fingerprint = fingerprint(model)
+    for needed in chosen.values():
+        needed.check_fingerprint(own_fingerprint)
+    data = _Texts.prepare(model, texts, tokenizer, seqlen, tokens, skip)
     results: dict[str, tuple[_Losses, _Description]] = {}
     previous: nn.Module | None = None  # the last quantized copy: the next one shares the weights that are the same
     with tqdm(
@@ -118,6 +124,24 @@ def evaluate_configurations(
             results[name] = data.losses(candidate, bar), _describe(candidate)
     first = next((c for c in configurations.values() if isinstance(c, QuantConfig)), QuantConfig())
     return _report(data, reference, results, model, seed, _profile_for(first, profiles), first)
+
+
+def check_texts(
+    model: nn.Module, texts: Mapping[str, Any], *, seqlen: int, tokens: int, skip: int | Mapping[str, int]
+) -> None:
+    """Check what `evaluate` would refuse of its texts, without running the model.
+
+    Args:
+        model: the model to be evaluated.
+        texts: by BCP-47 tag, token ids or `TokenizedText`.
+        seqlen: tokens per window.
+        tokens: tokens per language.
+        skip: tokens per language that are left out first.
+
+    Raises:
+        LaAciqError: a text is too short, or has tokens that the model does not know.
+    """
+    _Texts.prepare(model, texts, None, seqlen, tokens, skip)
 
 
 # Per language, one array of nats per token for each window.
@@ -142,9 +166,16 @@ class _Texts:
 
     @classmethod
     def prepare(
-        cls, texts: Mapping[str, Any], tokenizer: Any, seqlen: int, tokens: int, skip: int | Mapping[str, int]
+        cls,
+        model: nn.Module,
+        texts: Mapping[str, Any],
+        tokenizer: Any,
+        seqlen: int,
+        tokens: int,
+        skip: int | Mapping[str, int],
     ) -> "_Texts":
         tokenized = tokenize(texts, tokenizer)
+        check_ids(model, tokenized, seqlen)
         skipped = {tag: skip if isinstance(skip, int) else int(skip.get(tag, 0)) for tag in tokenized}
         windows = {
             tag: text.windows(tag, tokens=tokens, seqlen=seqlen, skip=skipped[tag]) for tag, text in tokenized.items()

@@ -65,7 +65,7 @@ def _locate(name: str) -> dict[str, str]:
         raise LaAciqError("model '' does not exist; expected a model folder, a .gguf file or a Hugging Face model id")
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise LaAciqError(
                 f"model {name!r} is a file; expected a model folder, a .gguf file or a Hugging Face model id"
             )
