@@ -207,9 +207,9 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states)
-        if self._last_start >= self._length:  # until every sequence has begun
-            self._find_starts()
         new = key_states.shape[-2]
+        if self._last_start >= self._length:  # until every sequence has begun
+            self._find_starts(new)
         before = self._length
         held = before if self.sliding_window is None else min(before, self.sliding_window - 1)
         self._length += new
@@ -258,12 +258,19 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._language_ids is not None:
             self._state.check_batch_ids(self._language_ids)
 
-    def _find_starts(self) -> None:
-        """Where the sequences begin after left padding, as far as the running pass's mask tells."""
+    def _find_starts(self, new: int) -> None:
+        """Note which sequences begin among the `new` tokens of the running pass, after left padding.
+
+        Those that have not begun yet start with the next token.
+        """
         starts = self._state.starts_of_batch(self.batch_size, self.device)
-        if starts is not None:
-            self._last_start = int(starts.max())
-            self._starts = starts if self._last_start else None
+        if starts is None and self._length == 0:
+            return
+        offsets = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device) if starts is None else starts
+        begun = torch.full_like(offsets, self._length + new) if self._starts is None else self._starts
+        pending = torch.ones_like(begun, dtype=torch.bool) if self._length == 0 else begun >= self._length
+        self._starts = torch.where(pending, self._length + offsets, begun)
+        self._last_start = int(self._starts.max())
 
     def _read(self, low: int) -> Tensor:
         """Tokens from number `low` on, [tokens, batch, elements] in the model's dtype."""

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from .._deprecated import warn_renamed
 from ..errors import LaAciqError
 from .entries import Entries
-from .first_token import first_tokens
+from .first_token import carries_state, first_of_memory, first_tokens, past_tokens
 from .id_buffers import IdBuffers
 from .running import RunningPass
 
@@ -54,6 +54,7 @@ class LanguageState:
         self._hooked: tuple[nn.Module, ...] = ()
         self._decoder: nn.Module | None = None  # the module that takes a cache
         self._features = False  # whether an encoder reads features, such as a spectrogram's, instead of tokens
+        self._stateful = False  # whether modules of the model keep what they have read
         self._no_pass()
 
     def _no_pass(self) -> None:
@@ -69,7 +70,9 @@ class LanguageState:
         self._ids: torch.Tensor | None = None  # int32 [batch, tokens], or [batch] for features
         self._batch_ids: torch.Tensor | None = None  # int32 [batch]
         self._memory: tuple[torch.Tensor, torch.Tensor] | None = None  # what cross-attention reads, and its ids
-        self._mask: torch.Tensor | None = None  # the attention mask [batch, tokens], for the INT4 cache
+        # For the INT4 cache: the first tokens, bool [batch or 1, tokens], and how many tokens there are.
+        self._first: torch.Tensor | None = None
+        self._tokens = 0
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -114,7 +117,17 @@ class LanguageState:
         """For copies of a model: a copy is in no forward pass and has counted nothing."""
         entries = copy.copy(self._entries)
         entries.unserved = Counter()
-        per_pass = {"_running", "_buffers", "_counted", "_ids", "_batch_ids", "_batch_entries", "_memory", "_mask"}
+        per_pass = {
+            "_running",
+            "_buffers",
+            "_counted",
+            "_ids",
+            "_batch_ids",
+            "_batch_entries",
+            "_memory",
+            "_first",
+            "_tokens",
+        }
         kept = {name: value for name, value in self.__dict__.items() if name not in per_pass}
         return kept | {"_entries": entries, "common_entry": None}
 
@@ -144,7 +157,7 @@ class LanguageState:
             hugging_face: Any = model
             reading = [hugging_face.get_encoder(), hugging_face.get_decoder()]
             self._features = _reads_features(reading[0])
-        self._make_cache, self._decoder = make_cache, reading[-1]
+        self._make_cache, self._decoder, self._stateful = make_cache, reading[-1], carries_state(model)
         modules = {id(module): module for module in [*whole, *reading]}
         self._hooked = tuple(modules.values())
         handles = []
@@ -222,6 +235,11 @@ class LanguageState:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._enter(model, args, kwargs)
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            raise LaAciqError(
+                "a quantized model cannot be exported or traced: the program would keep the language of the example; "
+                "use torch.compile, which reads the language of each call"
+            )
         arguments = kwargs
         if args:
             arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
@@ -241,12 +259,15 @@ class LanguageState:
         if _reads_features(model):  # how many positions it makes of them is its own affair, and none is a first token
             self._ids, self._batch_ids = self._write("tokens", (batch,), device)
             return None
-        first = first_tokens(inputs.shape[1], device, arguments.get("attention_mask"), arguments.get("past_key_values"))
-        self._ids, self._batch_ids = self._write("tokens", (batch, inputs.shape[1]), device, first)
+        tokens = inputs.shape[1]
+        past = past_tokens(arguments, tokens, self._stateful)
+        first = first_tokens(model, arguments, (batch, tokens), device, past)
+        self._first, self._tokens = first, tokens
+        self._ids, self._batch_ids = self._write("tokens", (batch, tokens), device, first)
         if (
             device.type == "cpu"
             and len(set(self._batch_entries)) == 1
-            and not (self._entries.sink is not None and bool(first.any()))
+            and not (self._entries.sink is not None and first is not None and bool(first.any()))
         ):
             self.common_entry = self._batch_entries[0]
         memory = arguments.get("encoder_hidden_states")
@@ -255,13 +276,11 @@ class LanguageState:
             if self._features:
                 ids, _ = self._write("memory", (batch,), device)
             else:
-                first = first_tokens(memory.shape[1], device, arguments.get("encoder_attention_mask"), None)
+                first = first_of_memory(arguments.get("encoder_attention_mask"), memory.shape[1], device)
                 ids, _ = self._write("memory", (batch, memory.shape[1]), device, first)
             self._memory = (memory, ids)
         if self._make_cache is None or not (model is self._decoder or self._model in self._running):
             return None
-        mask = arguments.get("attention_mask")
-        self._mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         cache = self._make_cache(model, arguments)
         return None if cache is None else (args, kwargs | {"past_key_values": cache})
 
@@ -289,14 +308,22 @@ class LanguageState:
             )
 
     def starts_of_batch(self, batch: int, device: torch.device) -> torch.Tensor | None:
-        """The number of each sequence's first token after left padding, int64 [batch]: that of the next token where
-        the mask has none yet. None without a mask.
+        """Where among the running pass's tokens each sequence begins, int64 [batch]: the number of tokens where it does
+        not. None where all begin with the first token, and outside of a pass.
+
+        Raises:
+            LaAciqError: More than one sequence begins in a row of the batch.
         """
-        if self._mask is None or self._ids is None or self._mask.shape[0] != batch:
+        if self._ids is None:
             return None
-        seen = self._mask.to(device) != 0
-        starts = seen.to(torch.uint8).argmax(dim=1)
-        return torch.where(seen.any(dim=1), starts, seen.shape[1])
+        if self._first is None:
+            return torch.full((batch,), self._tokens, dtype=torch.int64, device=device)
+        first = self._first.to(device).expand(batch, -1)
+        counts = first.sum(dim=1)
+        if int(counts.max()) > 1:
+            raise LaAciqError("kv = 4: an INT4 cache takes one sequence per row of the batch, and this has several")
+        starts = torch.where(counts == 1, first.to(torch.uint8).argmax(dim=1), self._tokens)
+        return None if not bool(starts.any()) else starts
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
