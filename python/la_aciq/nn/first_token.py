@@ -15,7 +15,7 @@ model is given is evidence of what a token sees:
 - `cu_seq_lens_q` and `seq_idx` say where the sequences in a row begin.
 
 Where these contradict each other, or the model would attend over the borders that they draw, the call is refused.
-docs/models.md has the table.
+docs/first-token.md has the table.
 """
 
 from collections.abc import Mapping

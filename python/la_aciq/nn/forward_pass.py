@@ -27,6 +27,11 @@ from .running import RunningPass
 # The cache for a pass of a module with these arguments, or None to leave the caller's.
 MakeCache = Callable[[nn.Module, Mapping[str, Any]], Any]
 
+_NO_EXPORT = (
+    "a quantized model cannot be exported or traced: the program would keep the language of the example; use "
+    "torch.compile, which reads the language of each call"
+)
+
 
 class LanguageState:
     """The language ids of a model's running forward pass, shared by all its quantized layers.
@@ -230,16 +235,13 @@ class LanguageState:
         if self._running.enter(model):
             self._counted = False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_NO_EXPORT)  # type: ignore[untyped-decorator]
     def _begin(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._enter(model, args, kwargs)
         if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-            raise LaAciqError(
-                "a quantized model cannot be exported or traced: the program would keep the language of the example; "
-                "use torch.compile, which reads the language of each call"
-            )
+            raise LaAciqError(_NO_EXPORT)
         arguments = kwargs
         if args:
             arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
