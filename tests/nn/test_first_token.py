@@ -489,4 +489,4 @@ def test_export_and_tracing_are_refused(llama, sink):
     with pytest.raises(Unsupported, match="cannot be exported or traced"):  # PyTorch's, with our reason in it
         torch.export.export(quantized, (), kwargs, strict=True)
     with pytest.raises(LaAciqError, match="cannot be exported or traced"):
-        torch.jit.trace(quantized, example_kwarg_inputs=kwargs, check_trace=False)
+        torch.jit.trace(quantized, (IDS,), check_trace=False)

@@ -235,7 +235,7 @@ class LanguageState:
         if self._running.enter(model):
             self._counted = False
 
-    @torch.compiler.disable(reason=_NO_EXPORT)  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_NO_EXPORT)  # type: ignore[untyped-decorator, no-untyped-call]
     def _begin(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
