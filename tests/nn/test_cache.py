@@ -37,7 +37,7 @@ class Pass:
     """What a layer asks of the running pass."""
 
     def __init__(self, entries, starts=None):
-        self.entries, self.starts = entries, starts
+        self.entries, self.starts, self.layer = entries, starts, None
 
     def batch_ids(self, batch, device):
         return torch.tensor(self.entries, dtype=torch.int32)
@@ -46,7 +46,7 @@ class Pass:
         assert ids.tolist() == self.entries
 
     def starts_of_batch(self, batch, device):
-        return None if self.starts is None else torch.tensor(self.starts)
+        return None if self.starts is None else torch.tensor(self.starts) - self.layer._length
 
 
 def layer_of(clip="absmax", codebook="midrise", starts=None, sliding_window=None):
@@ -56,7 +56,9 @@ def layer_of(clip="absmax", codebook="midrise", starts=None, sliding_window=None
         tables = KeyValueClips({0: 2 * HEADS}, config, LanguageState(ROWS))
         random = np.random.default_rng(3)
         tables.fill({0: torch.from_numpy(random.uniform(1.5, 3.5, (len(ROWS), 2 * HEADS)).astype(np.float32))})
-    return LanguageAwareLayer(0, tables, Pass([2, 1], starts), config, sliding_window)
+    layer = LanguageAwareLayer(0, tables, Pass([2, 1], starts), config, sliding_window)
+    layer._state.layer = layer
+    return layer
 
 
 def states(tokens, batch=2, seed=0, dtype=torch.float32):

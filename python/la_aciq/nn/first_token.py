@@ -270,9 +270,10 @@ def _keys(mask: Tensor) -> Tensor:
 
 def _first_by_key(mask: Tensor, past: Any, tokens: int, device: torch.device) -> Tensor:
     """First tokens by a mask over keys: the first that is seen."""
-    first = (_keys(mask) != 0).to(torch.uint8).argmax(dim=1, keepdim=True)
+    seen = (_keys(mask) != 0).to(device)
+    first = seen.to(torch.uint8).argmax(dim=1, keepdim=True)
     number: Tensor = torch.arange(tokens, device=device)[None] + _known(past)
-    return number == first.to(device)
+    return (number == first) & seen.any(dim=1, keepdim=True)
 
 
 def _seen_first(mask: Any, past: Any, tokens: int, arguments: Mapping[str, Any]) -> Tensor:
