@@ -62,15 +62,15 @@ def products_bytes(model: Llama) -> tuple[int, int]:
 
 
 def layer_bytes(model: Llama, config: QuantConfig) -> tuple[int, int]:
-    """What a replica keeps: the codes and scales of the weights, and what there is for each row of the tables."""
+    """What a replica keeps: the codes and clips of the weights, and what there is for each entry of the tables."""
     state = LanguageState(("und", *(f"x-{i}" for i in range(LANGUAGES)), "sink"))
     weights = tables = 0
     for k, n in model.linears:
         layer = LanguageAwareLinear(k, n, False, config, state, dtype=torch.bfloat16, device="meta")
         for name, buffer in layer.named_buffers():
-            if name in ("weight", "weight_scale"):
+            if name in ("weight", "weight_codes", "weight_clip"):
                 weights += buffer.nbytes
-            elif name in ("bias", "center", "clip"):
+            elif name in ("bias", "center", "clips"):
                 tables += buffer.nbytes
     return model.layers * weights, model.layers * tables
 

@@ -13,6 +13,7 @@ _MOVED = {
     ("la_aciq.calibration", "SINK"): ("la_aciq.tags", "SINK"),
     ("la_aciq.calibration", "SiteStats"): ("la_aciq.profile", "SiteStats"),
     ("la_aciq.calibration", "fingerprint"): ("la_aciq.models", "fingerprint"),
+    ("la_aciq.models", "is_ignored"): ("la_aciq.nn.config", "is_ignored"),
     ("la_aciq.nn", "load_quantized"): ("la_aciq", "load_quantized"),
     ("la_aciq.nn", "save_quantized"): ("la_aciq", "save_quantized"),
 }

@@ -31,7 +31,7 @@ def test_without_a_report_it_shows_what_the_clips_were_chosen_on(setting):
     front = yaml.safe_load(card.split("---")[1])
     assert front["language"] == ["en", "sw", "th"]
     assert front["library_name"] == "transformers"
-    clips = [quantized.get_submodule(name).clip.double().numpy() for name in quantized.la_aciq.layers]
+    clips = [quantized.get_submodule(name).clips.double().numpy() for name in quantized.la_aciq.layers]
     sw = np.exp(np.mean([np.log(clip[2] / clip[0]).mean() for clip in clips]))
     assert f"| sw | 128 | {sw:.3f} |" in card
     assert "| und |  | 1.000 |" in card
@@ -44,7 +44,7 @@ def test_without_clips_by_language_it_has_no_column_of_them(setting):
     model, _ = setting
     profile = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, group_size=16, progress=False)
     card = model_card(quantize_model(model, profile, QuantConfig(group_size=16), progress=False))
-    assert "| row | calibration tokens |\n" in card
+    assert "| entry | calibration tokens |\n" in card
     assert "| sw | 128 |\n" in card
 
 

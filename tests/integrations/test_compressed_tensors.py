@@ -63,7 +63,7 @@ def test_transformers_loads_it_and_gives_the_same_logits(tmp_path, dtype, tie):
         n, k = stored[f"{name}.weight_shape"].tolist()
         weight = (codes.reshape(n, k // GROUP, GROUP).astype(np.float64) - 8) * step.double().numpy()[..., None]
         expected[f"{name}.weight"] = torch.from_numpy(weight.reshape(n, k)).to(dtype)
-        clip = quantized.get_submodule(name).weight_scale
+        clip = quantized.get_submodule(name).weight_clip
         torch.testing.assert_close(step, (clip.double() * 2 / 15).to(dtype), rtol=1e-2, atol=0)
     reference = even_llama(dtype, tie)
     reference.load_state_dict(expected)

@@ -137,7 +137,7 @@ def dequantized(layer):
     k = layer.in_features
     packed = layer.portable_weight
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(len(packed), -1)[:, :k].numpy()
-    alpha = np.repeat(layer.weight_scale.double().numpy(), GROUP, axis=1)[:, :k]
+    alpha = np.repeat(layer.weight_clip.double().numpy(), GROUP, axis=1)[:, :k]
     weight = (codes - 7.5) * 2 * alpha / 15
     block = k & -k
     turned = weight.reshape(len(weight), -1, block) @ (hadamard(block) / np.sqrt(block))

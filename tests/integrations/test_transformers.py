@@ -92,14 +92,14 @@ def test_a_profile_folder_and_bfloat16(tmp_path):
         tmp_path / "model", quantization_config=LaAciqConfig(tmp_path / "profile")
     )
     assert loaded.dtype == torch.bfloat16
-    assert loaded.model.layers[0].mlp.up_proj.clip.dtype == torch.float32
+    assert loaded.model.layers[0].mlp.up_proj.clips.dtype == torch.float32
     expected = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
     assert torch.equal(logits(loaded), logits(expected))
     # The dtype of what is not quantized may be chosen when a quantized model is loaded; clips stay float32.
     loaded.save_pretrained(tmp_path / "int4")
     wide = load_quantized(tmp_path / "int4", dtype=torch.float32)
     assert wide.dtype == torch.float32
-    assert torch.equal(wide.model.layers[0].mlp.up_proj.clip, loaded.model.layers[0].mlp.up_proj.clip)
+    assert torch.equal(wide.model.layers[0].mlp.up_proj.clips, loaded.model.layers[0].mlp.up_proj.clips)
 
 
 def test_at_most_one_layer_is_unquantized_while_loading(profile, folder, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_tampered_table_is_refused_by_from_pretrained(model, profile, tmp_path
     quantize_model(model, profile, QuantConfig(group_size=16), progress=False).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
-    tensors["model.layers.0.mlp.up_proj.clip"][1, 0] = float("inf")
+    tensors["model.layers.0.mlp.up_proj.clips"][1, 0] = float("inf")
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(LaAciqError, match=r"model\.layers\.0\.mlp\.up_proj.*not finite and positive"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -173,7 +173,7 @@ def test_a_part_of_a_quantized_model_is_not_loaded_alone(model, profile, tmp_pat
 
 
 def test_settings_are_checked(profile):
-    with pytest.raises(LaAciqError, match="activations = 5"):
+    with pytest.raises(LaAciqError, match=r"activations: expected .*, got 5"):
         LaAciqConfig(profile, activations=5)
     with pytest.raises(LaAciqError, match="unknown quantization setting 'bits'"):
         LaAciqConfig(profile, bits=4)
@@ -253,7 +253,7 @@ def test_a_copy_is_a_quantized_model_of_its_own(model, profile, tmp_path):
     copied = copy.deepcopy(quantized)
     expected = logits(quantized)
     with torch.no_grad():
-        quantized.model.layers[0].mlp.up_proj.clip.fill_(1e-3)
+        quantized.model.layers[0].mlp.up_proj.clips.fill_(1e-3)
     assert not torch.equal(logits(quantized), expected)
     assert torch.equal(logits(copied), expected)
     copied.save_pretrained(tmp_path)

@@ -46,7 +46,7 @@ def unpacked(codes, k):
 def weight_values(layer):
     """The weights the layer's codes stand for, float64 [N, K]."""
     k, config = layer.in_features, layer.config
-    step = by_element(layer.weight_scale.numpy(), k, config.group_size) * 2 / 15
+    step = by_element(layer.weight_clip.numpy(), k, config.group_size) * 2 / 15
     return (unpacked(layer.portable_weight, k) - (7.5 if config.codebook == "midrise" else 8)) * step
 
 
@@ -80,7 +80,7 @@ def expected_output(linear, layer, x, ids):
         x = rotated(x, 11)
     if config.activations < 16:
         group = config.activation_group_size or k
-        table = layer.clip.double().numpy()[ids]  # [2, 3, groups]
+        table = layer.clips.double().numpy()[ids]  # [2, 3, groups]
         if config.clip != "static":
             groups = [x[..., i : i + group] for i in range(0, k, group)]
             if config.clip == "rms":
@@ -179,7 +179,7 @@ def test_centers_that_do_not_fit(center):
 def test_forward_in_16_bits(dtype):
     linear, layer, x, ids = make(64, 24, QuantConfig(activations=8, group_size=16))
     layer = layer.to(dtype)
-    assert layer.clip.dtype == layer.weight_scale.dtype == torch.float32
+    assert layer.clips.dtype == layer.weight_clip.dtype == torch.float32
     assert layer.bias.dtype == dtype
     x = x.to(dtype)
     out = layer(x)
@@ -190,10 +190,10 @@ def test_forward_in_16_bits(dtype):
 
 def test_the_clips_survive_a_change_of_dtype_bit_for_bit():
     _, layer, _, _ = make(64, 24, QuantConfig(group_size=16))
-    before = layer.clip.clone(), layer.weight_scale.clone()
+    before = layer.clips.clone(), layer.weight_clip.clone()
     layer.to(torch.bfloat16).float()
-    assert torch.equal(layer.clip, before[0])
-    assert torch.equal(layer.weight_scale, before[1])
+    assert torch.equal(layer.clips, before[0])
+    assert torch.equal(layer.weight_clip, before[1])
 
 
 @pytest.mark.parametrize("codebook", ["midrise", "midtread"])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import la_aciq
 from la_aciq.checkpoint import load_quantized, save_quantized
+from la_aciq.checkpoint.folder import old_names
 from la_aciq.nn import LanguageAwareLinear, QuantConfig, quantize_model
 from la_aciq.nn.forward_pass import LanguageState
 
@@ -45,7 +47,7 @@ def portable(model):
     """A copy with portable weights."""
     out = copy.deepcopy(model)
     for layer in layers_of(out).values():
-        layer.weight = layer.portable_weight
+        layer._buffers["weight_codes"] = layer.portable_weight
     return out
 
 
@@ -56,15 +58,17 @@ def logits(model):
 
 def is_repacked(layer):
     n, k = layer.out_features, layer.in_features
-    return layer.weight.dtype == torch.int32 and layer.weight.shape == (n // 16, k // 8, 16)
+    codes = layer._buffers["weight_codes"]
+    return codes.dtype == torch.int32 and codes.shape == (n // 16, k // 8, 16)
 
 
-def made(n, k, group_size, seed=0):
+def made(n, k, group_size, seed=0, activations=16):
     """A layer alone, not repacked."""
     linear = nn.Linear(k, n, bias=False)
     nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(seed))
-    config = QuantConfig(activations=16, group_size=group_size)
-    return LanguageAwareLinear.from_linear(linear, config, LanguageState(("und", "sw")), None)
+    config = QuantConfig(activations=activations, group_size=group_size)
+    clips = None if activations == 16 else torch.full((2, config.groups(k)), 0.9)
+    return LanguageAwareLinear.from_linear(linear, config, LanguageState(("und", "sw")), clips)
 
 
 @pytest.mark.parametrize(
@@ -80,22 +84,22 @@ def made(n, k, group_size, seed=0):
 )
 def test_what_is_repacked_takes_no_more_memory_and_gives_the_same(n, k, group_size, expected):
     layer = made(n, k, group_size)
-    before, codes, nbytes = layer.state_dict(), layer.weight, layer.weight.nbytes
+    before, codes, nbytes = layer.state_dict(), layer._buffers["weight_codes"], layer._buffers["weight_codes"].nbytes
     x = torch.randn(3, k, generator=torch.Generator().manual_seed(1))
     layer.repack()
     layer.repack()
     assert is_repacked(layer) is expected
-    assert layer.weight.nbytes == nbytes
-    assert (layer.weight is codes) is not expected
-    assert torch.equal(layer.portable_weight, before["weight"])
+    assert layer._buffers["weight_codes"].nbytes == nbytes
+    assert (layer._buffers["weight_codes"] is codes) is not expected
+    assert torch.equal(layer.portable_weight, before["weight_codes"])
     # Code j of eight at bits 4 j of the word of its output, as documented.
     if expected:
         row, column = 7, k - 3
-        word = int(layer.weight[row // 16, column // 8, row % 16])
-        byte = int(before["weight"][row, column // 2])
+        word = int(layer._buffers["weight_codes"][row // 16, column // 8, row % 16])
+        byte = int(before["weight_codes"][row, column // 2])
         assert (word >> 4 * (column % 8)) & 15 == (byte >> 4 * (column % 2)) & 15
     turned = la_aciq.rotate(x, layer.signs)
-    exact = nn.functional.linear(turned.double(), values(before["weight"], before["weight_scale"], k, group_size))
+    exact = nn.functional.linear(turned.double(), values(before["weight_codes"], before["weight_clip"], k, group_size))
     torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
     with la_aciq.use_backend("reference"):
         torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
@@ -116,11 +120,15 @@ def test_a_quantized_model_is_repacked_and_no_larger(setting, quantized):
         torch.testing.assert_close(logits(quantized), logits(other), rtol=1e-5, atol=1e-5)
     # Joined with the layers of the same input, still in one place.
     attention = quantized.model.layers[0].self_attn
-    parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    parts = [
+        attention.q_proj._buffers["weight_codes"],
+        attention.k_proj._buffers["weight_codes"],
+        attention.v_proj._buffers["weight_codes"],
+    ]
     assert all(part.dtype == torch.int32 for part in parts)
     assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
     assert parts[0].untyped_storage().nbytes() == sum(part.nbytes for part in parts)
-    assert attention.q_proj.shared is not None
+    assert attention.q_proj.joined_layers is not None
 
 
 def test_layers_of_one_input_that_cannot_all_be_repacked_part(setting):
@@ -130,7 +138,7 @@ def test_layers_of_one_input_that_cannot_all_be_repacked_part(setting):
     own = out.model.layers[0].self_attn
     assert [is_repacked(layer) for layer in (own.q_proj, own.k_proj, own.v_proj)] == [True, False, False]
     torch.testing.assert_close(logits(out), logits(portable(out)), rtol=1e-4, atol=1e-4)
-    assert own.q_proj.shared is None
+    assert own.q_proj.joined_layers is None
 
 
 def test_state_dicts_are_portable(quantized):
@@ -141,7 +149,7 @@ def test_state_dicts_are_portable(quantized):
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
     layer = quantized.model.layers[0].mlp.down_proj
-    assert found["model.layers.0.mlp.down_proj.weight"].shape == (layer.out_features, layer.in_features // 2)
+    assert found["model.layers.0.mlp.down_proj.weight_codes"].shape == (layer.out_features, layer.in_features // 2)
     assert is_repacked(layer)
 
 
@@ -151,23 +159,26 @@ def test_a_state_dict_loads_whatever_the_layer_holds(assign, repacked):
     layer, given = made(32, 48, 16), made(32, 48, 16, seed=1)
     if repacked:
         layer.repack()
-    before = layer.weight
+    before = layer._buffers["weight_codes"]
     layer.load_state_dict(given.state_dict(), assign=assign)
     assert is_repacked(layer)
-    assert torch.equal(layer.portable_weight, given.weight)
-    assert (layer.weight is before) is (repacked and not assign)
+    assert torch.equal(layer.portable_weight, given._buffers["weight_codes"])
+    assert (layer._buffers["weight_codes"] is before) is (repacked and not assign)
 
 
 def test_a_state_dict_that_does_not_fit_is_refused():
     layer = made(32, 48, 16)
     layer.repack()
     before = layer.portable_weight
-    for wrong in (torch.zeros(32, 20, dtype=torch.uint8), layer.weight):
-        with pytest.raises(RuntimeError, match="size mismatch for weight"):
-            layer.load_state_dict(layer.state_dict() | {"weight": wrong})
+    for wrong, message in (
+        (torch.zeros(32, 20, dtype=torch.uint8), "size mismatch for weight_codes"),
+        (layer._buffers["weight_codes"], "weight_codes: expected uint8 codes, got int32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(layer.state_dict() | {"weight_codes": wrong})
     missing = layer.state_dict()
-    del missing["weight"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
+    del missing["weight_codes"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight_codes"'):
         layer.load_state_dict(missing)
     assert is_repacked(layer)
     assert torch.equal(layer.portable_weight, before)
@@ -178,8 +189,8 @@ def test_saved_and_loaded(quantized, tmp_path):
     save_quantized(quantized, tmp_path / "int4")
     stored = load_file(tmp_path / "int4" / "model.safetensors")
     for name, layer in layers_of(quantized).items():
-        assert stored[f"{name}.weight"].dtype == torch.uint8
-        assert torch.equal(stored[f"{name}.weight"], layer.portable_weight)
+        assert stored[f"{name}.weight_codes"].dtype == torch.uint8
+        assert torch.equal(stored[f"{name}.weight_codes"], layer.portable_weight)
     loaded = load_quantized(tmp_path / "int4")
     assert all(is_repacked(layer) for layer in layers_of(loaded).values())
     assert torch.equal(logits(loaded), expected)
@@ -191,19 +202,50 @@ def test_a_checkpoint_from_before(tmp_path):
     assert is_repacked(loaded.model.layers[0].mlp.down_proj)
     assert not is_repacked(loaded.model.layers[0].mlp.up_proj)  # 40 outputs
     torch.testing.assert_close(logits(loaded)[:, -1, :6], torch.tensor(BEFORE_LOGITS), rtol=0, atol=5e-3)
-    # What it saves is what it was loaded from.
+    # What it saves is what it was loaded from, under the names of today.
     save_quantized(loaded, tmp_path / "again")
     stored, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("int4", "again"))
-    assert list(stored) == list(again)
-    assert all(torch.equal(tensor, again[name]) for name, tensor in stored.items())
+    new_names = old_names(loaded)
+    assert {name.rpartition(".")[2] for name in new_names} == {"weight", "weight_scale", "clip"}
+    assert set(new_names) <= set(stored)
+    assert again.pop("model.layers.0.self_attn.q_proj.weight").numel() == 0
+    assert {new_names.get(name, name) for name in stored} == set(again)
+    assert all(torch.equal(tensor, again[new_names.get(name, name)]) for name, tensor in stored.items())
+    description = json.loads((tmp_path / "again" / "config.json").read_text("utf-8"))["quantization_config"]
+    assert description["schema"] == 3
+    assert description["version"] == la_aciq.__version__
+    assert torch.equal(logits(load_quantized(tmp_path / "again")), logits(loaded))
+
+
+def test_a_state_dict_from_before():
+    """Tensors under the names of 0.1, in memory, in either layout of the layer, copied and assigned."""
+    old_to_new = {"weight": "weight_codes", "weight_scale": "weight_clip", "clip": "clips"}
+    layer = made(32, 48, 16, activations=8)
+    x = torch.randn(3, 48)
+    state = layer.state_dict()
+    before = {old: state[new] for old, new in old_to_new.items()} | {
+        name: tensor for name, tensor in state.items() if name not in old_to_new.values()
+    }
+    for repacked in (False, True):
+        for assign in (False, True):
+            other = made(32, 48, 16, seed=1, activations=8)
+            if repacked:
+                other.repack()
+            assert not torch.equal(other(x), layer(x))
+            container = nn.ModuleDict({"a": other})
+            old_state = {f"a.{name}": tensor.clone() for name, tensor in before.items()}
+            container.load_state_dict(old_state, assign=assign)
+            torch.testing.assert_close(other(x), layer(x))
+            assert set(old_state) == {f"a.{name}" for name in before}  # as it was handed over
+            assert torch.equal(other.weight_codes, layer.weight_codes)
 
 
 def test_copies_and_pickles(quantized):
     other = copy.deepcopy(quantized)
     assert all(is_repacked(layer) for layer in layers_of(other).values())
     assert torch.equal(logits(other), logits(quantized))
-    mine = {layer.weight.data_ptr() for layer in layers_of(quantized).values()}
-    assert mine.isdisjoint(layer.weight.data_ptr() for layer in layers_of(other).values())
+    mine = {layer._buffers["weight_codes"].data_ptr() for layer in layers_of(quantized).values()}
+    assert mine.isdisjoint(layer._buffers["weight_codes"].data_ptr() for layer in layers_of(other).values())
     layer = made(32, 48, 16)
     layer.repack()
     file = io.BytesIO()
@@ -211,18 +253,18 @@ def test_copies_and_pickles(quantized):
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert is_repacked(loaded)
-    assert torch.equal(loaded.weight, layer.weight)
+    assert torch.equal(loaded._buffers["weight_codes"], layer._buffers["weight_codes"])
 
 
 def test_what_leaves_the_cpu_is_portable_and_what_comes_back_is_repacked():
     layer = made(32, 48, 16)
-    state, codes = layer.state_dict(), layer.weight
+    state, codes = layer.state_dict(), layer._buffers["weight_codes"]
     layer.to(torch.bfloat16)
     assert is_repacked(layer)
     layer.to("meta")
-    assert layer.weight.is_meta
-    assert layer.weight.dtype == torch.uint8
-    assert layer.weight.shape == codes.shape
+    assert layer._buffers["weight_codes"].is_meta
+    assert layer._buffers["weight_codes"].dtype == torch.uint8
+    assert layer._buffers["weight_codes"].shape == codes.shape
     layer.to_empty(device="cpu")
     layer.load_state_dict(state)
     assert is_repacked(layer)
@@ -235,7 +277,7 @@ def test_modules_that_accelerate_moves_are_left_alone():
     expected = layer(x)
     add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", offload=True, offload_buffers=True))
     layer.repack()
-    assert layer.weight.dtype == torch.uint8
+    assert layer._buffers["weight_codes"].dtype == torch.uint8
     assert torch.equal(layer(x), expected)
     remove_hook_from_module(layer)
     layer.repack()
@@ -250,8 +292,8 @@ def test_a_copy_of_a_layer_alone_is_not_one_of_its_model(quantized):
     alone = copy.deepcopy(layer, memo)
     assert not any(id(module) in memo for module in quantized.modules() if module is not layer)
     assert alone.state is layer.state
-    assert alone.shared is None
-    assert torch.equal(alone.weight, layer.weight)
+    assert alone.joined_layers is None
+    assert torch.equal(alone._buffers["weight_codes"], layer._buffers["weight_codes"])
     x = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(alone(x), layer(x))
     # A body that is copied has passes of its own, a model too.
@@ -259,4 +301,6 @@ def test_a_copy_of_a_layer_alone_is_not_one_of_its_model(quantized):
         copies = layers_of(other)
         assert all(one.state is not layer.state for one in copies.values())
         assert len({id(one.state) for one in copies.values()}) == 1
-        assert all(one.shared is not None for name, one in copies.items() if name.endswith(("q_proj", "up_proj")))
+        assert all(
+            one.joined_layers is not None for name, one in copies.items() if name.endswith(("q_proj", "up_proj"))
+        )

@@ -69,8 +69,8 @@ def measure(
     contenders: dict[str, tuple[list[nn.Module], torch.dtype, int]] = {}
     for name, config in CONFIGURATIONS.items():
         quantized = _quantized(linear, config, generator)
-        scale = quantized.weight_scale
-        packed = quantized.weight.nbytes + (0 if scale is None else scale.nbytes)
+        clip = quantized.weight_clip
+        packed = quantized.portable_weight.nbytes + (0 if clip is None else clip.nbytes)
         contenders[name] = _copies(quantized, packed), torch.bfloat16, packed
     for name, dtype in _DTYPES.items():
         plain = copy.deepcopy(linear).to(dtype)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from .. import __version__, ops
 from .._files import check_output
 from ..errors import LaAciqError
-from ..models import fingerprint, is_experts, is_ignored, linear_weight, output_head
+from ..models import fingerprint, is_experts, linear_weight, output_head
+from ..nn.config import is_ignored
 from ..nn.forward_pass import LanguageState
 from ..ops import rotation
 from ..ops.streaming import Moments

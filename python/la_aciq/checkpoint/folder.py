@@ -4,16 +4,16 @@
     model.safetensors  the tensors under the names of the quantized model's `state_dict`, tied ones once; several shards
                        with model.safetensors.index.json when it is large
 
-`quantization_config` (schema 2), whose `quant_method` makes transformers and vLLM choose LA-ACIQ:
+`quantization_config` (schema 3), whose `quant_method` makes transformers and vLLM choose LA-ACIQ:
 
     quant_method        "la_aciq"
-    schema, version     2, and the version of LA-ACIQ that wrote it
+    schema, version     3, and the version of LA-ACIQ that wrote it
     config              `QuantConfig.to_dict()`
-    rows                the rows of every table of clips: "und", the languages where each has its own, "sink"
+    entries             of every table of clips: "und", the languages where each has one, "sink"
     layers              names of the modules that became `LanguageAwareLinear`, or `LanguageAwareExperts`, whose
                         layers are `<name>.<expert>.gate_up_proj` and `<name>.<expert>.down_proj`
-    shared              those of them that read the very same tensor, by groups
-    cache               by attention layer the entries per row of its INT4 cache's table, when that has one
+    joined              those of them that read the very same tensor, by groups
+    cache               by attention layer the clips per entry of its INT4 cache's table, when that has one
     skipped             other layers with a weight matrix, and why they were left alone
     fingerprint         of the unquantized model
     calibration_tokens  by language
@@ -23,19 +23,27 @@
 The tensors of a layer, with N outputs, K inputs and groups of `config.group_size` along K (0: one group), in the
 portable layout whatever the layer holds in memory:
 
-    <layer>.weight        uint8 [N, ceil(K / 2)], the even index in the low nibble (float [N, K] with 16-bit weights)
-    <layer>.weight_scale  float32 [N, groups], the clip alpha of each group: value = codebook[code], which spans +-alpha
-    <layer>.bias          float [N]; with `config.center` [rows, N], which makes up for the mean input of each row
-    <layer>.center        float [rows, K], the mean input of each row; with `config.center`, absent with 16-bit
+    <layer>.weight_codes  uint8 [N, ceil(K / 2)], the even index in the low nibble; with 16-bit weights instead
+                          <layer>.weight, float [N, K]
+    <layer>.weight_clip   float32 [N, groups], the clip of each group: value = codebook[code], which spans +-clip;
+                          absent with 16-bit weights
+    <layer>.bias          float [N]; with `config.center` [entries, N], which makes up for the mean input of each entry
+    <layer>.center        float [entries, K], the mean input of each entry; with `config.center`, absent with 16-bit
                           activations
-    <layer>.clip          float32 [rows, groups], the activations' clips or factors; absent with 16-bit activations
+    <layer>.clips         float32 [entries, groups], clips (`config.clip` "static") or factors of the inputs; absent
+                          with 16-bit activations
     <layer>.signs         int8 [K], signs of the rotation; absent without rotation. The block is the largest power of
                           two that divides K.
 
 and of the INT4 cache with `kv_clip` "static" or "rms":
 
-    la_aciq_cache.<n>_clip  float32 [rows, entries], attention layer n's clips or factors of the keys' heads, then of
+    la_aciq_cache.<n>_clip  float32 [entries, groups], attention layer n's clips or factors of the keys' heads, then of
                             the values'
+
+and one empty tensor, under the name that the first layer's weight had before it was quantized (`unfit_tensor`).
+
+Schema 2, of LA-ACIQ 0.1, is read too. It calls `entries` "rows", `joined` "shared", and a layer's tensors
+`weight_codes`, `weight_clip` and `clips` "weight", "weight_scale" and "clip"; its digest is over those names.
 """
 
 import hashlib
@@ -45,7 +53,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import torch
@@ -54,24 +62,26 @@ from torch import nn
 from .. import __version__
 from .._files import new_folder
 from ..errors import LaAciqError
+from ..models import EXPERT_WEIGHTS
 from ..nn.config import QuantConfig
+from ..nn.experts import LanguageAwareExperts
 from ..nn.forward_pass import LanguageState
-from ..nn.linear import LanguageAwareModule, check_clips
+from ..nn.linear import RENAMED_BUFFERS, LanguageAwareLinear, LanguageAwareModule, check_clips
 from ..nn.quantize import Quantization
 from ..tags import SINK, UND, canonical
-from .card import model_card
-
-if TYPE_CHECKING:
-    from ..evaluation import Report
+from .card import EvaluationReport, model_card
 
 METHOD = "la_aciq"
-SCHEMA = 2
+SCHEMA = 3
+OLDEST_SCHEMA = 2
 ARCHITECTURE = "config.json"
 
-# Fields of a description: per field its type, and that of its entries.
+_OLD_FIELDS = {"rows": "entries", "shared": "joined"}  # of schema 2
+
+# Fields of a description: per field its type, and that of its elements.
 _FIELDS: dict[str, tuple[type, Any]] = {
-    "config": (dict, object), "rows": (list, str), "layers": (list, str), "shared": (list, list), "cache": (dict, int),
-    "skipped": (dict, str), "calibration_tokens": (dict, int),
+    "config": (dict, object), "entries": (list, str), "layers": (list, str), "joined": (list, list),
+    "cache": (dict, int), "skipped": (dict, str), "calibration_tokens": (dict, int),
 }  # fmt: skip
 
 
@@ -80,14 +90,24 @@ def save_quantized(
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
     *,
-    report: "Report | None" = None,
+    report: EvaluationReport | None = None,
     force: bool = False,
 ) -> None:
     """Write a quantized Hugging Face model (and its tokenizer) into a new folder, complete or not at all.
 
     `model.save_pretrained(folder)` writes the same model, into an existing folder too. Beside it comes a README.md with
-    the table by language (`model_card`; report is what it shows). Raises `LaAciqError` when the model is not a
-    quantized one, or the folder exists (`force` replaces one of this kind).
+    the table by language (`model_card`).
+
+    Args:
+        model: of `quantize_model` or `load_quantized`, on any device.
+        folder: to be made.
+        tokenizer: saved with the model.
+        report: of `la_aciq.evaluate`, for the README.md.
+        force: replace an existing folder, if it is one of this kind.
+
+    Raises:
+        LaAciqError: the model is not a quantized Hugging Face model or has tensors that are offloaded, the folder
+            exists, or the report is of another model or other configurations.
     """
     if not isinstance(getattr(model, "la_aciq", None), Quantization):
         raise LaAciqError("save_quantized needs a model that quantize_model or load_quantized returned")
@@ -104,19 +124,24 @@ def save_quantized(
 def load_quantized(folder: str | os.PathLike[str], **settings: Any) -> nn.Module:
     """The model in a folder that `save_quantized` or `save_pretrained` wrote, in evaluation mode.
 
-    settings: as in transformers' `from_pretrained`; by default on the CPU, in the dtype it was saved in. The same as
-    `from_pretrained` of the model's class, which is looked up, with one kind of error.
+    The same as `from_pretrained` of the model's class, which is looked up, with one kind of error. Everything is
+    checked before a tensor is loaded.
 
-    Everything is checked before a tensor is loaded: a file that is missing, truncated, edited or from a newer version
-    of the format, tensors that do not fit the model, and clips that are not finite and positive are each a
-    `LaAciqError`.
+    Args:
+        folder: the model's.
+        settings: as in transformers' `from_pretrained`; by default on the CPU, in the dtype it was saved in.
+
+    Returns:
+        The model that was saved: the same logits, bit for bit, on the same device.
+
+    Raises:
+        LaAciqError: a file is missing, truncated, edited or from a newer version of the format, tensors do not fit the
+            model, clips are not finite and positive, or transformers is not installed.
     """
     path = Path(folder)
     config, _ = read_folder(path)
     try:
-        import transformers
-
-        from ..integrations import transformers as _registers  # noqa: F401
+        import transformers  # which makes `import la_aciq` register the method with it
     except ImportError as error:
         raise LaAciqError("loading a quantized model needs transformers; install la-aciq[demo]") from error
     names = config.get("architectures")
@@ -125,10 +150,10 @@ def load_quantized(folder: str | os.PathLike[str], **settings: Any) -> nn.Module
         raise LaAciqError(
             f"{str(path)!r}: architectures = {names!r} in {ARCHITECTURE}; expected one class of transformers"
         )
-    wanted = {"dtype": "auto", "local_files_only": True} | settings | {"use_safetensors": True}
+    settings = {"dtype": "auto", "local_files_only": True} | settings | {"use_safetensors": True}
     try:
         loading: Any = architecture
-        model: nn.Module = loading.from_pretrained(path, **wanted)
+        model: nn.Module = loading.from_pretrained(path, **settings)
     except LaAciqError:
         raise
     except (
@@ -148,7 +173,8 @@ def load_quantized(folder: str | os.PathLike[str], **settings: Any) -> nn.Module
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     """The config.json of a quantized model's folder, as far as it can be checked, and its tensors' digest.
 
-    Raises `LaAciqError` where there is no such model, and as `read_description` does.
+    Raises:
+        LaAciqError: there is no such model, or as `read_description` says.
     """
     path = Path(folder)
     try:
@@ -166,72 +192,102 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     return config, sha256
 
 
-def describe(done: Quantization, sha256: str) -> dict[str, Any]:
+def describe(quantization: Quantization, sha256: str) -> dict[str, Any]:
     """The `quantization_config` of a quantized model whose tensors have this digest."""
     description = {
         "quant_method": METHOD,
         "schema": SCHEMA,
         "version": __version__,
-        "config": done.config.to_dict(),
-        "rows": list(done.state.entries),
-        "layers": list(done.layers),
-        "shared": [list(names) for names in done.shared],
-        "cache": done.cache,
-        "skipped": done.skipped,
-        "fingerprint": done.fingerprint,
-        "calibration_tokens": done.calibration_tokens,
+        "config": quantization.config.to_dict(),
+        "entries": list(quantization.state.entries),
+        "layers": list(quantization.layers),
+        "joined": [list(names) for names in quantization.joined],
+        "cache": quantization.cache,
+        "skipped": quantization.skipped,
+        "fingerprint": quantization.fingerprint,
+        "calibration_tokens": quantization.calibration_tokens,
         "sha256": sha256,
     }
     return description | {"checksum": _checksum(description)}
 
 
-def read_description(values: Mapping[str, Any]) -> tuple[Quantization, str]:
+def read_description(description: Mapping[str, Any]) -> tuple[Quantization, str]:
     """What a `quantization_config` says, and the digest its tensors must have.
 
-    Raises `LaAciqError` for one that was edited, is incomplete, or was written by a newer version of the format.
+    Raises:
+        LaAciqError: it was edited, is incomplete, or was written by a newer version of the format.
     """
     where = "quantization_config"
-    schema = values.get("schema")
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < SCHEMA:
-        raise LaAciqError(f"{where}: schema = {schema!r}; expected {SCHEMA}")
+    schema = description.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < OLDEST_SCHEMA:
+        raise LaAciqError(f"{where}: schema: expected {OLDEST_SCHEMA} or {SCHEMA}, got {schema!r}")
     if schema > SCHEMA:
         raise LaAciqError(
-            f"{where} has schema {schema}, made by a newer LA-ACIQ ({values.get('version')}); "
+            f"{where} has schema {schema}, made by a newer LA-ACIQ ({description.get('version')}); "
             f"this one reads up to {SCHEMA}"
         )
-    content = dict(values)
+    content = dict(description)
     if content.pop("checksum", None) != _checksum(content):
         raise LaAciqError(f"{where} does not match its checksum: it was edited or cut short")
-    for name, (kind, entry) in _FIELDS.items():
+    values = content
+    if schema < 3:
+        values = {_OLD_FIELDS.get(name, name): value for name, value in content.items()}
+    for name, (kind, member_type) in _FIELDS.items():
         value: Any = values.get(name)
         if not isinstance(value, kind):
             raise LaAciqError(f"{where}: {name!r} is missing or not a JSON {kind.__name__}")
-        entries: Any = values[name].values() if kind is dict else values[name]
-        if not all(isinstance(one, entry) for one in entries):
-            raise LaAciqError(f"{where}: {name!r} has an entry that is not a JSON {entry.__name__}")
+        members: Any = values[name].values() if kind is dict else values[name]
+        if not all(isinstance(member, member_type) for member in members):
+            raise LaAciqError(f"{where}: {name!r} has an element that is not a JSON {member_type.__name__}")
     for name in ("fingerprint", "sha256"):
         if not isinstance(values.get(name), str):
             raise LaAciqError(f"{where}: {name!r} is missing or not a JSON str")
-    rows = values["rows"]
-    languages = [row for row in rows[1:] if row != SINK]
-    if rows[:1] != [UND] or len(set(rows)) != len(rows) or languages != [canonical(tag) for tag in languages]:
-        raise LaAciqError(f"{where}: 'rows' is {rows!r}; expected {UND!r} and then the rows of the tables, each once")
-    if not {name for names in values["shared"] for name in names} <= set(values["layers"]):
-        raise LaAciqError(f"{where}: 'shared' has a layer that 'layers' has not")
+    entries = values["entries"]
+    languages = [entry for entry in entries[1:] if entry != SINK]
+    if entries[:1] != [UND] or len(set(entries)) != len(entries) or languages != [canonical(tag) for tag in languages]:
+        raise LaAciqError(
+            f"{where}: 'entries': expected {UND!r} and then the entries of the tables, each once, got {entries!r}"
+        )
+    if not {name for names in values["joined"] for name in names} <= set(values["layers"]):
+        raise LaAciqError(f"{where}: 'joined' has a layer that 'layers' has not")
     if unknown := [layer for layer, count in values["cache"].items() if not layer.isdecimal() or count < 1]:
-        raise LaAciqError(f"{where}: 'cache' has the layer {unknown[0]!r} with {values['cache'][unknown[0]]!r} entries")
+        raise LaAciqError(f"{where}: 'cache' has the layer {unknown[0]!r} with {values['cache'][unknown[0]]!r} clips")
     config = QuantConfig.from_dict(values["config"])
-    done = Quantization(
+    quantization = Quantization(
         config=config,
-        state=LanguageState(rows, config.by_language),
+        state=LanguageState(entries, config.by_language),
         layers=tuple(values["layers"]),
-        shared=tuple(tuple(names) for names in values["shared"]),
+        joined=tuple(tuple(names) for names in values["joined"]),
         cache=dict(values["cache"]),
         skipped=dict(values["skipped"]),
         fingerprint=values["fingerprint"],
         calibration_tokens=dict(values["calibration_tokens"]),
     )
-    return done, values["sha256"]
+    return quantization, values["sha256"]
+
+
+def old_names(model: nn.Module) -> dict[str, str]:
+    """By the names that the tensors of a quantized model have in a folder of schema 2, where they differ, their own."""
+    names: dict[str, str] = {}
+    for layer, module in model.named_modules():
+        if isinstance(module, LanguageAwareLinear):
+            for old, new in RENAMED_BUFFERS.items():
+                if module._buffers.get(new) is not None:
+                    names[f"{layer}.{old}"] = f"{layer}.{new}"
+    return names
+
+
+def unfit_tensor(model: nn.Module, quantization: Quantization) -> dict[str, torch.Tensor]:
+    """A tensor by its name, uint8 [0], that does not fit the unquantized model; none with 16-bit weights.
+
+    transformers without LA-ACIQ warns of an unknown method, goes on, and would draw at random the weights that it does
+    not find. Such a tensor makes it refuse the folder.
+    """
+    if quantization.config.weights == 16 or not quantization.layers:
+        return {}
+    first = quantization.layers[0]
+    experts = isinstance(model.get_submodule(first), LanguageAwareExperts)
+    return {f"{first}.{EXPERT_WEIGHTS[0] if experts else 'weight'}": torch.empty(0, dtype=torch.uint8)}
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -258,33 +314,49 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
         return hashlib.sha256(b"".join(threads.map(one, sorted(tensors)))).hexdigest()
 
 
-def check_files(model: nn.Module, files: Iterable[str | os.PathLike[str]], sha256: str) -> None:
+def check_files(
+    model: nn.Module,
+    files: Iterable[str | os.PathLike[str]],
+    sha256: str,
+    *,
+    renamed: Mapping[str, str],
+    unfit: Iterable[str],
+) -> None:
     """Check the tensors in safetensors files against a model with its quantized layers installed, before any is loaded.
 
-    Raises `LaAciqError` when one is missing, unknown, of another shape or kind, when a table or a scale in it is not
-    finite and positive, or when their digest is another.
+    Args:
+        model: on any device, the meta device too.
+        files: of one folder.
+        sha256: the digest that the tensors must have.
+        renamed: names in the files that the model has others for (`old_names`).
+        unfit: names in the files that the model has no tensor for, by intention (`unfit_tensor`).
+
+    Raises:
+        LaAciqError: a tensor is missing, unknown, of another shape or kind, a clip is not finite and positive, or the
+            digest is another.
     """
-    with _opened(files) as tensors:
+    with _opened(files) as stored:
+        tensors = {renamed.get(name, name): tensor for name, tensor in stored.items() if name not in set(unfit)}
         expected = stored_tensors(model)
         missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
         if missing or unknown:
-            what = f"lack {missing[0]!r}" if missing else f"have {unknown[0]!r}, which the model has not"
-            raise LaAciqError(f"the tensors of the checkpoint do not fit the model of {ARCHITECTURE}: they {what}")
+            misfit = f"lack {missing[0]!r}" if missing else f"have {unknown[0]!r}, which the model has not"
+            raise LaAciqError(f"the tensors of the checkpoint do not fit the model of {ARCHITECTURE}: they {misfit}")
         for name, tensor in tensors.items():
-            own = expected[name]
-            if tensor.shape != own.shape:
+            like = expected[name]
+            if tensor.shape != like.shape:
                 raise LaAciqError(
-                    f"tensor {name!r} of the checkpoint has shape {list(tensor.shape)}, expected {list(own.shape)}"
+                    f"tensor {name!r} of the checkpoint has shape {list(tensor.shape)}, expected {list(like.shape)}"
                 )
-            floating = tensor.is_floating_point() and own.is_floating_point()
-            if not floating and tensor.dtype != own.dtype:
-                raise LaAciqError(f"tensor {name!r} of the checkpoint is {tensor.dtype}, expected {own.dtype}")
+            floating = tensor.is_floating_point() and like.is_floating_point()
+            if not floating and tensor.dtype != like.dtype:
+                raise LaAciqError(f"tensor {name!r} of the checkpoint is {tensor.dtype}, expected {like.dtype}")
         for name, module in model.named_modules():
             if isinstance(module, LanguageAwareModule):
                 _check_layer(
                     name, {key: tensors[f"{name}.{key}"] for key in module._buffers if f"{name}.{key}" in tensors}
                 )
-        _check_digest(tensors, sha256)
+        _check_digest(stored, sha256)
 
 
 def check_tensors(folder: str | os.PathLike[str], sha256: str) -> None:
@@ -324,14 +396,15 @@ def _opened(files: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, torch
 
 
 def _check_layer(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check the values of a quantized module's own tensors: clips, scales and signs, by what their names end with."""
+    """Check the values of a quantized module's tensors by their names: clips, centers, biases and signs."""
     for key, tensor in tensors.items():
-        if key.endswith(("clip", "weight_scale")) and tensor.dtype != torch.float32:
+        if key.endswith(("clip", "clips")) and tensor.dtype != torch.float32:
             raise LaAciqError(f"layer {name!r}: {key} is {tensor.dtype}, expected torch.float32")
-        if key.endswith("clip"):
+        if key == "weight_clip":  # 0 for a group of zeros
+            if not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
+                raise LaAciqError(f"layer {name!r}: the clips of its weight are not all finite and at least 0")
+        elif key.endswith(("clip", "clips")):
             check_clips(tensor, tuple(tensor.shape), name)
-        if key.endswith("weight_scale") and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
-            raise LaAciqError(f"layer {name!r}: the clips of its weight are not all finite and at least 0")
         if key.endswith(("center", "bias")) and not bool(torch.isfinite(tensor).all()):
             raise LaAciqError(f"layer {name!r}: its {key} is not all finite")
         if key.endswith("signs") and not bool((tensor.abs() == 1).all()):

@@ -1,11 +1,13 @@
 """Export to compressed-tensors' pack-quantized format: INT4 weights that stock kernels load (transformers, vLLM).
 
-What such kernels compute fixes what can be exported: the mid-tread codebook, one scale per group along K, no rotation,
+What such kernels compute fixes what can be exported: the mid-tread codebook, one step per group along K, no rotation,
 16-bit activations; the clips of the weights may still have been chosen under any objective. Per layer the file holds
 
     weight_packed  int32 [N, K / 8], code j of eight at bits 4j: our own nibbles, read as 32-bit words
-    weight_scale   [N, K / group], the step Delta = 2 alpha / 15 in the model's dtype: value = (code - 8) Delta
+    weight_scale   [N, K / group], the step Delta = 2 clip / 15 in the model's dtype: value = (code - 8) Delta
     weight_shape   int64 [2], N and K
+
+`weight_scale` is that format's name; a layer of ours calls its clips `weight_clip`.
 
 The clips of the activations by language, which stock kernels do not read, travel beside them in
 `la_aciq/clip_table.safetensors` (`load_table`): in a folder of their own, because vLLM takes every safetensors file
@@ -46,44 +48,48 @@ def export_compressed_tensors(
 ) -> None:
     """Write a quantized Hugging Face model in compressed-tensors' pack-quantized format into a new folder.
 
-    model: of `quantize_model` with weights = 4, activations = 16, kv = 16, codebook "midtread", rotate = False and
-        center = False, groups of a fixed size that divides every layer's K, and torch.nn.Linear layers only.
-    table: written beside it.
+    The steps are rounded to the model's dtype.
 
-    The scales are rounded to the model's dtype. Raises `LaAciqError` for another configuration, and for layers that the
-    format cannot hold.
+    Args:
+        model: of `quantize_model` with weights = 4, activations = 16, kv = 16, codebook "midtread", rotate = False and
+            center = False, groups of a fixed size that divides every layer's K, and torch.nn.Linear layers only.
+        folder: to be made.
+        tokenizer: saved with the model.
+        table: of clips, written beside the model.
+        force: replace an existing folder, if it is one of this kind.
+
+    Raises:
+        LaAciqError: another configuration, a layer that the format cannot hold, or a folder that exists.
     """
-    done = getattr(model, "la_aciq", None)
-    if not isinstance(done, Quantization) or not hasattr(model, "save_pretrained"):
+    quantization = getattr(model, "la_aciq", None)
+    if not isinstance(quantization, Quantization) or not hasattr(model, "save_pretrained"):
         raise LaAciqError("export_compressed_tensors needs a Hugging Face model that quantize_model returned")
-    check_configuration(done.config)
+    check_configuration(quantization.config)
     hugging_face: Any = model
     tensors = stored_tensors(model)
-    for name in done.layers:
+    for name in quantization.layers:
         layer = model.get_submodule(name)
-        if not isinstance(layer, LanguageAwareLinear) or layer.weight_scale is None:
+        if not isinstance(layer, LanguageAwareLinear) or layer.weight_clip is None:
             raise LaAciqError(
                 f"layer {name!r} is a {type(layer).__name__}; compressed-tensors holds linear layers only"
             )
-        group, k = done.config.group_size, layer.in_features
+        group, k = quantization.config.group_size, layer.in_features
         if k % group or k % _WORD:
             raise LaAciqError(
                 f"layer {name!r} has {k} inputs; compressed-tensors needs a multiple of {_WORD} and of "
                 f"group_size = {group}"
             )
-        del tensors[f"{name}.weight"]
-        # A copy: weights of layers that share their input lie in one storage, which safetensors refuses.
-        tensors[f"{name}.weight_packed"] = layer.portable_weight.clone().view(torch.int32)
-        tensors[f"{name}.weight_scale"] = (layer.weight_scale * (2 / 15)).to(hugging_face.dtype)
+        tensors[f"{name}.weight_packed"] = tensors.pop(f"{name}.weight_codes").view(torch.int32)
+        tensors[f"{name}.weight_scale"] = (tensors.pop(f"{name}.weight_clip") * (2 / 15)).to(hugging_face.dtype)
         tensors[f"{name}.weight_shape"] = torch.tensor([layer.out_features, k])
     config = copy.deepcopy(hugging_face.config)
-    config.quantization_config = _description(model, done)
+    config.quantization_config = _description(model, quantization)
     config.dtype, config.architectures = hugging_face.dtype, [type(model).__name__]
     # Where it comes from; also tells our own folder from another's when it is to be replaced.
     config.la_aciq = {
         "version": __version__,
-        "fingerprint": done.fingerprint,
-        "calibration_tokens": done.calibration_tokens,
+        "fingerprint": quantization.fingerprint,
+        "calibration_tokens": quantization.calibration_tokens,
     }
     from huggingface_hub import save_torch_state_dict
 
@@ -130,14 +136,14 @@ def check_configuration(config: QuantConfig) -> None:
         raise LaAciqError("compressed-tensors needs a group_size such as 64, got 0, one group per row")
 
 
-def _description(model: nn.Module, done: Quantization) -> dict[str, Any]:
+def _description(model: nn.Module, quantization: Quantization) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     weights = {
         "num_bits": 4,
         "type": "int",
         "symmetric": True,
         "strategy": "group",
-        "group_size": done.config.group_size,
+        "group_size": quantization.config.group_size,
         "dynamic": False,
     }
     return {

@@ -12,6 +12,7 @@ its tensors. `la_aciq.checkpoint.folder` describes the files.
 
 import copy
 import os
+import re
 from typing import Any
 
 import torch
@@ -20,11 +21,20 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.folder import METHOD, check_files, describe, digest, read_description, stored_tensors
+from ..checkpoint.folder import (
+    METHOD,
+    check_files,
+    describe,
+    digest,
+    old_names,
+    read_description,
+    stored_tensors,
+    unfit_tensor,
+)
 from ..errors import LaAciqError
 from ..models import fingerprint_of, sample
 from ..nn.config import QuantConfig
-from ..nn.quantize import Plan, Quantization, adopt, install
+from ..nn.quantize import AFTER_QUANTIZING, Plan, Quantization, adopt, install
 from ..profile import Profile
 
 
@@ -32,38 +42,49 @@ from ..profile import Profile
 class LaAciqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no type information
     """How `from_pretrained` quantizes a model: a profile, and the fields of `QuantConfig`.
 
-    profile: a `Profile` of this model, or the folder of one. settings: fields of `QuantConfig`; group_size, rotate and
-    ignore are the profile's unless given.
-
-    After loading, `description` is what was done (see `la_aciq.checkpoint.folder`), and what config.json holds.
+    Attributes:
+        profile: the statistics; None for a model that is quantized already.
+        config: the `QuantConfig`.
+        description: how the model was quantized (see `la_aciq.checkpoint.folder`), which config.json holds; None before
+            it is.
     """
 
     def __init__(self, profile: Profile | str | os.PathLike[str], **settings: Any) -> None:
+        """Read the profile where it is a folder, and check the settings.
+
+        Args:
+            profile: of the model that is to be loaded, or the folder of one.
+            settings: fields of `QuantConfig`; group_size, rotate and ignore are by default the profile's.
+
+        Raises:
+            LaAciqError: the folder holds no profile, or a setting is none of `QuantConfig`.
+        """
         if not isinstance(profile, Profile):
             profile = Profile.load(profile)
-        own = {
+        measured = {
             "group_size": profile.metadata["group_size"],
             "rotate": profile.metadata["rotation"]["enabled"],
             "ignore": profile.metadata["ignore"],
         }
         self.quant_method = METHOD
         self.profile: Profile | None = profile
-        self.config = QuantConfig.from_dict(own | settings)
+        self.config = QuantConfig.from_dict(measured | settings)
         self.description: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, description: dict[str, Any]) -> "LaAciqConfig":
         """The configuration of a model that is quantized already; raises `LaAciqError` for an inconsistent one."""
-        done, _ = read_description(description)
-        made = cls.__new__(cls)
-        made.quant_method, made.profile, made.config, made.description = METHOD, None, done.config, dict(description)
-        return made
+        quantization, _ = read_description(description)
+        config = cls.__new__(cls)
+        config.quant_method, config.profile = METHOD, None
+        config.config, config.description = quantization.config, dict(description)
+        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The configuration in a config.json."""
-        made = cls.of(config_dict)
-        return (made, kwargs) if return_unused_kwargs else made
+        config = cls.of(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LaAciqConfig":
         """transformers copies configurations; the profile, which nothing changes and which may be large, is shared."""
@@ -91,11 +112,18 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: LaAciqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._plan: Plan | None = None
-        self._done: Quantization | None = None
+        self._quantization: Quantization | None = None  # of a model that is quantized already
+        self._renamed: dict[str, str] = {}  # names in its files that its tensors have others for
         self._parameters: list[str] = []  # names in the unquantized model
         self._samples: dict[str, bytes] = {}  # of the parameters that are not there any more
         self._replaced: set[str] = set()
         self._failure: LaAciqError | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For a model that is unpickled: its attention is looked up by name, so the module that has it is imported."""
+        from ..nn import attention  # noqa: F401
+
+        self.__dict__.update(state)
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` works: yes."""
@@ -104,7 +132,9 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """How names in the files become names in the model: a quantized model's files have the model's own names."""
         if self.pre_quantized:
-            return []
+            from transformers.core_model_loading import WeightRenaming
+
+            return [WeightRenaming(f"^{re.escape(old)}$", new) for old, new in self._renamed.items()]
         # `model` since transformers 5.20.
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         return conversions
@@ -145,19 +175,31 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        hugging_face: Any = model
+        _check_undistributed(getattr(hugging_face.config, "distributed_config", None))
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise LaAciqError("LA-ACIQ loads models from safetensors files only")
         config = self.quantization_config
         if self.pre_quantized:
-            self._done, sha256 = read_description(config.to_dict())
-            hugging_face: Any = model
+            description = config.to_dict()
+            self._quantization, sha256 = read_description(description)
             names = hugging_face.config.architectures or []
             if names and type(model).__name__ not in names:
                 raise LaAciqError(
                     f"the checkpoint is that of a {names[0]}, which was quantized as a whole; load it as one"
                 )
-            install(model, self._done)
-            check_files(model, checkpoint_files, sha256)
+            install(model, self._quantization)
+            unfit: dict[str, torch.Tensor] = {}
+            if description["schema"] == 2:
+                self._renamed = old_names(model)
+            else:
+                unfit = unfit_tensor(model, self._quantization)
+                ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+                hugging_face._keys_to_ignore_on_load_unexpected = {
+                    *ignored,
+                    *(f"^{re.escape(name)}$" for name in unfit),
+                }
+            check_files(model, checkpoint_files, sha256, renamed=self._renamed, unfit=unfit)
             return
         if config.profile is None:
             raise LaAciqError("this LaAciqConfig is that of a quantized model; expected one with a profile")
@@ -176,15 +218,15 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
             missing.discard(name)
         if self._failure is not None or self._plan is None:
             return
-        layer, _, own = name.rpartition(".")
+        layer, _, parameter = name.rpartition(".")
         module = model.get_submodule(layer)
         try:
-            shape = module.get_parameter(own).shape
+            shape = module.get_parameter(parameter).shape
             if tensor.shape != shape:
                 raise LaAciqError(f"parameter {name!r} has shape {list(tensor.shape)}, expected {list(shape)}")
             self._samples[name] = sample(tensor)
-            setattr(module, own, nn.Parameter(tensor, requires_grad=False))
-            if not any(parameter.is_meta for parameter in module.parameters()):
+            setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
+            if not any(tensor.is_meta for tensor in module.parameters()):
                 quantized = self._plan.quantized(layer, module)
                 for buffer in quantized.buffers():
                     buffer._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would initialize it
@@ -194,8 +236,8 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
             self._failure = error  # transformers would log it and go on; it is raised when loading ends
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if self._done is not None:
-            adopt(model, self._done)
+        if self._quantization is not None:
+            adopt(model, self._quantization)
             return
         plan, profile = self._plan, self.quantization_config.profile
         if plan is None or profile is None:
@@ -206,21 +248,77 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
             raise LaAciqError(f"the checkpoint lacks parameters of the layer {missing[0]!r}")
         samples = {name: self._samples.get(name) or sample(model.get_parameter(name)) for name in self._parameters}
         profile.check_fingerprint(fingerprint_of(model, samples))
+        self._plan, self._samples = None, {}
         plan.finish(model)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Called by `save_pretrained` before it writes config.json, which is to hold the digest of the tensors."""
-        done: Any = model.la_aciq
-        self.quantization_config.description = describe(done, digest(stored_tensors(model)))
-        return None, {}
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Called by `save_pretrained` before it writes config.json, which is to hold the digest of the tensors.
+
+        Returns the tensors to save.
+        """
+        quantization: Any = getattr(model, "la_aciq")  # noqa: B009  # no attribute of nn.Module
+        tensors = stored_tensors(model)
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                tensors[name] = _offloaded(model, name)
+        tensors |= unfit_tensor(model, quantization)
+        self.quantization_config.description = describe(quantization, digest(tensors))
+        return tensors, {}
 
 
-def prepare_for_saving(model: nn.Module, done: Quantization) -> None:
-    """Give a quantized Hugging Face model the attributes by which `save_pretrained` writes it as one."""
-    hugging_face: Any = model
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
+    """The tensor of this name that accelerate's hooks keep elsewhere; raises `LaAciqError` where none does."""
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        if not name.startswith(prefix):
+            continue
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            weights: Any = getattr(part, "weights_map", None)
+            if weights is not None:
+                try:
+                    tensor: torch.Tensor = weights[name.removeprefix(prefix)]
+                except KeyError:
+                    continue
+                return tensor
+    raise LaAciqError(f"tensor {name!r}: expected values to save, got none: it is on the meta device")
+
+
+def prepare(model: nn.Module, quantization: Quantization) -> None:
+    """Give a quantized model of transformers the attributes of one that transformers has quantized.
+
+    By them `save_pretrained` writes it as a quantized one, and `Trainer` and `half()` refuse it.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    from ..nn.attention import use_attention
+
     # The digest is that of the tensors when they are saved.
-    config = LaAciqConfig.of(describe(done, ""))
+    config = LaAciqConfig.of(describe(quantization, ""))
+    hugging_face: Any = model
     hugging_face.config.quantization_config = config
     hugging_face.hf_quantizer = LaAciqQuantizer(config, pre_quantized=True)
+    hugging_face.is_quantized, hugging_face.quantization_method = True, METHOD
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
     # Tensors are saved under the names of the quantized model, not renamed back to those of the original files.
     hugging_face._weight_conversions = []
+    use_attention(model)
+
+
+AFTER_QUANTIZING.append(prepare)
+
+
+def _check_undistributed(settings: Any) -> None:
+    """Raises `LaAciqError` for transformers' parallelism, whose plans name weights that quantized layers lack."""
+    sizes = [
+        name for name in ("tp_size", "fsdp_size", "pp_size", "dp_size") if (getattr(settings, name, None) or 1) > 1
+    ]
+    if sizes or getattr(settings, "tp_plan", None):
+        raise LaAciqError(
+            f"a model quantized by LA-ACIQ cannot be distributed by transformers ({', '.join(sizes) or 'tp_plan'}); "
+            "expected one process, device_map for several devices, or vLLM for tensor parallelism"
+        )

@@ -1,8 +1,7 @@
 """What a model's modules are: which are linear layers, experts or the output head, and the fingerprint of a model."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -88,15 +87,6 @@ def output_head(model: nn.Module) -> str | None:
     """The name of the layer that makes the logits, whatever its architecture calls it."""
     found = getattr(model, "get_output_embeddings", lambda: None)()
     return next((name for name, module in model.named_modules() if module is found), None)
-
-
-def is_ignored(layer: str, patterns: Iterable[str], head: str | None = None) -> bool:
-    """Whether a layer of this full name is named by its full name, its last component, or a shell pattern.
-
-    "lm_head" also names the model's output head, `head`, where it has another name.
-    """
-    last = "lm_head" if layer == head else layer.rpartition(".")[2]
-    return any(pattern in (layer, last) or fnmatchcase(layer, pattern) for pattern in patterns)
 
 
 def is_quantized(config: Any) -> bool:

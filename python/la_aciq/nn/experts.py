@@ -26,16 +26,15 @@ class LanguageAwareExperts(nn.Module):
 
     @classmethod
     def empty(cls, experts: Any, config: QuantConfig, state: LanguageState) -> "LanguageAwareExperts":
-        """Experts of the same shapes on the meta device, for a checkpoint to fill."""
-        made = cls(experts.act_fn, state)
+        """Experts of the shapes of trained ones, on the meta device, for a checkpoint to fill."""
+        quantized = cls(experts.act_fn, state)
         for index in range(len(experts.gate_up_proj)):
             for name in EXPERT_WEIGHTS:
                 weight = getattr(experts, name)
                 n, k = weight.shape[1:]
-                made._put(
-                    index, name, LanguageAwareLinear(k, n, False, config, state, dtype=weight.dtype, device="meta")
-                )
-        return made
+                layer = LanguageAwareLinear(k, n, False, config, state, dtype=weight.dtype, device="meta")
+                quantized._put(index, name, layer)
+        return quantized
 
     @classmethod
     def from_experts(
@@ -53,30 +52,41 @@ class LanguageAwareExperts(nn.Module):
     ) -> "LanguageAwareExperts":
         """Quantize trained experts (see `models.is_experts`), which are left as they are.
 
-        clips, centers, second_moments: by the name of the weight, "gate_up_proj" and "down_proj", as
-        `LanguageAwareLinear.from_linear` takes them; like it in all else. All experts are rounded by the same second
-        moments, those of the tokens routed to any of them.
+        All experts are rounded by the same second moments, those of the tokens routed to any of them.
+
+        Args:
+            experts: with parameters `gate_up_proj` [E, 2 I, K] and `down_proj` [E, K, I], of any float dtype.
+            config, state, seed, name: as in `LanguageAwareLinear.from_linear`.
+            clips, centers, second_moments: by the name of the weight, "gate_up_proj" and "down_proj", as
+                `LanguageAwareLinear.from_linear` takes each.
+            like: these experts as they were quantized before.
+
+        Returns:
+            The quantized experts, on the device of the trained ones.
+
+        Raises:
+            LaAciqError: as `LanguageAwareLinear.from_linear`.
         """
-        made = cls(experts.act_fn, state)
+        quantized = cls(experts.act_fn, state)
         for index in range(len(experts.gate_up_proj)):
-            for part in EXPERT_WEIGHTS:
-                own = f"{index}.{part}"
+            for weight in EXPERT_WEIGHTS:
+                layer_name = f"{index}.{weight}"
                 linear = nn.Linear(1, 1, bias=False, device="meta")
-                linear.weight = nn.Parameter(getattr(experts, part)[index], requires_grad=False)
-                before: Any = None if like is None else like.get_submodule(own)
+                linear.weight = nn.Parameter(getattr(experts, weight)[index], requires_grad=False)
+                before: Any = None if like is None else like.get_submodule(layer_name)
                 layer = LanguageAwareLinear.from_linear(
                     linear,
                     config,
                     state,
-                    clips.get(part),
-                    center=centers.get(part),
+                    clips.get(weight),
+                    center=centers.get(weight),
                     seed=seed,
-                    name=f"{name}.{own}",
-                    second_moments=(second_moments or {}).get(part),
+                    name=f"{name}.{layer_name}",
+                    second_moments=(second_moments or {}).get(weight),
                     like=before,
                 )
-                made._put(index, part, layer)
-        return made
+                quantized._put(index, weight, layer)
+        return quantized
 
     def _put(self, index: int, name: str, layer: LanguageAwareLinear) -> None:
         if str(index) not in self._modules:
@@ -95,6 +105,6 @@ class LanguageAwareExperts(nn.Module):
             tokens, place = torch.where(top_k_index == index)
             with self.state.picked(hidden_states, tokens):
                 gate, up = expert.get_submodule("gate_up_proj")(hidden_states[tokens]).chunk(2, dim=-1)
-                made = expert.get_submodule("down_proj")(self.act_fn(gate) * up)
-            output.index_add_(0, tokens, (made * top_k_weights[tokens, place, None]).to(output.dtype))
+                y = expert.get_submodule("down_proj")(self.act_fn(gate) * up)
+            output.index_add_(0, tokens, (y * top_k_weights[tokens, place, None]).to(output.dtype))
         return output

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ def add_language_to_generate(model: nn.Module) -> None:
     generate = getattr(type(model), "generate", None)
     if generate is not None:
         taken = "language" in inspect.signature(generate).parameters
-        model.generate = MethodType(_generate_in_context if taken else _generate, model)  # type: ignore[assignment]
+        # A partial function and no method, which would be looked up in the class by its name when it is unpickled.
+        model.generate = partial(_generate_in_context if taken else _generate, model)  # type: ignore[assignment]
 
 
 def _generate(model: Any, *args: Any, language: str | Sequence[str] | None = None, **kwargs: Any) -> Any:

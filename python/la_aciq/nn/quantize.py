@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,40 +13,56 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import clipping, ops
+from .._deprecated import warn_renamed
 from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, is_quantized, linear_weight, output_head
 from ..ops import rotation
 from ..profile import Profile
-from ..tags import UND
+from ..tags import UND, canonical
 from .config import ABSMAX_SHARE, QuantConfig
 from .experts import LanguageAwareExperts
 from .forward_pass import LanguageState
 from .generate import add_language_to_generate
+from .joined import JoinedLayers
 from .kv import KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
-from .shared import SharedInput
 from .weights import Rounding
+
+# Called with every model that is quantized or loaded: integrations prepare it for what they do with models.
+AFTER_QUANTIZING: list[Callable[[nn.Module, "Quantization"], None]] = []
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What was done to a quantized model; its attribute `la_aciq`.
+    """How a model was quantized; its attribute `la_aciq`.
 
-    layers: names of the modules that are now `LanguageAwareLinear` or, a mixture's experts, `LanguageAwareExperts`.
-    shared: those of them with INT4 weights that read the very same tensor, by groups, which are computed in one call.
-    cache: by the number of an attention layer (a string, for JSON) the entries per row of its INT4 cache's table; empty
-    without tables. skipped: every other layer with a weight matrix, and why it was left alone. calibration_tokens: per
-    language, how many of its tokens the clips were chosen on.
+    Attributes:
+        config: the configuration, with what it left open decided.
+        state: the language ids of the model's passes.
+        layers: names of the modules that are now `LanguageAwareLinear` or, a mixture's experts, `LanguageAwareExperts`.
+        cache: by the number of an attention layer (a string, for JSON) the clips per entry of its INT4 cache's table;
+            empty without tables.
+        joined: those of `layers` with INT4 weights that read the very same tensor, by groups, which are computed in one
+            call.
+        skipped: every other layer with a weight matrix, and why it was left alone.
+        fingerprint: of the unquantized model.
+        calibration_tokens: per language, how many of its tokens the clips were chosen on.
     """
 
     config: QuantConfig
     state: LanguageState
     layers: tuple[str, ...]
     cache: dict[str, int]
-    shared: tuple[tuple[str, ...], ...]
+    joined: tuple[tuple[str, ...], ...]
     skipped: dict[str, str]
     fingerprint: str
     calibration_tokens: dict[str, int]
+
+    @property
+    def shared(self) -> tuple[tuple[str, ...], ...]:
+        """The old name of `joined`."""
+        warn_renamed("Quantization.shared", "Quantization.joined")
+        return self.joined
 
 
 def quantize_model(
@@ -60,23 +76,35 @@ def quantize_model(
 ) -> nn.Module:
     """The model with its linear layers quantized as `config` says, with the clips of the profile's statistics.
 
-    inplace: change the model itself, layer by layer, so that at most one layer is in memory twice; otherwise the model
-    given is left as it was, and the copy shares nothing with it. like: this model as it was quantized before; INT4
-    weights that would come out the same are shared with it, so that trying many clips costs the weights once. The
-    result's `la_aciq` is a `Quantization`; layers left alone because they are tied, of an unsupported kind, or not in
-    the profile are in its `skipped`, and named in one warning unless they are tied. A model on the meta device becomes
-    a quantized one there, without values: its shapes and sizes.
+    Layers left alone because they are tied, of an unsupported kind, or not in the profile are named in one warning
+    unless they are tied. A model on the meta device becomes a quantized one there, without values: its shapes and
+    sizes.
 
-    Raises `LaAciqError` when the profile was made from another model, when its group size or rotation is not the
-    configuration's, when the model is quantized already, and when a weight is not finite.
+    Args:
+        model: a model in any floating-point dtype, on one device or several.
+        profile: of this very model.
+        config: how to quantize it.
+        inplace: change the model itself, layer by layer, so that at most one layer is in memory twice; otherwise the
+            model is left as it was, and the copy shares nothing with it.
+        like: this model as it was quantized before; INT4 weights that would come out the same are shared with it, so
+            that trying many clips costs the weights once.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The quantized model. Its `la_aciq` is a `Quantization`; `skipped` there says what was left alone and why.
+
+    Raises:
+        LaAciqError: the profile was made from another model, its group size or rotation is not the configuration's, the
+            model is quantized already or distributed over processes, or a weight is not finite. All of this is checked
+            before the first layer is changed.
     """
     check_unquantized(model)
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent and len(absent) == len(list(model.parameters())):
-        done = Plan(model, profile, config).done
+        quantization = Plan(model, profile, config).quantization
         empty = model if inplace else copy.deepcopy(model)
-        install(empty, done)
-        adopt(empty, done)
+        install(empty, quantization)
+        adopt(empty, quantization)
         return empty
     if absent:
         raise LaAciqError(
@@ -107,14 +135,17 @@ def quantize_model(
 class Plan:
     """Which layers of a model become what, with which clips: all that is decided before a weight is looked at.
 
-    The model may be on the meta device. names: the modules to replace, in the model's order. done: what the model says
-    of itself afterwards.
+    The model may be on the meta device.
+
+    Attributes: names: the modules to replace, in the model's order. quantization: what the model says of itself
+    afterwards.
     """
 
     def __init__(self, model: nn.Module, profile: Profile, config: QuantConfig) -> None:
         if config.center is None:
             config = replace(config, center=bool(profile.centers))
         _check_settings(profile, config)
+        config = _with_language_weights(profile, config)
         config = _with_rounding(profile, config)
         self._profile = profile
         selected, skipped = _select(model, profile, config)
@@ -127,11 +158,11 @@ class Plan:
         self._cache_clips = _cache_clips(profile, config)
         self._rounding: tuple[str, Rounding] | None = None  # of the last site: layers that share an input come together
         self._seed = int(profile.metadata["rotation"]["seed"])
-        self.done = Quantization(
+        self.quantization = Quantization(
             config=config,
-            state=LanguageState(_rows(profile, config), config.by_language),
+            state=LanguageState(_entries(profile, config), config.by_language),
             layers=self.layers,
-            shared=_shared(profile, config, self.layers),
+            joined=_joined(profile, config, self.layers),
             cache={str(layer): clips.shape[1] for layer, clips in self._cache_clips.items()},
             skipped=skipped,
             fingerprint=profile.metadata["fingerprint"],
@@ -140,7 +171,7 @@ class Plan:
 
     def quantized(self, name: str, original: Any, like: nn.Module | None = None) -> nn.Module:
         """What takes the place of a layer."""
-        config, state = self.done.config, self.done.state
+        config, state = self.quantization.config, self.quantization.state
         if is_experts(original):
             before = None if like is None else like.get_submodule(name)
             experts: nn.Module = LanguageAwareExperts.from_experts(
@@ -181,7 +212,7 @@ class Plan:
 
     def _second_moments(self, name: str) -> Rounding | None:
         """Those of a layer's input, where its weights are to be rounded by them."""
-        config, second_moments = self.done.config, self._profile.second_moments
+        config, second_moments = self.quantization.config, self._profile.second_moments
         if config.weights == 16 or config.rounding == "nearest" or second_moments is None:
             return None
         site = self._profile.layers[name]
@@ -190,20 +221,20 @@ class Plan:
         products = torch.from_numpy(second_moments[site])
         if self._profile.centers and not config.center:
             # They were measured less the mean of each language.
-            rows = [self._profile.rows.index(tag) for tag in self._profile.languages]
-            means = torch.from_numpy(self._profile.centers[site][rows])
+            entries = [self._profile.rows.index(tag) for tag in self._profile.languages]
+            means = torch.from_numpy(self._profile.centers[site][entries])
             if config.rotate:
                 signs = torch.from_numpy(rotation.signs(means.shape[1], self._seed))
                 means = ops.rotate(means, signs, rotation.block_size(means.shape[1]))
             stats = self._profile.sites[site]
-            tokens = torch.from_numpy(stats.moments.count[rows, 0] / stats.group_size).float()
+            tokens = torch.from_numpy(stats.moments.count[entries, 0] / stats.group_size).float()
             products = products + (means * tokens[:, None]).T @ means
         self._rounding = site, Rounding(products)
         return self._rounding[1]
 
     def _center(self, name: str) -> torch.Tensor | None:
-        """The mean inputs of a layer, one for each row of the tables."""
-        config = self.done.config
+        """The mean inputs of a layer, float32 [entries, K]."""
+        config = self.quantization.config
         if not config.center:
             return None
         center = self._profile.centers[self._profile.layers[name]]
@@ -212,54 +243,57 @@ class Plan:
     def finish(self, model: nn.Module) -> None:
         """Make the model one that knows it is quantized, when all of `names` are replaced."""
         if self._cache_clips:
-            add_cache_tables(model, self.done).fill(self._cache_clips)
-        adopt(model, self.done)
+            add_cache_tables(model, self.quantization).fill(self._cache_clips)
+        adopt(model, self.quantization)
 
 
-def adopt(model: nn.Module, done: Quantization) -> None:
+def adopt(model: nn.Module, quantization: Quantization) -> None:
     """Give a model whose layers are quantized its `la_aciq`, the layout of weights that is the fastest where they are,
-    the hooks that set the language, and, when it is a Hugging Face model, what `save_pretrained` needs.
+    the hooks that set the language, and what integrations need (`AFTER_QUANTIZING`).
     """
     quantized: Any = model
-    quantized.la_aciq = done
+    quantized.la_aciq = quantization
     for module in model.modules():
         if isinstance(module, LanguageAwareLinear):
             module.repack()  # one by one: no more than one layer's weights are there twice
-    for names in done.shared:
+    for names in quantization.joined:
         layers = [model.get_submodule(name) for name in names]
         if len({layer.bias is None or layer.bias.ndim for layer in layers}) == 1:
-            SharedInput(layers)
-    if done.config.kv < 16:
+            JoinedLayers(layers)
+    if quantization.config.kv < 16:
         from .cache import CacheMaker
 
-        done.state.attach(model, CacheMaker(model))
+        quantization.state.attach(model, CacheMaker(model))
     else:
-        done.state.attach(model)
+        quantization.state.attach(model)
     add_language_to_generate(model)
-    if hasattr(model, "save_pretrained"):
-        from ..integrations.transformers import prepare_for_saving
-        from .attention import use_attention
-
-        prepare_for_saving(model, done)
-        use_attention(model)
+    for prepare in AFTER_QUANTIZING:
+        prepare(model, quantization)
 
 
-def add_cache_tables(model: nn.Module, done: Quantization, device: torch.device | str | None = None) -> KeyValueClips:
+def add_cache_tables(
+    model: nn.Module, quantization: Quantization, device: torch.device | str | None = None
+) -> KeyValueClips:
     """Give the model an empty table for its INT4 cache, by default on the device of its parameters."""
-    tables = KeyValueClips({int(layer): count for layer, count in done.cache.items()}, done.config, done.state)
+    counts = {int(layer): count for layer, count in quantization.cache.items()}
+    tables = KeyValueClips(counts, quantization.config, quantization.state)
     model.add_module(KeyValueClips.NAME, tables.to(device or next(model.parameters()).device))
     return tables
 
 
-def install(model: nn.Module, done: Quantization) -> None:
-    """Put empty quantized layers, on the meta device, where a model of the same architecture has them."""
-    for name in done.layers:
-        _replace(model, name, done)
-    if done.cache:
-        add_cache_tables(model, done, "meta")
+def install(model: nn.Module, quantization: Quantization) -> None:
+    """Put empty quantized layers, on the meta device, where a model of the same architecture has them.
+
+    Raises:
+        LaAciqError: the model has no linear layer or experts of one of the names.
+    """
+    for name in quantization.layers:
+        _replace(model, name, quantization)
+    if quantization.cache:
+        add_cache_tables(model, quantization, "meta")
 
 
-def _replace(model: nn.Module, name: str, done: Quantization) -> None:
+def _replace(model: nn.Module, name: str, quantization: Quantization) -> None:
     try:
         original = model.get_submodule(name)
     except AttributeError:
@@ -270,41 +304,53 @@ def _replace(model: nn.Module, name: str, done: Quantization) -> None:
         raise LaAciqError(
             f"quantization_config names the layer {name!r}, and the model has no linear layer of that name"
         )
-    new: Any
+    config, state = quantization.config, quantization.state
+    empty: Any
     if weight is None:
-        new = LanguageAwareExperts.empty(original, done.config, done.state)
+        empty = LanguageAwareExperts.empty(original, config, state)
     else:
         n, k = weight.shape
         bias = original._parameters.get("bias") is not None
-        new = LanguageAwareLinear(k, n, bias, done.config, done.state, dtype=weight.dtype, device="meta")
-    model.set_submodule(name, new)
+        empty = LanguageAwareLinear(k, n, bias, config, state, dtype=weight.dtype, device="meta")
+    model.set_submodule(name, empty)
 
 
 def check_unquantized(model: nn.Module) -> None:
-    """Raises `LaAciqError` when the model is quantized already, by LA-ACIQ or by a quantizer of transformers."""
+    """Check that a model can be quantized.
+
+    Raises:
+        LaAciqError: it is quantized already, by LA-ACIQ or by a quantizer of transformers, or its parameters are parts
+            of tensors that are distributed over processes.
+    """
     if hasattr(model, "la_aciq") or is_quantized(getattr(model, "config", None)):
         raise LaAciqError("the model is quantized already; expected the model as it was trained")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor, of tensor parallelism or FSDP
+            raise LaAciqError(
+                f"parameter {name!r} is distributed over processes; expected a model that is whole on every process, "
+                "loaded without tensor parallelism and before it is sharded"
+            )
 
 
 def bits_per_weight(model: nn.Module) -> float:
     """Stored bits per weight of the replaced layers, the weights' clips and the tables of centers and their biases
-    included; the dtype's bits when there are none.
+    included; the bits of the parameters' dtype when there are none.
     """
     bits = weights = 0
     for module in model.modules():
         if isinstance(module, LanguageAwareLinear):
             weights += module.in_features * module.out_features
-            stored = [module.weight, module.weight_scale, module.center]
+            stored = [module.portable_weight, module.weight_clip, module.center]
             stored += [module.bias] if module.config.center else []
             bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in stored if tensor is not None)
     return bits / weights if weights else 8.0 * next(model.parameters()).itemsize
 
 
 def _quantization(model: nn.Module) -> Quantization:
-    found = getattr(model, "la_aciq", None)
-    if not isinstance(found, Quantization):
+    quantization = getattr(model, "la_aciq", None)
+    if not isinstance(quantization, Quantization):
         raise LaAciqError("like: it is not quantized; expected a model that quantize_model returned")
-    return found
+    return quantization
 
 
 def _quantized_layer(model: nn.Module | None, name: str) -> LanguageAwareLinear | None:
@@ -345,6 +391,23 @@ def inputs_of(name: str, module: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}.{part}" for part in EXPERT_WEIGHTS) if is_experts(module) else ()
 
 
+def _with_language_weights(profile: Profile, config: QuantConfig) -> QuantConfig:
+    """The configuration with the languages' weights by the profile's tags."""
+    if config.language_weights is None:
+        return config
+    weights: dict[str, float] = {}
+    for tag, weight in config.language_weights.items():
+        language = canonical(tag)
+        if language not in profile.languages:
+            raise LaAciqError(
+                f"language_weights: expected languages of the profile, {', '.join(profile.languages)}, got {tag!r}"
+            )
+        if language in weights:
+            raise LaAciqError(f"language_weights: expected each language once, got {language!r} twice")
+        weights[language] = weight
+    return replace(config, language_weights=weights)
+
+
 def _with_rounding(profile: Profile, config: QuantConfig) -> QuantConfig:
     """The configuration with the rounding of weights that the profile allows."""
     rotated = bool(profile.metadata["rotation"]["enabled"])
@@ -352,10 +415,10 @@ def _with_rounding(profile: Profile, config: QuantConfig) -> QuantConfig:
     if config.rounding == "auto":
         return replace(config, rounding="feedback" if usable else "nearest")
     if config.rounding == "feedback" and config.weights < 16 and not usable:
-        found = f"those of inputs with rotate = {rotated}" if profile.second_moments is not None else "none"
+        held = f"those of inputs with rotate = {rotated}" if profile.second_moments is not None else "none"
         raise LaAciqError(
             f"rounding = 'feedback' needs a profile with second moments of inputs with rotate = {config.rotate}, "
-            f"this one has {found}; calibrate again, or use rounding = 'nearest'"
+            f"this one has {held}; calibrate again, or use rounding = 'nearest'"
         )
     return config
 
@@ -400,7 +463,7 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
     return tuple(layers), skipped
 
 
-def _shared(profile: Profile, config: QuantConfig, layers: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _joined(profile: Profile, config: QuantConfig, layers: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """The layers with INT4 weights that read the very same tensor, by groups."""
     groups: dict[str, list[str]] = {}
     for name in layers:
@@ -410,52 +473,55 @@ def _shared(profile: Profile, config: QuantConfig, layers: tuple[str, ...]) -> t
 
 
 def _cache_clips(profile: Profile, config: QuantConfig) -> dict[int, torch.Tensor]:
-    """Clips (static) or factors (rms) of the INT4 cache, float32 [rows, heads of keys and values], by attention layer;
-    none for "absmax".
+    """Clips (static) or factors (rms) of the INT4 cache by attention layer, float32 [entries, heads of keys and
+    values]; none for "absmax".
     """
     if config.kv == 16 or config.kv_clip == "absmax":
         return {}
-    layers = [int(name.split(".")[1]) for name, found in profile.sites.items() if found.kind == "key"]
+    layers = [int(name.split(".")[1]) for name, stats in profile.sites.items() if stats.kind == "key"]
     if not layers:
         raise LaAciqError(
             f"kv_clip = {config.kv_clip!r}, but the profile has no keys and values; expected kv_clip = 'absmax', or a "
             "profile of a model whose attention uses a cache"
         )
-    made = _table(profile, config, 4, "group" if config.granularity == "token" else config.granularity)
-    clips, rows = made.alpha if config.kv_clip == "static" else made.shape, _places(profile, config)
+    table = _table(profile, config, 4, "group" if config.granularity == "token" else config.granularity)
+    clips, entries = table.alpha if config.kv_clip == "static" else table.shape, _places(profile, config)
     return {
-        layer: torch.from_numpy(np.concatenate([clips[site(layer, kind)][rows] for kind in ("key", "value")], axis=1))
+        layer: torch.from_numpy(
+            np.concatenate([clips[site(layer, kind)][entries] for kind in ("key", "value")], axis=1)
+        )
         for layer in layers
     }
 
 
-def _rows(profile: Profile, config: QuantConfig) -> tuple[str, ...]:
-    """The rows of the tables: the pooled one, the languages' where each has its own, and the sink's."""
-    own = profile.languages if config.sharing == "language" else ()
-    return (UND, *own, *(profile.rows[-1:] if config.sink else ()))
+def _entries(profile: Profile, config: QuantConfig) -> tuple[str, ...]:
+    """The entries of the tables: the pooled one, the languages' where each has one, and the sink's."""
+    languages = profile.languages if config.sharing == "language" else ()
+    return (UND, *languages, *(profile.rows[-1:] if config.sink else ()))
 
 
 def _places(profile: Profile, config: QuantConfig) -> list[int]:
-    """Where the profile has the rows of the tables."""
-    return [profile.rows.index(row) for row in _rows(profile, config)]
+    """Where the profile has the entries of the tables."""
+    return [profile.rows.index(entry) for entry in _entries(profile, config)]
 
 
 def _clips(profile: Profile, config: QuantConfig, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Clips (static) or factors (dynamic), float32 [rows, groups], of the layers' inputs."""
+    """Clips (static) or factors (dynamic), float32 [entries, groups], of the layers' inputs."""
     if config.activations == 16:
         return {}
-    rows = _places(profile, config)
+    entries = _places(profile, config)
     if config.clip == "absmax":
         share = ABSMAX_SHARE if config.activations == 4 else 1.0
         groups = {name: config.groups(profile.sites[profile.layers[name]].k) for name in layers}
         # Not torch's defaults: while transformers loads a model they are the meta device and the model's dtype.
         kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        return {name: torch.full((len(rows), count), share, **kind) for name, count in groups.items()}
-    # One scale per token takes the layer's factor; layer and model tables repeat one entry for all groups.
-    made = _table(profile, config, config.activations, "layer" if config.granularity == "token" else config.granularity)
-    clips = made.alpha if config.clip == "static" else made.shape
+        return {name: torch.full((len(entries), count), share, **kind) for name, count in groups.items()}
+    # One clip per token takes the layer's factor; layer and model tables repeat one clip for all groups.
+    granularity = "layer" if config.granularity == "token" else config.granularity
+    table = _table(profile, config, config.activations, granularity)
+    clips = table.alpha if config.clip == "static" else table.shape
     columns = None if config.activation_group_size else 1
-    return {name: torch.from_numpy(clips[name][rows, :columns]) for name in layers}
+    return {name: torch.from_numpy(clips[name][entries, :columns]) for name in layers}
 
 
 def _table(profile: Profile, config: QuantConfig, bits: int, granularity: str) -> clipping.ClipTable:
@@ -466,4 +532,6 @@ def _table(profile: Profile, config: QuantConfig, bits: int, granularity: str) -
         objective=config.objective,
         granularity=granularity,
         sharing=config.sharing,
+        language_objective=config.language_objective,
+        language_weights=config.language_weights,
     )

@@ -40,8 +40,13 @@ _CHUNK = 1 << 17
 def weight_clips(weight: Tensor, group_size: int, codebook: Codebook = "midrise") -> Tensor:
     """The INT4 clip of each group of weights with the least squared error, searched over 25 clips.
 
-    weight: [N, K] of any float dtype, finite. group_size 0 means one group per row. Returns float32 [N, groups] on the
-    weight's device; a group of zeros gets the clip 0, which dequantizes to exactly 0.
+    Args:
+        weight: [N, K] of any float dtype, finite.
+        group_size: weights along K that share a clip; 0 means one group per output.
+        codebook: "midrise" or "midtread".
+
+    Returns:
+        float32 [N, groups] on the weight's device; a group of zeros gets the clip 0, which dequantizes to exactly 0.
     """
     n, k = weight.shape
     group = group_size or k
@@ -64,24 +69,24 @@ def _best_clips(rows: Tensor, codebook: Codebook, padding: Tensor) -> Tensor:
     steps_in_largest = 7.5 / largest.clamp(min=torch.finfo(torch.float32).tiny)
     scaled, level = torch.empty_like(rows), torch.empty_like(rows)
     best = torch.full_like(largest, torch.inf)
-    found = torch.ones_like(largest)
+    best_share = torch.ones_like(largest)
 
     def attempt(share: Tensor | float) -> None:
-        nonlocal best, found
+        nonlocal best, best_share
         torch.mul(rows, (steps_in_largest / share).unsqueeze(-1), out=scaled)
         if codebook == "midrise":
             scaled.sub_(0.5)  # floor(x) + 1/2 is as far from x as round(x - 1/2) from x - 1/2
         torch.round(scaled, out=level).clamp_(-8, 7).sub_(scaled)
         error = (torch.linalg.vector_norm(level, dim=-1).square() - padding) * share**2
         better = error < best
-        best, found = torch.where(better, error, best), torch.where(better, share, found)
+        best, best_share = torch.where(better, error, best), torch.where(better, share, best_share)
 
     for share in _COARSE:
         attempt(share)
-    centre = found
+    coarse = best_share
     for offset in _FINE:
-        attempt(centre + offset)
-    return found * largest
+        attempt(coarse + offset)
+    return best_share * largest
 
 
 # Clips tried for a group that is reached by the feedback, as shares of its largest magnitude, and then around the best.
@@ -90,7 +95,7 @@ _AROUND = (-0.02, 0.02)
 _DAMPING = 0.01
 _SWEEPS = 1
 # A clip's least squares are a refinement: one far from the clip searched for comes of rounding errors in H.
-_LEAST_SCALE, _LARGEST_SCALE = 0.7, 1.4
+_LEAST_RATIO, _LARGEST_RATIO = 0.7, 1.4
 # Columns that are rounded before the rest of the matrix hears of it, and weights worked on at once (64 MiB of each of
 # five float32 copies).
 _BLOCK = 128
@@ -100,11 +105,18 @@ _AT_ONCE = 1 << 24
 class Rounding:
     """Second moments that weights are rounded by: one input's, made ready once for all the weights that read it.
 
-    second_moments: [K, K], the sum (or any multiple) of x x^T over inputs x, symmetric. digest: its SHA-256 as float32.
-    Raises `ValueError` for another shape and for values that are not finite.
+    Attributes: k: the number of inputs. digest: SHA-256 of the second moments as float32.
     """
 
     def __init__(self, second_moments: Tensor) -> None:
+        """Take the second moments of an input.
+
+        Args:
+            second_moments: [K, K], the sum (or any multiple) of x x^T over inputs x, symmetric.
+
+        Raises:
+            ValueError: another shape, or values that are not finite.
+        """
         shape = list(second_moments.shape)
         bad = int((~torch.isfinite(second_moments)).sum())
         if len(shape) != 2 or shape[0] != shape[1] or bad:
@@ -147,19 +159,28 @@ class Rounding:
 def quantize_weight(
     weight: Tensor, group_size: int, codebook: Codebook = "midrise", second_moments: Tensor | Rounding | None = None
 ) -> tuple[Tensor, Tensor]:
-    """INT4 codes uint8 [N, ceil(K / 2)] and clips float32 [N, groups] of a weight [N, K], each group with its own
-    clip.
+    """INT4 codes and clips of a weight, each group with its own clip.
 
-    second_moments: [K, K], the sum (or any multiple) of x x^T over inputs x of the layer, symmetric and finite, or the
-    `Rounding` made of them; with it the weights are rounded with error feedback, without it to nearest.
+    Args:
+        weight: [N, K] of any float dtype, finite.
+        group_size: weights along K that share a clip; 0 means one group per output.
+        codebook: "midrise" or "midtread".
+        second_moments: [K, K], the sum (or any multiple) of x x^T over inputs x of the layer, symmetric and finite, or
+            the `Rounding` made of them; with it the weights are rounded with error feedback, without it to nearest.
+
+    Returns:
+        Codes uint8 [N, ceil(K / 2)] and clips float32 [N, groups], on the weight's device.
+
+    Raises:
+        ValueError: second moments that do not fit the weight, or that cannot be any inputs'.
     """
     if second_moments is None:
         values, clips = weight.float(), weight_clips(weight, group_size, codebook)
     else:
         values, clips = feedback(weight, second_moments, group_size, codebook)
     row = torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device)
-    # Each row of the weight is a "language" with its own row of the table of clips. What feedback returns are values
-    # of the codebook already; to quantize them is to look up their codes.
+    # Each output is a "language" with an entry in the table of clips. Feedback returns values of the codebook already;
+    # to quantize them is to look up their codes.
     codes: Tensor = ops.quantize(values, clips, row, group_size=group_size, codebook=codebook)
     return codes, clips
 
@@ -169,8 +190,16 @@ def feedback(
 ) -> tuple[Tensor, Tensor]:
     """Values of the codebook, float32 [N, K], and clips, float32 [N, groups], with a small error of the layer's output.
 
-    Arguments as in `quantize_weight`; this module's text says how. Time and memory: about 3 N K^2 multiplications and
-    6 float64 matrices [K, K].
+    This module's text says how. Time and memory: about 3 N K^2 multiplications and 6 float64 matrices [K, K].
+
+    Args:
+        weight, second_moments, group_size, codebook: as in `quantize_weight`.
+
+    Returns:
+        The values and the clips, on the weight's device.
+
+    Raises:
+        ValueError: as `quantize_weight`.
     """
     n, k = weight.shape
     rounding = second_moments if isinstance(second_moments, Rounding) else Rounding(second_moments)
@@ -245,21 +274,21 @@ class _Problem:
             for a, b in _spans(first, last, _BLOCK)
         ]
         largest = group.abs().amax(dim=0) / 7.5
-        best, found = torch.full_like(largest, torch.inf), torch.ones_like(largest)
+        best, best_share = torch.full_like(largest, torch.inf), torch.ones_like(largest)
 
         def attempt(share: Tensor) -> None:
-            nonlocal best, found
+            nonlocal best, best_share
             errors = group - self.nearest(group, share * largest)
             error = sum(((m @ errors[a:b]).square().sum(dim=0) for a, b, m in weigh), torch.zeros_like(largest))
             better = error < best
-            best, found = torch.where(better, error, best), torch.where(better, share, found)
+            best, best_share = torch.where(better, error, best), torch.where(better, share, best_share)
 
         for share in _REACHED:
             attempt(torch.full_like(largest, share))
-        centre = found
+        coarse = best_share
         for offset in _AROUND:
-            attempt(centre + offset)
-        return found * largest
+            attempt(coarse + offset)
+        return best_share * largest
 
     def descend(self, columns: Tensor, values: Tensor, steps: Tensor) -> None:
         """One sweep of coordinate descent from values [K, rows] and steps [groups, rows], in place."""
@@ -271,10 +300,10 @@ class _Problem:
             tiny = torch.finfo(torch.float32).tiny
             # The step, given the codes: values are step * levels.
             levels = group / steps[i].clamp(min=tiny)
-            scale = 1 + (levels * local).sum(dim=0) / ((levels * (h @ levels)).sum(dim=0) * steps[i]).clamp(min=tiny)
-            scale = torch.where((scale > _LEAST_SCALE) & (scale < _LARGEST_SCALE), scale, 1.0)
-            steps[i] *= scale
-            group *= scale
+            ratio = 1 + (levels * local).sum(dim=0) / ((levels * (h @ levels)).sum(dim=0) * steps[i]).clamp(min=tiny)
+            ratio = torch.where((ratio > _LEAST_RATIO) & (ratio < _LARGEST_RATIO), ratio, 1.0)
+            steps[i] *= ratio
+            group *= ratio
             local.addmm_(h, group - before, alpha=-1)
             # The codes, each given all others.
             for a, b in _spans(0, last - first, _BLOCK):

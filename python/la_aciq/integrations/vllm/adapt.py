@@ -21,7 +21,7 @@ import torch
 from ... import ops
 from ...clipping.adapt import AdaptationRule, Adapted, rolled_back, start, update
 from ...errors import LaAciqError
-from ...nn.linear import LanguageAwareLinear, row_of_each
+from ...nn.linear import LanguageAwareLinear, entries_of
 from ...nn.quantize import Quantization
 from ...profile import Profile
 from ...tags import SINK
@@ -65,10 +65,10 @@ class TailSums:
     """
 
     def __init__(self, name: str, layer: LanguageAwareLinear, first: int, copied: bool) -> None:
-        if layer.clip is None:
+        if layer.clips is None:
             raise RuntimeError("a layer with static clips has a table of them")
         self.name, self.layer, self.first, self.copied = name, layer, first, copied
-        self.clip = layer.clip
+        self.clip = layer.clips
         self._sums = torch.zeros(*self.clip.shape, 4, dtype=torch.float64, device=self.clip.device)
         self._seen = torch.zeros(len(self.clip), 2, dtype=torch.float64, device=self.clip.device)
         self.adapted: Adapted | None = None
@@ -77,7 +77,7 @@ class TailSums:
         """Count a step's inputs x [tokens, K] under their rows, int32 [tokens]; nothing waits for the device."""
         layer, config = self.layer, self.layer.config
         if layer.center is not None:
-            x = x - row_of_each(layer.center, language, x).to(x.dtype)
+            x = x - entries_of(layer.center, language, x).to(x.dtype)
         _, sums = ops.quantize(
             x,
             self.clip,

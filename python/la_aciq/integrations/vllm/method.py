@@ -21,7 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ...checkpoint.folder import METHOD, check_tensors, read_description
 from ...errors import LaAciqError
-from ...nn.linear import LanguageAwareLinear, check_clips
+from ...nn.linear import RENAMED_BUFFERS, LanguageAwareLinear, check_clips
 from ...ops import rotation
 from ...profile import Profile
 from . import adapt, metrics
@@ -102,9 +102,20 @@ class LaAciqConfig(QuantizationConfig):
         return cls(config)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """The names of tensors in vLLM: a bias by row is not vLLM's bias of the layer."""
-        names = self.done.layers if self.done.config.center else ()
-        return WeightsMapper(orig_to_new_substr={f"{name}.bias": f"{name}.{_NAMES['bias']}" for name in names})
+        """The names of tensors in vLLM: a bias by entry is not vLLM's bias of the layer. The tensor that is there to
+        make the unquantized model refuse the folder is left out, and tensors of older folders get their present names.
+        """
+        packed, suffixes = self.done.config.weights == 4, dict[str, str | None]()
+        for name in self.done.layers:
+            if self.done.config.center:
+                suffixes[f"{name}.bias"] = f"{name}.{_NAMES['bias']}"
+            if self.description["schema"] == 2:
+                suffixes |= {
+                    f"{name}.{old}": f"{name}.{new}" for old, new in RENAMED_BUFFERS.items() if packed or old == "clip"
+                }
+            elif packed:
+                suffixes[f"{name}.weight"] = None
+        return WeightsMapper(orig_to_new_suffix=suffixes)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How vLLM's layer of this name is computed; None for layers that are never quantized."""
@@ -167,8 +178,8 @@ class LanguageLinearMethod(LinearMethodBase):
             parameter = nn.Parameter(torch.empty(buffer.shape, dtype=buffer.dtype), requires_grad=False)
             if buffer.is_floating_point():
                 parameter.fill_(torch.nan)  # what is not loaded is found below
-            if name in ("weight", "weight_scale"):
-                grouped = name == "weight" or config.group_size > 0
+            if name in ("weight", "weight_codes", "weight_clip"):
+                grouped = name != "weight_clip" or config.group_size > 0
                 set_weight_attrs(parameter, {"output_dim": 0, **({"input_dim": 1} if grouped else {})})
                 set_weight_attrs(parameter, extra_weight_attrs)
             elif name == "bias":
@@ -184,8 +195,10 @@ class LanguageLinearMethod(LinearMethodBase):
         if rows is None:
             raise LaAciqError("vLLM loads the model before its request hook: the entry point vllm.logits_processors")
         config = self.config.done.config
-        n, k = layer.weight.shape[0], layer.input_size_per_partition
-        made = LanguageAwareLinear(k, n, False, config, rows, dtype=layer.weight.dtype, device="meta")
+        weight = layer.weight_codes if config.weights == 4 else layer.weight
+        n, k = weight.shape[0], layer.input_size_per_partition
+        dtype = weight.dtype if weight.is_floating_point() else None
+        made = LanguageAwareLinear(k, n, False, config, rows, dtype=dtype, device="meta")
         for name in list(made._buffers):
             if made._buffers[name] is not None:
                 parameter = getattr(layer, _NAMES.get(name, name))
@@ -193,8 +206,8 @@ class LanguageLinearMethod(LinearMethodBase):
                 if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
                     raise LaAciqError(f"layer {self.prefix!r}: its {name} is not in the checkpoint, or not finite")
                 setattr(made, name, parameter.data)
-        if made.clip is not None:
-            check_clips(made.clip, tuple(made.clip.shape), self.prefix)
+        if made.clips is not None:
+            check_clips(made.clips, tuple(made.clips.shape), self.prefix)
         if made.signs is not None and not bool((made.signs.abs() == 1).all()):
             raise LaAciqError(f"layer {self.prefix!r}: the signs of its rotation are not all +1 or -1")
         if made.bias is not None:

@@ -29,7 +29,7 @@ def apart(model):
     out = copy.deepcopy(model)
     for module in out.modules():
         if isinstance(module, LanguageAwareLinear):
-            module.shared = None
+            module.joined_layers = None
     return out
 
 
@@ -59,7 +59,7 @@ def sizes_of_calls(monkeypatch):
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_the_same_outputs(setting, activations, tokens):
     out = quantized(setting, activations=activations)
-    assert len(out.la_aciq.shared) == 4
+    assert len(out.la_aciq.joined) == 4
     for tags in (("sw", "en"), ("th", "sw")):
         torch.testing.assert_close(logits(out, tags, IDS[:, :tokens]), logits(apart(out), tags, IDS[:, :tokens]))
 
@@ -70,9 +70,9 @@ def test_one_call_for_all_and_nothing_kept(setting, monkeypatch):
     logits(out)
     # q, k and v; o; gate and up; down: of each of the two layers.
     assert calls == [32 + 16 + 16, 32, 2 * 54, 32] * 2
-    assert all(layer.shared._pending is None for layer in attention(out))
+    assert all(layer.joined_layers._pending is None for layer in attention(out))
     # The joined weights are the layers' own memory, not a second copy.
-    weights = [layer.weight for layer in attention(out)]
+    weights = [layer._buffers["weight_codes"] for layer in attention(out)]
     assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
     assert weights[0].untyped_storage().nbytes() == sum(weight.nbytes for weight in weights)
 
@@ -119,14 +119,16 @@ def test_another_tensor_is_computed_anew(setting, place, mode):
 
 CHANGES = {
     "input": lambda layer, x: x.mul_(3),
-    "weight": lambda layer, x: layer.weight.bitwise_xor_(255),
-    "weight_scale": lambda layer, x: layer.weight_scale.mul_(2),
+    "weight_codes": lambda layer, x: layer._buffers["weight_codes"].bitwise_xor_(255),
+    "weight_clip": lambda layer, x: layer.weight_clip.mul_(2),
     "bias": lambda layer, x: layer.bias.add_(1),
     "center": lambda layer, x: layer.center.add_(1),
-    "clip": lambda layer, x: layer.clip.mul_(0.1),
+    "clips": lambda layer, x: layer.clips.mul_(0.1),
     "signs": lambda layer, x: layer.signs.neg_(),
-    "replaced": lambda layer, x: setattr(layer, "weight", 255 - layer.weight),
-    "loaded": lambda layer, x: layer.load_state_dict(layer.state_dict() | {"weight": 255 - layer.portable_weight}),
+    "replaced": lambda layer, x: setattr(layer, "weight_codes", 255 - layer._buffers["weight_codes"]),
+    "loaded": lambda layer, x: layer.load_state_dict(
+        layer.state_dict() | {"weight_codes": 255 - layer.portable_weight}
+    ),
 }
 
 
@@ -160,7 +162,7 @@ def test_another_language_is_computed_anew(setting):
     with torch.no_grad():
         within_a_pass(out, lambda: q(x), "sw")
         later = within_a_pass(out, lambda: k(x), "en")
-        k.shared = None
+        k.joined_layers = None
         alone = within_a_pass(out, lambda: k(x), "en")
         other = within_a_pass(out, lambda: k(x), "sw")
     torch.testing.assert_close(later, alone)
@@ -182,7 +184,7 @@ def test_layers_that_always_get_tensors_of_their_own_part(setting, monkeypatch):
     for _ in range(20):
         with torch.no_grad():
             within_a_pass(out, lambda: gate(torch.zeros(2, 12, 32)))
-    assert gate.shared is up.shared is not None
+    assert gate.joined_layers is up.joined_layers is not None
 
 
 def test_hooks_run_once_where_layers_part(setting):
@@ -191,7 +193,7 @@ def test_hooks_run_once_where_layers_part(setting):
     gate, up = out.model.layers[1].mlp.gate_proj, out.model.layers[1].mlp.up_proj
     for layer in (gate, up):
         layer.register_forward_hook(lambda *_: calls.append(1))
-    up.clip.mul_(0.1)
+    up.clips.mul_(0.1)
     logits(out)
     assert len(calls) == 2
 
@@ -200,11 +202,11 @@ def test_layers_part_when_one_gets_a_clip_of_its_own(setting):
     out = quantized(setting)
     before = logits(out)
     up = out.model.layers[1].mlp.up_proj
-    up.clip.mul_(0.1)
+    up.clips.mul_(0.1)
     after = logits(out)
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, logits(apart(out)))
-    assert up.shared is None
+    assert up.joined_layers is None
 
 
 def test_moved_copied_saved_and_shared_with_another_model(setting, tmp_path):
@@ -213,15 +215,15 @@ def test_moved_copied_saved_and_shared_with_another_model(setting, tmp_path):
     assert torch.equal(logits(copy.deepcopy(out)), expected)
     save_quantized(out, tmp_path / "saved")
     loaded = load_quantized(tmp_path / "saved")
-    assert loaded.la_aciq.shared == out.la_aciq.shared
+    assert loaded.la_aciq.joined == out.la_aciq.joined
     assert torch.equal(logits(loaded), expected)
     other = quantize_model(*setting, QuantConfig(group_size=16), like=out, progress=False)
     logits(other)
     for one, same in zip(attention(out), attention(other), strict=True):
-        assert one.weight.data_ptr() == same.weight.data_ptr()
+        assert one._buffers["weight_codes"].data_ptr() == same._buffers["weight_codes"].data_ptr()
     # Weights that are replaced are the ones that count.
     for layer, fresh in zip(attention(out), attention(apart(out)), strict=True):
-        layer.weight = 255 - fresh.weight
+        layer._buffers["weight_codes"] = 255 - fresh._buffers["weight_codes"]
     torch.testing.assert_close(logits(out), logits(apart(out)))
     assert not torch.equal(logits(out), expected)
     assert logits(out.to(torch.bfloat16)).dtype == torch.bfloat16

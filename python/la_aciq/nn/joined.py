@@ -1,8 +1,8 @@
 """Quantized linear layers that read the very same tensor, computed in one call.
 
 A transformer's query, key and value projections share their input, and so do the two first projections of a gated MLP.
-Rotating and quantizing it and the cost of a call are the same for all of them, which matters most where a token is
-decoded and a layer takes a few tens of microseconds.
+Rotating and quantizing the input and the cost of a call are the same for all of them. That matters most where a token
+is decoded and a layer takes a few tens of microseconds.
 """
 
 import copy
@@ -16,14 +16,15 @@ from torch import Tensor
 _WASTED = 8
 
 
-class SharedInput:
-    """The layers (`LanguageAwareLinear` with INT4 weights) that share an input.
+class JoinedLayers:
+    """The layers (`LanguageAwareLinear` with INT4 weights) that read one tensor.
 
-    Their weights become views of joined ones. In a forward pass of the model the first layer called with a tensor
-    computes the outputs of all, and the others fetch theirs when they are called with that tensor. They get it only
-    where nothing can have changed since: in the same pass, of the same tensor and with the same buffers, none of them
-    written since by PyTorch's own count. Where there is no such count (tensors of inference mode) and outside of a pass
-    each layer is computed for itself. What a layer never asks for is kept until the next call.
+    Their weights become views of joined ones; state dicts, copies and pickles have storages of their own (see
+    `LanguageAwareLinear`). In a forward pass of the model the first layer called with a tensor computes the outputs of
+    all, and the others fetch theirs when they are called with that tensor. They get it only where nothing can have
+    changed since: in the same pass, of the same tensor and with the same buffers, none of them written since by
+    PyTorch's own count. Where there is no such count (tensors of inference mode) and outside of a pass each layer is
+    computed for itself. An output that its layer never asks for is kept until the next call.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -35,13 +36,13 @@ class SharedInput:
         self._pending: tuple[Tensor, int, Any, dict[int, Tensor]] | None = None
         self._wasted = 0
         for place, layer in enumerate(layers):
-            layer.shared, layer.place = self, place
+            layer.joined_layers, layer.place = self, place
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, whose tensors have other ids and versions."""
         return self.__dict__ | {"_pending": None, "_joined": None, "_states": [], "_buffers": []}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedInput | None":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "JoinedLayers | None":
         """A layer that is copied without its model is computed alone: the others are not copied with it."""
         if not self._layers[0].state.copied_with(memo):
             return None
@@ -49,8 +50,15 @@ class SharedInput:
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
+    def part(self) -> None:
+        """From now on each layer is computed for itself."""
+        self._pending = self._joined = None
+        self._states, self._buffers = [], []
+        for layer in self._layers:
+            layer.joined_layers = None
+
     def output(self, place: int, x: Tensor) -> Tensor:
-        """The output of the layer at this place for x [..., K]."""
+        """The output [..., N] of the layer at this place for x [..., K], in x's dtype."""
         layer = self._layers[place]
         current = layer.state.current_pass
         if current is None or x.is_inference():
@@ -59,47 +67,45 @@ class SharedInput:
         if pending is not None and pending[0] is x and pending[1] == x._version and pending[2] is current:
             outputs = pending[3]
             if place in outputs and _state(layer) == self._states[place]:
-                found = outputs.pop(place)
+                output = outputs.pop(place)
                 if not outputs:
                     self._pending, self._wasted = None, 0
-                return found
+                return output
         self._wasted += pending is not None
         joined = self._join() if self._wasted < _WASTED else None
         if joined is None:
-            self._pending = self._joined = None
-            for one in self._layers:
-                one.shared = None
+            self.part()
             return self._alone(layer, x)
-        made = dict(enumerate(torch.split_with_sizes(layer.multiply(x, *joined), self._sizes, dim=-1)))
-        own = made.pop(place)
-        self._pending = x, x._version, current, made
-        return own
+        outputs = dict(enumerate(torch.split_with_sizes(layer.multiply(x, *joined), self._sizes, dim=-1)))
+        output = outputs.pop(place)
+        self._pending = x, x._version, current, outputs
+        return output
 
     @staticmethod
     def _alone(layer: Any, x: Tensor) -> Tensor:
         buffers = layer._buffers
-        out: Tensor = layer.multiply(x, buffers["weight"], buffers["weight_scale"], buffers["bias"])
+        out: Tensor = layer.multiply(x, buffers["weight_codes"], buffers["weight_clip"], buffers["bias"])
         return out
 
     def _join(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """The joined weights, scales and biases; made again when a layer's were replaced or written.
+        """The joined codes, clips of the weights and biases; made again when a layer's were replaced or written.
 
-        None when a layer has been given a clip, a center or signs of its own, or a buffer of inference mode, and when
+        None when a layer has been given clips, a center or signs of its own, or a buffer of inference mode, and when
         not all hold their weights in the same layout.
         """
         states = [_state(layer) for layer in self._layers]
         if self._joined is None or states != self._states:
-            if not all(self._agree(name) for name in ("clip", "center", "signs")):
+            if not all(self._agree(name) for name in ("clips", "center", "signs")):
                 return None
-            if len({layer._buffers["weight"].dtype for layer in self._layers}) > 1:  # only some can be repacked
+            if len({layer._buffers["weight_codes"].dtype for layer in self._layers}) > 1:  # only some can be repacked
                 return None
             if any(b is not None and b.is_inference() for layer in self._layers for b in layer._buffers.values()):
                 return None
             with torch.no_grad(), torch.inference_mode(False):
-                weight, scale = self._joined_buffer("weight"), self._joined_buffer("weight_scale")
+                codes, clips = self._joined_buffer("weight_codes"), self._joined_buffer("weight_clip")
                 biases = [layer._buffers["bias"] for layer in self._layers]
-                bias = None if biases[0] is None else torch.cat(biases, dim=-1)  # [N] or [rows, N], and small
-            self._joined = weight, scale, bias
+                bias = None if biases[0] is None else torch.cat(biases, dim=-1)  # [N] or [entries, N], and small
+            self._joined = codes, clips, bias
             self._states = [_state(layer) for layer in self._layers]
             self._buffers = [buffer for layer in self._layers for buffer in layer._buffers.values()]
         return self._joined
@@ -109,12 +115,13 @@ class SharedInput:
         return first is None or first.is_meta or all(torch.equal(first, other) for other in others)
 
     def _joined_buffer(self, name: str) -> Tensor:
-        parts = [layer._buffers[name] for layer in self._layers]
-        joined = _adjacent(parts)
+        buffers = [layer._buffers[name] for layer in self._layers]
+        joined = _adjacent(buffers)
         if joined is None:
-            joined = torch.cat(parts)
-            for layer, part in zip(self._layers, torch.split(joined, [len(part) for part in parts]), strict=True):
-                layer._buffers[name] = part
+            joined = torch.cat(buffers)
+            views = torch.split(joined, [len(buffer) for buffer in buffers])
+            for layer, view in zip(self._layers, views, strict=True):
+                layer._buffers[name] = view
         return joined
 
 
@@ -129,12 +136,12 @@ def _state(layer: Any) -> list[Any]:
         return [object()]
 
 
-def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:
-    """One view over parts that lie one after the other in the same memory already; None when they do not."""
-    first, place = parts[0], parts[0].storage_offset()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if part.is_meta or not same or part.storage_offset() != place or not part.is_contiguous():
+def _adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One view over tensors that lie one after the other in the same memory already; None when they do not."""
+    first, place = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if tensor.is_meta or not same or tensor.storage_offset() != place or not tensor.is_contiguous():
             return None
-        place += part.numel()
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+        place += tensor.numel()
+    return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())
