@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 import triton
-from la_aciq.kernels import tuning
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from la_aciq.kernels import tuning
 
 from . import tune_triton
 

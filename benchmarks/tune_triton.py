@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from la_aciq.kernels import tuning
 from torch import Tensor
 
 from la_aciq.bench import versions
+from la_aciq.kernels import tuning
 
 TABLE = Path(__file__).parents[1] / "kernels" / "tuned.json"
 GAIN = 1.03

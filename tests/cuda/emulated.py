@@ -14,11 +14,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 EMULATION = Path(__file__).parent / "emulation"
+FOLDER = ROOT / "build" / "cuda-emulation"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 
 # Undefined behaviour in a kernel, such as a misaligned 16-byte access, stops the process with a message.
@@ -34,7 +36,13 @@ def compiler() -> str | None:
 
 @cache
 def library() -> Path:
-    """The shared library, built if it is not there."""
+    """The shared library, built if it is not there; tests that run side by side wait for one build."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(FOLDER / "lock"):
+        return build()
+
+
+def build() -> Path:
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler")
@@ -50,15 +58,13 @@ def library() -> Path:
     for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *EMULATION.rglob("*.h"), *CSRC.glob("**/ops.cpp")]):
         if "cpu" not in path.parts:
             headers.update(path.read_bytes())
-    folder = ROOT / "build" / "cuda-emulation"
-    folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(unit: tuple[Path, list[str]]) -> Path:
         source, own_flags = unit
         command = [cxx, *flags, *own_flags, "-x", "c++", "-c", str(source)]
         key = headers.copy()
         key.update(repr(command).encode() + source.read_bytes())
-        target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        target = FOLDER / f"{source.stem}-{key.hexdigest()[:16]}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}")
             run([*command, "-o", str(partial)])
@@ -68,7 +74,7 @@ def library() -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, reversed(units)))  # the longest first
     name = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
-    target = folder / f"emulated-{name}.so"
+    target = FOLDER / f"emulated-{name}.so"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")
         sanitizers = ["-fsanitize=undefined", *(["-fsanitize=address"] if SANITIZE else [])]

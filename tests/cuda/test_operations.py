@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from small_calls import small_calls
 
 from la_aciq.ops import reference
@@ -49,11 +50,8 @@ def clip_per_element(table, language_ids, x, group_size):
 # --- quantize ---
 
 
-@pytest.mark.parametrize("codebook", ["midrise", "midtread"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    ("k", "group_size"),
-    [
+@pairwise(
+    shape=[
         (64, 0),
         (128, 64),
         (4096, 64),
@@ -66,8 +64,11 @@ def clip_per_element(table, language_ids, x, group_size):
         (3000, 0),
         (14336, 128),
     ],
+    dtype=FLOATS,
+    codebook=["midrise", "midtread"],
 )
-def test_quantize(ops, dtype, codebook, k, group_size):
+def test_quantize(ops, shape, dtype, codebook):
+    k, group_size = shape
     x = normal(5, k, dtype=dtype)
     table = clips(3, reference.group_count(k, group_size))
     language_ids = torch.tensor([2, 0, 1, 2, 1], dtype=torch.int32)
@@ -137,9 +138,7 @@ def test_tail_sums(ops, dtype, k, group_size):
 # --- values ---
 
 
-@pytest.mark.parametrize("codebook", ["midrise", "midtread"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("group_size", [0, 8, 6])
+@pairwise(group_size=[0, 8, 6], dtype=FLOATS, codebook=["midrise", "midtread"])
 def test_nonfinite_values_and_useless_clips(ops, dtype, codebook, group_size):
     x = normal(9, 24, dtype=dtype)
     x[0, 0], x[0, 9], x[0, 23] = torch.nan, torch.inf, -torch.inf
@@ -165,10 +164,13 @@ def test_nonfinite_values_and_useless_clips(ops, dtype, codebook, group_size):
     assert values[:3].isfinite().all()
 
 
-@pytest.mark.parametrize("codebook", ["midrise", "midtread"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("k", "group_size"), [(128, 0), (4096, 64), (100, 24), (33, 6), (7, 2), (1, 0)])
-def test_dequantize(ops, dtype, codebook, k, group_size):
+@pairwise(
+    shape=[(128, 0), (4096, 64), (100, 24), (33, 6), (7, 2), (1, 0)],
+    dtype=FLOATS,
+    codebook=["midrise", "midtread"],
+)
+def test_dequantize(ops, shape, dtype, codebook):
+    k, group_size = shape
     codes = torch.randint(0, 256, (6, (k + 1) // 2), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     language_ids = torch.tensor([0, 2, 1, 0, 2, 1], dtype=torch.int32)
     table = clips(3, reference.group_count(k, group_size))
@@ -237,10 +239,9 @@ DYNAMIC = [
 ]
 
 
-@pytest.mark.parametrize("statistic", ["rms", "absmax"])
-@pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize(("k", "group_size"), DYNAMIC)
-def test_quantize_dynamic(ops, k, group_size, rotated, statistic):
+@pairwise(shape=DYNAMIC, rotated=[False, True], statistic=["rms", "absmax"])
+def test_quantize_dynamic(ops, shape, rotated, statistic):
+    k, group_size = shape
     for dtype in FLOATS if k <= 256 else [torch.bfloat16]:
         x = normal(5, k, dtype=dtype)
         factors = clips(3, reference.group_count(k, group_size))
@@ -309,13 +310,21 @@ def assert_moments(state, expected, rtol=1e-6):
         assert ((state[..., power] - expected[..., power]).abs() <= rtol * scale).all(), power
 
 
-@pytest.mark.parametrize("histogram", [False, True])
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-@pytest.mark.parametrize(
-    ("shape", "num_entries"),
-    [((7, 64), 3), ((300, 64), 12), ((40, 4096), 5), ((3, 9000), 2), ((50, 33), 4), ((20, 1), 3), ((2, 30000), 700)],
+@pairwise(
+    case=[
+        ((7, 64), 3),
+        ((300, 64), 12),
+        ((40, 4096), 5),
+        ((3, 9000), 2),
+        ((50, 33), 4),
+        ((20, 1), 3),
+        ((2, 30000), 700),
+    ],
+    dtype=[*FLOATS, torch.float64],
+    histogram=[False, True],
 )
-def test_moments_by_language(ops, shape, num_entries, dtype, histogram):
+def test_moments_by_language(ops, case, dtype, histogram):
+    shape, num_entries = case
     x = normal(*shape, dtype=dtype) + 0.5
     language_ids = (torch.arange(shape[0]) * 5 % (num_entries + 1)).to(torch.int32)  # the last is out of range
     state, counts = ops.moments(x, language_ids, num_entries, histogram)
@@ -365,11 +374,8 @@ def test_histogram_of_extremes(ops):
 # --- linear ---
 
 
-@pytest.mark.parametrize("codebook", ["midrise", "midtread"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("rows", "n", "k", "group_size"),
-    [
+@pairwise(
+    shape=[
         (1, 40, 256, 64),
         (1, 16, 4096, 64),
         (3, 100, 576, 64),
@@ -380,8 +386,11 @@ def test_histogram_of_extremes(ops):
         (2, 1, 32, 0),
         (16, 64, 64, 64),
     ],
+    dtype=[torch.bfloat16, torch.float16],
+    codebook=["midrise", "midtread"],
 )
-def test_linear(ops, dtype, codebook, rows, n, k, group_size):
+def test_linear(ops, shape, dtype, codebook):
+    rows, n, k, group_size = shape
     weight = torch.randint(0, 256, (n, k // 2), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
     weight_clips = clips(n, reference.group_count(k, group_size)) / k**0.5
     x, bias = normal(rows, k, dtype=dtype), normal(n, seed=6, dtype=dtype)
@@ -407,9 +416,7 @@ def test_linear_composed(ops, dtype, rows, k, group_size):
     torch.testing.assert_close(got.double(), expected, rtol=8 * EPSILON[dtype], atol=8 * EPSILON[dtype])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("clip", ["static", "rms", "absmax"])
-@pytest.mark.parametrize("rotated", [False, True])
+@pairwise(bits=[8, 4], clip=["static", "rms", "absmax"], rotated=[False, True])
 def test_linear_with_rounded_activations(ops, bits, clip, rotated):
     k, group_size = 128, 32
     weight = torch.randint(0, 256, (24, k // 2), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)

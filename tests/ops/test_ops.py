@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import _C, CODEBOOKS, DTYPES, assert_codes_match, on_reference
+from op_helpers import _C, CODEBOOKS, DTYPES, assert_codes_match, available_isas, on_reference
+from pairwise import pairwise
 
 import la_aciq
 from la_aciq import ops
 from la_aciq.ops import reference
 from la_aciq.ops.streaming import histogram_edges, histogram_sums
 
+ISAS = available_isas()
 KS = [1, 2, 31, 64, 97, 576]
 GROUP_SIZES = [None, 2, 32, 64, 128]
 # Largest relative error of rounding to the type.
@@ -57,9 +59,7 @@ LANGUAGES = {
 
 
 class TestQuantize:
-    @pytest.mark.parametrize("codebook", CODEBOOKS)
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("k", KS)
+    @pairwise(isa=ISAS, k=KS, dtype=DTYPES, codebook=CODEBOOKS)
     def test_codes_and_tail_sums(self, isa, k, dtype, codebook, generator):
         x = make_x((3, 5), k, dtype, generator)
         language_ids = LANGUAGES["batch"]
@@ -117,9 +117,13 @@ class TestQuantize:
         for number in (1.0, np.float32(1), torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64)):
             assert torch.equal(la_aciq.quantize(x, number, group_size=32)[0], expected[0])
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("k", "block"), [(1, None), (12, None), (64, None), (96, 16), (576, None), (4096, None)])
-    def test_with_rotation(self, isa, k, block, dtype, generator):
+    @pairwise(
+        isa=ISAS,
+        shape=[(1, None), (12, None), (64, None), (96, 16), (576, None), (4096, None)],
+        dtype=DTYPES,
+    )
+    def test_with_rotation(self, isa, shape, dtype, generator):
+        k, block = shape
         x = make_x((6,), k, dtype, generator, bad=False)
         signs = make_signs(k, generator)
         rotated = reference.rotate(x.double(), signs, block or 0)
@@ -163,9 +167,7 @@ class TestQuantize:
 
 
 class TestQuantizeDynamic:
-    @pytest.mark.parametrize("statistic", ["rms", "absmax"])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("k", KS)
+    @pairwise(isa=ISAS, k=KS, dtype=DTYPES, statistic=["rms", "absmax"])
     def test_scales_and_codes(self, isa, k, dtype, statistic, generator):
         x = make_x((3, 5), k, dtype, generator)
         language_ids = LANGUAGES["every row"]
@@ -200,9 +202,7 @@ class TestQuantizeDynamic:
 
 
 class TestDequantize:
-    @pytest.mark.parametrize("codebook", CODEBOOKS)
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("k", KS)
+    @pairwise(isa=ISAS, k=KS, dtype=DTYPES, codebook=CODEBOOKS)
     def test_values(self, isa, k, dtype, codebook, generator):
         codes = torch.randint(0, 256, (3, 5, (k + 1) // 2), generator=generator, dtype=torch.uint8)
         for group_size in GROUP_SIZES:
@@ -228,12 +228,13 @@ class TestDequantize:
 
 
 class TestRotate:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(
-        ("k", "block"),
-        [(1, None), (2, None), (12, 4), (48, None), (64, 8), (576, None), (1024, 32), (4096, None), (4096, 2048)],
+    @pairwise(
+        isa=ISAS,
+        shape=[(1, None), (2, None), (12, 4), (48, None), (64, 8), (576, None), (1024, 32), (4096, None), (4096, 2048)],
+        dtype=DTYPES,
     )
-    def test_rotation(self, isa, k, block, dtype, generator):
+    def test_rotation(self, isa, shape, dtype, generator):
+        k, block = shape
         x = make_x((3, 2), k, dtype, generator, bad=False)
         signs = make_signs(k, generator)
         expected = reference.rotate(x.double(), signs, block or 0)
@@ -259,8 +260,7 @@ class TestRotate:
 
 
 class TestMoments:
-    @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-    @pytest.mark.parametrize("name", list(LANGUAGES))
+    @pairwise(isa=ISAS, name=list(LANGUAGES), dtype=[*DTYPES, torch.float64])
     def test_states_and_histograms(self, isa, name, dtype, generator):
         x = make_x((3, 5), 700, torch.float32, generator).to(dtype) + 3
         state, histogram = ops.moments_state(x, LANGUAGES[name], 3, histogram=True)
@@ -288,8 +288,7 @@ class TestMoments:
 
 
 class TestLinear:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 40])
+    @pairwise(isa=ISAS, rows=[1, 2, 3, 7, 16, 40], dtype=DTYPES)
     def test_weights_alone(self, isa, rows, dtype, generator):
         for k, n, group_size in [(64, 5, None), (100, 7, 32), (97, 1, 64), (576, 96, 64), (7, 3, 2)]:
             for codebook in CODEBOOKS:
@@ -313,10 +312,7 @@ class TestLinear:
                 assert y.dtype == dtype
                 assert ((y.double() - expected).abs() <= bound).all()
 
-    @pytest.mark.parametrize("rows", [3, 40])
-    @pytest.mark.parametrize("bits", [8, 4])
-    @pytest.mark.parametrize("clip_kind", ["static", "rms", "absmax"])
-    @pytest.mark.parametrize("rotated", [False, True])
+    @pairwise(isa=ISAS, rotated=[False, True], clip_kind=["static", "rms", "absmax"], bits=[8, 4], rows=[3, 40])
     def test_quantized_activations(self, isa, rotated, clip_kind, bits, rows, generator):
         for k, group_size, codebook in [(64, None, "midrise"), (96, 32, "midtread"), (576, 64, "midrise")]:
             x = torch.randn(2, rows, k, generator=generator)
@@ -381,8 +377,7 @@ class TestLinear:
             torch.testing.assert_close(y, values, rtol=2.0**-22, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "offset", "permuted", "step"])
+@pairwise(isa=ISAS, layout=["transposed", "sliced", "expanded", "offset", "permuted", "step"], dtype=DTYPES)
 def test_strides_and_offsets(isa, layout, dtype, generator):
     base = torch.randn(6, 9, 66, generator=generator).to(dtype)
     x = {
