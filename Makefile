@@ -84,6 +84,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 # The package itself, editable, with its compiled core.
 $(VENV)/.core: $(VENV)/.packages setup.py $(CORE_SOURCES)
 	@echo "Building the C++ core"
+	@$(PY) setup.py --name > /dev/null
 	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plots,dev,docs,triton,compressed-tensors]'
 	@touch $@
 

@@ -9,9 +9,10 @@
 PyTorch is imported from the environment the package will run in, so compile with `pip install --no-build-isolation`.
 Under build isolation PyTorch is not importable and the result is a pure-Python package.
 
-The kernels in csrc/cpu know nothing of PyTorch. They are compiled once per instruction set, each file with its own
-flags, and one is chosen when the program runs: the binary works on every x86-64 CPU. Those in csrc/cuda know nothing of
-PyTorch either: nvcc compiles them for each architecture, with PTX of the newest for what comes after.
+The kernels in csrc/cpu/kernels do not use PyTorch. csrc/cpu/kernels/isa has a file per instruction set, which is
+compiled with the flags of that set; one set is chosen when the program runs, so the binary works on every x86-64 CPU.
+The kernels in csrc/cuda do not use PyTorch either: nvcc compiles them for each architecture, with PTX of the newest for
+later ones.
 """
 
 import functools
@@ -48,12 +49,13 @@ AVX512_FLAGS = [
     "-mprefer-vector-width=512",
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own intrinsics
 ]
+# By the file of csrc/cpu/kernels/isa; baseline.cpp has none.
 ISA_FLAGS = {
-    "kernels_avx2": AVX2_FLAGS,
-    "kernels_avx512": AVX512_FLAGS,
-    "products_avx2vnni": [*AVX2_FLAGS, "-mavxvnni"],
-    "products_avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
-    "products_avx512bf16": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx2vnni": [*AVX2_FLAGS, "-mavxvnni"],
+    "avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
 }
 
 CUDA_ARCHITECTURES = ("80", "90", "100")
@@ -135,7 +137,13 @@ def find_cuda() -> Path | None:
         missing = "nvcc and its headers were not found (set CUDA_HOME)"
     else:
         missing = why_nvcc_does_not_fit(home / "bin" / "nvcc", torch.version.cuda)
-    if missing is None:
+    if missing is None and home is not None:
+        targets = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
+        print(
+            f"la-aciq: building with CUDA kernels for {targets}, which {home / 'bin' / 'nvcc'} compiles in minutes; "
+            "LA_ACIQ_CUDA=0 leaves them out",
+            file=sys.stderr,
+        )
         return home
     if wanted == "1":
         sys.exit(f"LA_ACIQ_CUDA=1, but the CUDA kernels cannot be built: {missing}")
@@ -182,7 +190,7 @@ def core_extension() -> Extension:
     if not cuda:
         sources = [source for source in sources if "cuda" not in Path(source).parts]
     if not IS_X86:
-        sources = [source for source in sources if Path(source).stem not in ISA_FLAGS]
+        sources = [source for source in sources if isa_of(source) is None]
     headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cuh"))
     return Extension(
         "la_aciq._C",
@@ -207,6 +215,12 @@ def core_extension() -> Extension:
     )
 
 
+def isa_of(source: str) -> str | None:
+    """The instruction set that a source is compiled for, None for that of every CPU."""
+    path = Path(source)
+    return path.stem if path.parent.name == "isa" and path.stem in ISA_FLAGS else None
+
+
 def compile_cuda(source: str, cuda: Path, folder: Path) -> str:
     """The object file nvcc makes of a CUDA source."""
     target = folder / f"{source}.o"
@@ -227,14 +241,15 @@ class BuildCore(build_ext):
         def compile_one(source: str) -> str:
             if cuda and source.endswith(".cu"):
                 return compile_cuda(source, cuda, Path(self.build_temp))
-            torch_free = Path(source).stem.startswith(("kernels_", "products_"))
+            torch_free = "kernels" in Path(source).parts
             flags = COMMON_FLAGS + (WARNING_FLAGS if torch_free else OPENMP_FLAGS)
+            isa = isa_of(source)
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 macros=ext.define_macros,
                 include_dirs=ext.include_dirs,
-                extra_postargs=flags + ISA_FLAGS.get(Path(source).stem, []),
+                extra_postargs=flags + (ISA_FLAGS[isa] if isa else []),
                 depends=ext.depends,
             )[0]
 

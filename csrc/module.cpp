@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace py = pybind11;
 using namespace la_aciq::cpu;

@@ -1,4 +1,4 @@
-// The schema of every operation, once. Kernels attach to it per device (cpu/ops.cpp, cuda/ops.cpp).
+// The schema of every operation, once. Kernels attach to it per device (cpu/aten/*.cpp, cuda/ops.cpp).
 // python/la_aciq/ops/fakes.py adds the fakes; python/la_aciq/ops/reference.py defines each operation.
 #include <torch/library.h>
 

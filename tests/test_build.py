@@ -108,3 +108,24 @@ class TestNvcc:
         else:
             assert build["find_cuda"]() is None
             assert "building without the CUDA kernels: " in capsys.readouterr().err
+
+    def test_one_that_fits_is_announced_with_the_way_to_leave_it_out(
+        self, build, program, tmp_path, monkeypatch, capsys
+    ):
+        import torch
+        from torch.utils import cpp_extension
+
+        for file in ("bin/nvcc", "include/cuda_runtime_api.h"):
+            (tmp_path / file).parent.mkdir()
+            (tmp_path / file).touch()
+        program("bin/nvcc", "echo release 12.8")
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.delenv("LA_ACIQ_CUDA", raising=False)
+        assert build["find_cuda"]() == tmp_path
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "building with CUDA kernels for sm_80, sm_90, sm_100" in line
+        assert "LA_ACIQ_CUDA=0 leaves them out" in line
+        monkeypatch.setenv("LA_ACIQ_CUDA", "0")
+        build["find_cuda"].cache_clear()
+        assert build["find_cuda"]() is None

@@ -64,12 +64,13 @@ def fuzz_kernels() -> Path:
     compiler = sanitizing_compiler()
     flags_of = flags_of_setup()
     common, by_isa = flags_of["COMMON_FLAGS"], flags_of["ISA_FLAGS"]
-    kernels = sorted([*(ROOT / "csrc" / "cpu").glob("kernels_*.cpp"), *(ROOT / "csrc" / "cpu").glob("products_*.cpp")])
+    folder = ROOT / "csrc" / "cpu" / "kernels"
+    kernels = sorted((folder / "isa").glob("*.cpp"))
     if platform.machine().lower() not in ("x86_64", "amd64"):
         kernels = [source for source in kernels if source.stem not in by_isa]
-    sources = [*kernels, ROOT / "csrc" / "cpu" / "dispatch.cpp", DRIVER]
+    sources = [*kernels, folder / "dispatch.cpp", DRIVER]
     headers = hashlib.sha256()
-    for path in sorted([*(ROOT / "csrc" / "cpu").glob("*.h"), *(ROOT / "csrc" / "common").glob("*.h")]):
+    for path in sorted([*folder.glob("*.h"), *(ROOT / "csrc" / "common").glob("*.h")]):
         headers.update(path.read_bytes())
 
     def compile_one(source: Path) -> Path:

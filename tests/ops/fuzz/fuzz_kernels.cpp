@@ -18,8 +18,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/segments.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/segments.h"
 
 using namespace la_aciq;
 using namespace la_aciq::cpu;

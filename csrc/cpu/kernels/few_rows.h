@@ -3,7 +3,7 @@
 // far apart, so that each of the streams of weights goes through memory from one panel to the next.
 #pragma once
 
-#include "cpu/product_impl.h"
+#include "cpu/kernels/product.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -2,8 +2,8 @@
 // of a byte each for the activations of a linear layer.
 #pragma once
 
-#include "cpu/common_impl.h"
-#include "cpu/rotate_impl.h"
+#include "cpu/kernels/common.h"
+#include "cpu/kernels/rotate.h"
 
 namespace la_aciq::cpu {
 namespace {

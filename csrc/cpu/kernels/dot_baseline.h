@@ -3,7 +3,7 @@
 // weights from a tile, and few_rows(panels) x panels beside weights that are decoded there.
 #pragma once
 
-#include "cpu/vec_baseline.h"
+#include "cpu/kernels/vec_baseline.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // The two products of a linear layer, for the instruction set whose dot_<isa>.h the including file has
 // chosen.
-#include "cpu/few_rows_impl.h"
-#include "cpu/product_impl.h"
+#include "cpu/kernels/few_rows.h"
+#include "cpu/kernels/product.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -7,6 +7,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +17,7 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace la_aciq::cpu {
 namespace {
@@ -70,39 +73,53 @@ struct Rotation {
   RotationArgs args() const { return {signs.empty() ? nullptr : signs.data(), block, scale}; }
 };
 
+// A bit for each of 16 signs, set where it is -1. all_signs becomes false where one of them is neither 1 nor
+// -1.
+inline uint16_t pack_16_signs(const int8_t* signs, bool& all_signs) {
+#if defined(__SSE2__)
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(signs));
+  const __m128i negative = _mm_cmpeq_epi8(values, _mm_set1_epi8(-1));
+  const __m128i known = _mm_or_si128(negative, _mm_cmpeq_epi8(values, _mm_set1_epi8(1)));
+  all_signs = all_signs && _mm_movemask_epi8(known) == 0xFFFF;
+  return static_cast<uint16_t>(_mm_movemask_epi8(negative));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < 16; i++) {
+    all_signs = all_signs && (signs[i] == 1 || signs[i] == -1);
+    bits |= static_cast<unsigned>(signs[i] == -1) << i;
+  }
+  return static_cast<uint16_t>(bits);
+#endif
+}
+
 inline Rotation checked_rotation(const optional<Tensor>& signs, int64_t block_size, int64_t k) {
   if (!signs) return {};
   const int64_t block = checked_block(*signs, block_size, k);
-  const Tensor given = signs->contiguous();
-  std::vector<int8_t> bytes((k + 15) / 16 * 16, 1);
-  if (given.scalar_type() == at::kChar) {
-    std::memcpy(bytes.data(), given.const_data_ptr<int8_t>(), k);
-  } else {
-    const float* sign = given.const_data_ptr<float>();
-    int8_t* __restrict byte = bytes.data();  // 0 for what is no sign
+  const Tensor values = signs->contiguous();
+  std::vector<int8_t> converted;  // float32 signs as int8, 0 for what is not a sign
+  if (values.scalar_type() == at::kFloat) {
+    converted.resize(k);
+    const float* sign = values.const_data_ptr<float>();
+    int8_t* __restrict byte = converted.data();
     for (int64_t i = 0; i < k; i++) byte[i] = static_cast<int8_t>((sign[i] == 1) - (sign[i] == -1));
   }
-  Rotation rotation{std::vector<uint16_t>(bytes.size() / 16), block,
+  const int8_t* bytes = converted.empty() ? values.const_data_ptr<int8_t>() : converted.data();
+  Rotation rotation{std::vector<uint16_t>((k + 15) / 16), block,
                     static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)))};
-  // Eight at a time: bit by bit, packing takes longer than rotating a row.
-  constexpr uint64_t kOnes = 0x0101010101010101u;
-  bool others = false;
-  for (size_t i = 0; i < bytes.size(); i += 8) {
-    uint64_t eight = 0;
-    for (size_t j = 0; j < 8; j++) {
-      eight |= static_cast<uint64_t>(static_cast<uint8_t>(bytes[i + j])) << 8 * j;
-    }
-    const uint64_t negative = eight >> 7 & kOnes;
-    others |= eight != (kOnes | negative * 0xFE);
-    // The product has the eight bits side by side in its highest byte.
-    rotation.signs[i / 16] |= static_cast<uint16_t>((negative * 0x0102040810204080u >> 56) << i % 16);
+  bool all_signs = true;
+  for (int64_t i = 0; i + 16 <= k; i += 16) rotation.signs[i / 16] = pack_16_signs(bytes + i, all_signs);
+  if (k % 16 != 0) {
+    int8_t last[16];
+    std::fill_n(last, 16, int8_t{1});
+    std::copy_n(bytes + k / 16 * 16, k % 16, last);
+    rotation.signs.back() = pack_16_signs(last, all_signs);
   }
-  if (others) {
-    const Tensor values = given.to(at::kDouble);
-    const double* value = values.const_data_ptr<double>();
+  if (!all_signs) {
+    const Tensor numbers = values.to(at::kDouble);
+    const double* number = numbers.const_data_ptr<double>();
     int64_t i = 0;
-    while (value[i] == 1 || value[i] == -1) i++;
-    TORCH_CHECK_VALUE(false, "signs: expected nothing but 1 and -1, got ", value[i], " at ", i);
+    while (number[i] == 1 || number[i] == -1) i++;
+    TORCH_CHECK_VALUE(false, "signs: expected nothing but 1 and -1, got ", number[i], " at ", i);
   }
   return rotation;
 }

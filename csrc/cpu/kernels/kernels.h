@@ -1,5 +1,5 @@
 // The CPU kernels as their callers see them: raw pointers, no PyTorch, no threads. Each works on a range of
-// rows or elements and the caller decides how ranges go to threads. kernels_<isa>.cpp compiles the same
+// rows or elements and the caller decides how ranges go to threads. isa/<isa>.cpp compiles the same
 // sources for one instruction set each.
 #pragma once
 

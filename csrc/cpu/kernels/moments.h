@@ -2,7 +2,7 @@
 // at the end of the block and merged in the order of memory.
 #pragma once
 
-#include "cpu/common_impl.h"
+#include "cpu/kernels/common.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -6,7 +6,7 @@
 
 #include <atomic>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace la_aciq::cpu {
 

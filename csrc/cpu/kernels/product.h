@@ -3,12 +3,12 @@
 // Weights come in lanes: 8 members of each of 16 outputs make a vector, so a lane is an output, and one
 // broadcast of 4 bytes of activations serves all 16. Sums over a segment (members along K that share a clip
 // of the weight and of the activation) are those of the arithmetic below (exact for integers); the segment's
-// clips come last. A few rows decode weights in registers (few_rows_impl.h). Many rows decode them a tile at
+// clips come last. A few rows decode weights in registers (few_rows.h). Many rows decode them a tile at
 // a time, some segments of a panel of outputs, which stays in the first-level cache while every row goes over
 // it. Both add up in the same order, so a row does not depend on the rows beside it.
 #pragma once
 
-#include "cpu/dot_common.h"
+#include "cpu/kernels/dot_common.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace la_aciq::cpu {
 namespace {

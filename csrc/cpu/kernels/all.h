@@ -1,11 +1,11 @@
 // Every kernel, for the instruction set whose vec_<isa>.h the including file has chosen. Kernels have
 // internal linkage and use no std:: templates: nothing compiled with wider instructions may be shared with
 // other files (see common/host_device.h).
-#include "cpu/dequantize_impl.h"
-#include "cpu/moments_impl.h"
-#include "cpu/products.h"
-#include "cpu/quantize_impl.h"
-#include "cpu/rotate_impl.h"
+#include "cpu/kernels/dequantize.h"
+#include "cpu/kernels/moments.h"
+#include "cpu/kernels/products.h"
+#include "cpu/kernels/quantize.h"
+#include "cpu/kernels/rotate.h"
 
 namespace la_aciq::cpu {
 

@@ -1,8 +1,8 @@
 // The product of bfloat16 activations for x86-64 with AVX-512 BF16, beside the kernels of AVX-512 VNNI.
-#include "cpu/dot_avx512.h"
+#include "cpu/kernels/dot_avx512.h"
 //
-#include "cpu/bfloat16_impl.h"
-#include "cpu/products.h"
+#include "cpu/kernels/bfloat16.h"
+#include "cpu/kernels/products.h"
 
 namespace la_aciq::cpu {
 

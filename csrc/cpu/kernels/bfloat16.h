@@ -6,7 +6,7 @@
 // Of 8 members of K, member i forms a pair with member i + 4: four nibbles apart, one shift takes both.
 #pragma once
 
-#include "cpu/product_impl.h"
+#include "cpu/kernels/product.h"
 
 namespace la_aciq::cpu {
 namespace {

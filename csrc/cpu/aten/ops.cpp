@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cpu/kernels.h"
-#include "cpu/rows.h"
+#include "cpu/aten/rows.h"
+#include "cpu/kernels/kernels.h"
 
 namespace la_aciq::cpu {
 namespace {

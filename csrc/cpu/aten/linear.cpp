@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cpu/kernels.h"
-#include "cpu/rows.h"
-#include "cpu/segments.h"
+#include "cpu/aten/rows.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/segments.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace la_aciq::cpu {
 namespace {

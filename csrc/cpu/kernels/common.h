@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace la_aciq::cpu {
 namespace {

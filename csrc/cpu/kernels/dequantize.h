@@ -1,7 +1,7 @@
 // Values of INT4 codes: a table of 16 levels, times the clip.
 #pragma once
 
-#include "cpu/common_impl.h"
+#include "cpu/kernels/common.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // The integer products for x86-64 with AVX-VNNI, beside AVX2's other kernels.
-#include "cpu/dot_avx2.h"
+#include "cpu/kernels/dot_avx2.h"
 //
-#include "cpu/products.h"
+#include "cpu/kernels/products.h"
 
 namespace la_aciq::cpu {
 

@@ -6,7 +6,7 @@
 // even, starts the sums. Nothing is rounded before a group's clips are multiplied with.
 #pragma once
 
-#include "cpu/common_impl.h"
+#include "cpu/kernels/common.h"
 
 namespace la_aciq::cpu {
 namespace {

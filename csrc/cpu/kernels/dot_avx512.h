@@ -2,8 +2,8 @@
 // dot_baseline.h documents the operations.
 #pragma once
 
-#include "cpu/dot_x86.h"
-#include "cpu/vec_avx512.h"
+#include "cpu/kernels/dot_x86.h"
+#include "cpu/kernels/vec_avx512.h"
 
 namespace la_aciq::cpu {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/hadamard.h"
-#include "cpu/common_impl.h"
+#include "cpu/kernels/common.h"
 
 namespace la_aciq::cpu {
 namespace {
