@@ -716,7 +716,10 @@ def test_errors_name_the_argument(call, error, message):
             lambda: la_aciq.linear(ONES, WEIGHT, SCALE, activation_bits=8, clips=[1.0]),
             "clips: expected a tensor or a number or None, got list",
         ),
-        (lambda: la_aciq.moments(ONES.numpy(), [0, 0], 2), "language_ids: expected a tensor or None, got list"),
+        (
+            lambda: la_aciq.moments(ONES.numpy(), [0, 0], 2),
+            "language_ids: expected a tensor or an array or None, got list",
+        ),
         (
             lambda: la_aciq.moments(ONES, torch.zeros(2, dtype=torch.int32), 2.0),
             "num_entries: expected an int or None, got 2.0",

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .._deprecated import renamed_arguments
 from ..choices import ACTIVATION_CLIPS, CODEBOOKS, STATISTICS, ActivationClip, Codebook, Statistic
-from . import reference
+from . import arrays, reference
 from .backends import implementation
 from .backends import use_backend as use_backend
 from .backends import why_unavailable as why_unavailable
@@ -55,6 +55,7 @@ _CLIP_RANGE = (2.0**-149, torch.finfo(torch.float32).max)  # of a clip that stay
 # What a parameter's annotation asks for, in words and as the types that do.
 _TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
     Tensor: ("a tensor", (Tensor,)),
+    np.ndarray[Any, Any]: ("an array", (np.ndarray,)),
     float: ("a number", (numbers.Real, torch.SymFloat)),
     int: ("an int", (numbers.Integral, torch.SymInt)),
     bool: ("a bool", (bool, np.bool_)),
@@ -68,6 +69,8 @@ def _check_types(function: Callable[..., Any], arguments: dict[str, Any]) -> Non
     for name, value in arguments.items():
         annotation = function.__annotations__[name]
         accepted = [_TYPES[kind] for kind in get_args(annotation) or (annotation,) if kind in _TYPES]
+        if isinstance(value, Tensor) and (reason := arrays.why_not_dense(value)) is not None:
+            raise TypeError(f"{name}: {reason}") from None
         if not accepted or any(isinstance(value, types) for _, types in accepted):
             continue
         plain = value is None or isinstance(value, str | numbers.Number)
@@ -122,7 +125,7 @@ def _names_misfits(function: Callable[P, R]) -> Callable[P, R]:
 @_names_misfits
 def moments(
     x: Any,
-    language_ids: Tensor | None = None,
+    language_ids: Tensor | np.ndarray[Any, Any] | None = None,
     num_entries: int | None = None,
     *,
     histogram: bool = False,
@@ -139,10 +142,11 @@ def moments(
     Reading the result waits for the device x is on; inside a compiled graph use `moments_state`.
     """
     check_nan_policy(nan_policy)
-    tensor = x if isinstance(x, Tensor) else _tensor_from_array(x)
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        tensor = tensor.to(torch.float64)
-    state, counts = moments_state(tensor, language_ids, num_entries, histogram=histogram)
+    tensor, missing = arrays.tensor_of(x)
+    ids = arrays.ids_of(language_ids)
+    if missing is not None:
+        tensor, ids = _without(tensor, missing, ids)
+    state, counts = moments_state(tensor, ids, num_entries, histogram=histogram)
     read: Any = state.numpy(force=True)  # as arrays first: an index into a tensor is an operation of PyTorch
     read_counts: Any = counts.numpy(force=True) if histogram else None
     if language_ids is None and num_entries is None:
@@ -162,6 +166,8 @@ def moments_state(
         if language_ids is not None:
             raise ValueError("num_entries: expected the number of entries that language_ids refers to, got None")
         num_entries = 1
+    if isinstance(num_entries, bool | np.bool_):
+        raise TypeError(f"num_entries: expected an int or None, got {num_entries}")
     if num_entries < 1:
         raise ValueError(f"num_entries: expected at least 1, got {num_entries}")
     if language_ids is not None:
@@ -262,6 +268,8 @@ def dequantize(
     """
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes: expected uint8, got {_name(codes.dtype)}")
+    if k is True:
+        raise TypeError(f"k: expected an int, got {k}")
     packed = codes.shape
     if k < 1 or not packed or packed[-1] != (k + 1) // 2:
         raise ValueError(f"codes: expected shape [..., {(k + 1) // 2}] for k={k}, got {list(packed)}")
@@ -496,6 +504,16 @@ def _without_defaults(defaults: tuple[Any, ...], *settings: Any) -> tuple[Any, .
     return settings[:count]
 
 
+def _without(x: Tensor, missing: Tensor, language_ids: Any) -> tuple[Tensor, Any]:
+    """x [M, 1] of the M elements that are not missing, and their ids [M] where there are ids."""
+    there = ~missing.to(x.device)
+    if isinstance(language_ids, Tensor):
+        _check_ids(language_ids, x)
+        ids = language_ids.reshape(*language_ids.shape, *[1] * (x.dim() - language_ids.dim()))
+        language_ids = ids.expand(x.shape)[there]
+    return x[there].unsqueeze(1), language_ids
+
+
 # --- Checks of arguments --------------------------------------------------------------------------------------------
 
 
@@ -556,6 +574,8 @@ def _checked_x(x: Tensor) -> int:
 def _checked_block(block_size: int | None, signs: Tensor | None, x: Tensor, k: int) -> int:
     """The Hadamard block as the operations take it (0 for None)."""
     block = block_size or 0
+    if block is True:
+        raise TypeError(f"block_size: expected an int or None, got {block_size}")
     if signs is None:
         if block:
             raise ValueError(f"block_size: has no meaning without signs, got {block}")
@@ -574,6 +594,8 @@ def _checked_table(name: str, table: Tensor | float, x: Tensor, k: int, group_si
     """float32 [num_entries, groups] on the device of x, which is the argument called `like`."""
     groups = reference.group_count(k, group_size)
     if not isinstance(table, Tensor):
+        if isinstance(table, bool):
+            raise TypeError(f"{name}: expected a tensor or a number, got {table}")
         if not _CLIP_RANGE[0] <= table <= _CLIP_RANGE[1]:
             raise ValueError(f"{name}: expected a finite and positive number (in float32), got {table}")
         return torch.full((1, groups), float(table), dtype=torch.float32, device=x.device)
@@ -592,12 +614,8 @@ def _checked_table(name: str, table: Tensor | float, x: Tensor, k: int, group_si
     return table
 
 
-def _checked_ids(language_ids: Tensor, num_entries: int, x: Tensor, like: str = "x") -> Tensor:
-    """language_ids as int32 that matches the leading dimensions of x, which is the argument called `like`.
-
-    Ids are compared with the table on the CPU only, where looking at them costs no synchronisation, and not while a
-    graph is captured; elsewhere an id out of range reads entry 0.
-    """
+def _check_ids(language_ids: Tensor, x: Tensor, like: str = "x") -> None:
+    """dtype, device and shape of ids for the leading dimensions of x, which is the argument called `like`."""
     if language_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"language_ids: expected int32 or int64, got {_name(language_ids.dtype)}")
     _check_device("language_ids", language_ids, x, like)
@@ -609,6 +627,15 @@ def _checked_ids(language_ids: Tensor, num_entries: int, x: Tensor, like: str = 
             f"language_ids: expected a shape that matches the leading dimensions {list(lead)} of {like} from the left, "
             f"got {list(language_ids.shape)}"
         )
+
+
+def _checked_ids(language_ids: Tensor, num_entries: int, x: Tensor, like: str = "x") -> Tensor:
+    """language_ids as int32 that matches the leading dimensions of x, which is the argument called `like`.
+
+    Ids are compared with the table on the CPU only, where looking at them costs no synchronisation, and not while a
+    graph is captured; elsewhere an id out of range reads entry 0.
+    """
+    _check_ids(language_ids, x, like)
     if (
         not torch.compiler.is_compiling()
         and language_ids.is_cpu
@@ -623,32 +650,3 @@ def _checked_ids(language_ids: Tensor, num_entries: int, x: Tensor, like: str = 
         if low < 0 or high >= num_entries:
             raise ValueError(f"language_ids: expected ids from 0 to {num_entries - 1}, got {low if low < 0 else high}")
     return language_ids if language_ids.dtype == torch.int32 else language_ids.to(torch.int32)
-
-
-class _Shared:
-    """An array's memory, offered as writable: torch.from_numpy warns of read-only arrays, and nothing here writes."""
-
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self.array = array
-        address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
-
-
-def _tensor_from_array(x: Any) -> Tensor:
-    """A tensor on the memory of a NumPy array where torch can express it, else on a copy."""
-    try:
-        array = np.asarray(x)
-    except ValueError as error:
-        raise TypeError(f"x: expected a tensor or an array of real numbers: {error}") from error
-    if array.dtype.kind in "biu":
-        array = array.astype(np.float64)
-    if array.dtype.kind != "f":
-        raise TypeError(f"x: expected a tensor or an array of real numbers, got dtype {array.dtype}")
-    if array.dtype.itemsize > 8:
-        array = array.astype(np.float64)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
-        array = np.ascontiguousarray(array)
-    if not array.flags.writeable:
-        array = np.asarray(_Shared(array))
-    return torch.from_numpy(array)

@@ -124,11 +124,11 @@ class Moments:
         element.
         """
         check_nan_policy(nan_policy)
-        state = np.asarray(state, dtype=np.float64)
+        state = _real_numbers("state", state).astype(np.float64, copy=False)
         if state.ndim == 0 or state.shape[-1] != STATE_SIZE:
             raise ValueError(f"state: expected shape [..., {STATE_SIZE}], got {list(state.shape)}")
         if histogram is not None:
-            histogram = _checked_histogram(np.asarray(histogram))
+            histogram = _checked_histogram(_real_numbers("histogram", histogram))
             if histogram.shape[:-2] != state.shape[:-1]:
                 expected = [*state.shape[:-1], HISTOGRAM_BINS, 2]
                 raise ValueError(f"histogram: expected shape {expected} to match state, got {list(histogram.shape)}")
@@ -222,6 +222,10 @@ class Moments:
             histogram = self.histogram + other.histogram
         return Moments(merge_states(self.state, other.state), histogram, self.nan_policy)
 
+    def __radd__(self, other: object) -> "Moments":
+        """`sum` of a list of moments begins with 0."""
+        return self if isinstance(other, int) and not isinstance(other, bool) and other == 0 else NotImplemented
+
     def __getitem__(self, index: Any) -> "Moments":
         index = (*(index if isinstance(index, tuple) else (index,)), Ellipsis, slice(None))
         state = self.state[index]
@@ -271,6 +275,15 @@ class Moments:
 def check_nan_policy(nan_policy: str) -> None:
     if nan_policy not in _NAN_POLICIES:
         raise ValueError(f"nan_policy: expected 'propagate', 'omit' or 'raise', got {nan_policy!r}")
+
+
+def _real_numbers(name: str, values: ArrayLike) -> NDArray[Any]:
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array without a mask, got a masked array")
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name}: expected real numbers, got {array.dtype}")
+    return array
 
 
 def _checked_histogram(histogram: Any) -> Int64:
