@@ -11,7 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 from tiny_llama import random_texts, tiny_llama
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 import la_aciq
 from la_aciq.checkpoint import load_quantized, save_quantized
@@ -279,3 +280,89 @@ def test_a_checkpoint_without_a_layers_weight(model, profile, folder, tmp_path):
     safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LaAciqError, match=r"lacks .*model\.layers\.1\.mlp\.up_proj"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LaAciqConfig(profile), dtype=torch.float32)
+
+
+@pytest.fixture
+def in_memory_and_loaded(model, profile, tmp_path):
+    quantized = quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    quantized.save_pretrained(tmp_path)
+    return quantized, AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_quantized_in_memory_is_marked_as_a_loaded_one(in_memory_and_loaded):
+    marks = [
+        {
+            "is_quantized": model.is_quantized,
+            "method": model.quantization_method,
+            "config": model.config._is_quantized,
+            "trainable": model.hf_quantizer.is_trainable,
+            "pre_quantized": model.hf_quantizer.pre_quantized,
+        }
+        for model in in_memory_and_loaded
+    ]
+    assert marks[0] == marks[1]
+    assert marks[0]["is_quantized"] is True
+    assert marks[0]["method"] == "la_aciq"
+
+
+def test_it_is_not_trained_or_cast(model, profile, in_memory_and_loaded, tmp_path):
+    copied = quantize_model(copy.deepcopy(model), profile, QuantConfig(group_size=16), progress=False, inplace=True)
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
+    settings = TrainingArguments(output_dir=tmp_path / "out", use_cpu=True, report_to=[], max_steps=1)
+    for quantized in (*in_memory_and_loaded, copied, copy.deepcopy(copied)):
+        with pytest.raises(ValueError, match="fine-tuning on purely quantized models"):
+            Trainer(model=quantized, args=settings, train_dataset=data)
+        for cast in (quantized.half, quantized.float):
+            with pytest.raises(ValueError, match="not supported for quantized model"):
+                cast()
+
+
+def test_casting_by_to_is_safe(in_memory_and_loaded):
+    """`to` is the one cast that transformers leaves to a method: the clips keep float32, and the model computes."""
+    logits = []
+    for quantized in in_memory_and_loaded:
+        wide = {name: buffer for name, buffer in quantized.named_buffers() if name.endswith(("clip", "clips"))}
+        assert quantized.to(torch.bfloat16).dtype == torch.bfloat16
+        assert all(torch.equal(quantized.get_buffer(name), buffer) for name, buffer in wide.items())
+        with torch.no_grad(), la_aciq.language("sw"):
+            logits.append(quantized(IDS).logits)
+    assert torch.equal(*logits)
+    assert logits[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_tensor_parallelism_is_refused_before_a_tensor_is_loaded(model, profile, tmp_path, saved):
+    settings = {} if saved else {"quantization_config": LaAciqConfig(profile)}
+    source = quantize_model(model, profile, QuantConfig(group_size=16), progress=False) if saved else model
+    source.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:200])  # nothing could be read of it
+    with pytest.raises(LaAciqError, match=r"cannot be distributed by transformers \(tp_plan\); expected one process"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, distributed_config=DistributedConfig(tp_plan="auto"), dtype=torch.float32, **settings
+        )
+
+
+def test_a_distributed_model_is_not_quantized(model, profile, tmp_path):
+    torch.save((model, profile), tmp_path / "model.pt")
+    script = f"""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from la_aciq import LaAciqError, QuantConfig, quantize_model
+    model, profile = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
+    try:
+        quantize_model(model, profile, QuantConfig(group_size=16), progress=False)
+    except LaAciqError as error:
+        print(error)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "layers.1.mlp.up_proj.weight' is distributed over processes; expected a model" in process.stdout, (
+        process.stderr
+    )

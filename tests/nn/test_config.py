@@ -73,3 +73,38 @@ def test_ignore_takes_names_last_components_and_patterns():
 )
 def test_columns_of_the_clip_table(config, groups):
     assert config.groups(130) == groups
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"language_objective": "median"}, "language_objective: expected 'mean' or .*, got 'median'"),
+        ({"language_objective": "weighted"}, "language_weights: expected the languages' weights .*, got None"),
+        ({"language_weights": {"en": 1}}, "language_weights: expected None with language_objective = 'mean'"),
+        ({"language_objective": "weighted", "language_weights": ["en"]}, r"weights by tag, .*, got \['en'\]"),
+        ({"language_objective": "weighted", "language_weights": {"en": -1}}, "none negative"),
+        ({"language_objective": "weighted", "language_weights": {"en": 0.0}}, "not all zero"),
+        ({"language_objective": "weighted", "language_weights": {"en": float("nan")}}, "finite"),
+        ({"language_objective": "weighted", "language_weights": {1: 1.0}}, "by tag"),
+        (
+            {"language_objective": "variance", "language_penalty": -1},
+            "at least 0, got -1",
+        ),
+        ({"language_objective": "variance", "language_penalty": float("inf")}, "finite number"),
+        ({"language_penalty": 2}, "language_penalty: expected 1.0 with language_objective = 'mean'"),
+    ],
+)
+def test_language_objectives_that_have_no_meaning(settings, message):
+    with pytest.raises(LaAciqError, match=message):
+        QuantConfig(**settings)
+
+
+def test_a_language_objective_survives_json():
+    weights = {"en": 3, "sw": 1.5}
+    config = QuantConfig(language_objective="weighted", language_weights=weights)
+    weights["th"] = 1.0
+    assert config.language_weights == {"en": 3.0, "sw": 1.5}
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(QuantConfig(language_objective="weighted", language_weights={"en": 3.0, "sw": 1.5}))
+    assert QuantConfig(language_objective="variance", language_penalty=2).language_penalty == 2.0
+    assert QuantConfig.from_dict({}) == QuantConfig()  # of a version before

@@ -570,3 +570,48 @@ def test_a_model_without_some_of_its_values_is_refused(model, profile):
     partly.model.layers[1].mlp.up_proj.to("meta")
     with pytest.raises(LaAciqError, match=r"layers\.1\.mlp\.up_proj\.weight' is on the meta device"):
         quantized(partly, profile)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"language_objective": "minimax"},
+        {"language_objective": "variance", "language_penalty": 50.0},
+        {"language_objective": "weighted", "language_weights": {"sw": 1.0}},
+        {"language_objective": "minimax", "language_weights": {"SW": 1.0, "en": 2}},
+    ],
+)
+@pytest.mark.parametrize("sharing", ["pooled", "language"])
+def test_the_language_objective_chooses_the_shared_clips(model, profile, tmp_path, objective, sharing):
+    usual = quantized(model, profile, clip="static", sharing=sharing)
+    out = quantized(model, profile, clip="static", sharing=sharing, **objective)
+    settings = {
+        "penalty": objective.get("language_penalty", 1.0),
+        "language_objective": objective["language_objective"],
+    }
+    weights = objective.get("language_weights")
+    if weights is not None:
+        settings["language_weights"] = {tag.lower(): weight for tag, weight in weights.items()}
+    table = clipping.table(profile, sharing=sharing, **settings)
+    different = 0
+    for name in out.la_aciq.layers:
+        layer = out.get_submodule(name)
+        np.testing.assert_array_equal(layer.clips[0].numpy(), table.alpha[name][0])
+        different += not torch.equal(layer.clips[0], usual.get_submodule(name).clips[0])
+    assert different
+    la_aciq.save_quantized(out, tmp_path / "int4")
+    assert la_aciq.load_quantized(tmp_path / "int4").la_aciq.config == out.la_aciq.config
+    caches = [
+        quantized(model, profile, kv=4, kv_clip="rms", sharing=sharing, **changes).la_aciq_cache
+        for changes in ({}, objective)
+    ]
+    assert not torch.equal(*(next(cache.buffers())[0] for cache in caches))
+
+
+def test_weights_of_languages_that_the_profile_lacks(model, profile):
+    for weights, message in (
+        ({"ja": 1}, r"language_weights: expected languages of the profile, en, sw, th, got 'ja'"),
+        ({"sw": 1, "SW": 2}, "expected each language once, got 'sw' twice"),
+    ):
+        with pytest.raises(LaAciqError, match=message):
+            quantized(model, profile, language_objective="weighted", language_weights=weights)

@@ -1,6 +1,7 @@
 """LanguageAwareLinear, and weight quantization against float64 arithmetic written out here."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -69,7 +70,8 @@ def make(k, n, config, seed=0, bias=True):
     if config.activations < 16:
         clip = 0.5 + 2.5 * torch.rand(len(ROWS), config.groups(k))
     ids = torch.tensor([[3, 1, 1], [3, 2, 2]], dtype=torch.int32)
-    layer = LanguageAwareLinear.from_linear(linear, config, Running(ROWS, ids), clip, seed=11)
+    center = torch.full((len(ROWS), k), 0.1) if config.center else None
+    layer = LanguageAwareLinear.from_linear(linear, config, Running(ROWS, ids), clip, center=center, seed=11)
     return linear, layer, torch.randn(2, 3, k), ids.numpy()
 
 
@@ -320,3 +322,26 @@ def test_each_row_of_a_mixed_batch_gets_its_own_clip():
 def test_a_deep_copy_computes_the_same():
     _, layer, x, _ = make(64, 24, QuantConfig(group_size=16))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("clip", ["static", "rms", "absmax"])
+@pytest.mark.parametrize(("weights", "activations"), [(4, 4), (4, 8), (4, 16), (16, 4)])
+@pytest.mark.parametrize("center", [False, True])
+def test_a_backward_pass_warns(clip, weights, activations, center):
+    config = QuantConfig(weights=weights, activations=activations, clip=clip, group_size=16, center=center)
+    _, layer, x, _ = make(64, 24, config)
+    for again in range(2):
+        inputs = x.clone().requires_grad_()
+        before = torch.nn.Parameter(torch.ones(64))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            y = layer(inputs * before)
+            assert not [one for one in seen if "autograd" in str(one.message)]
+            assert y.requires_grad  # or the pass would stop before it could warn
+            y.sum().backward()
+        assert [one for one in seen if "autograd" in str(one.message)], again
+        assert inputs.grad is None or not bool(inputs.grad.any())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(layer(x), y)
+        assert not layer(x).requires_grad

@@ -52,8 +52,9 @@ class QuantConfig:
         language_objective: how the languages' errors make one where they share a clip, as in `clipping.table`: their
             "mean", a "weighted" mean, the largest ("minimax"), or the mean and their "variance". It chooses the pooled
             clips, and those that languages with few tokens are drawn to.
-        language_weights: for "weighted", the languages' weights by tag, not negative; a language without one has 0.
-            None otherwise.
+        language_weights: the languages' weights by tag, not negative; a language without one has 0. Needed for
+            "weighted", allowed for "minimax" (which languages count) and "variance"; None for equal weights.
+        language_penalty: how much the variance counts with "variance", at least 0.
         rounding: how weights become codes. "feedback": by the error of the layer's output on the profile's second
             moments, see `nn.weights`. "nearest": each weight for itself. "auto": "feedback" where the profile has
             second moments, otherwise "nearest"; a quantized model's configuration says which.
@@ -85,6 +86,7 @@ class QuantConfig:
     ignore: tuple[str, ...] = ("lm_head",)
     language_objective: LanguageObjective = "mean"
     language_weights: Mapping[str, float] | None = field(default=None, hash=False)
+    language_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name, accepted in _CHOICES.items():
@@ -108,7 +110,7 @@ class QuantConfig:
         if not isinstance(self.ignore, list | tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise LaAciqError(f"ignore: expected a list of layer names or patterns, got {self.ignore!r}")
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        self._check_language_weights()
+        self._check_language_objective()
         if self.granularity == "token" and self.clip == "static":
             raise LaAciqError(
                 "granularity = 'token' needs clip = 'rms' or 'absmax'; got clip = 'static', without a clip per token"
@@ -118,12 +120,23 @@ class QuantConfig:
                 "activations = 8 needs weights = 4: there is no kernel for INT8 activations with 16-bit weights"
             )
 
-    def _check_language_weights(self) -> None:
-        weights = self.language_weights
-        if (weights is not None) != (self.language_objective == "weighted"):
+    def _check_language_objective(self) -> None:
+        penalty, weights = self.language_penalty, self.language_weights
+        if not isinstance(penalty, Real) or isinstance(penalty, bool) or not 0 <= penalty < math.inf:
+            raise LaAciqError(f"language_penalty: expected a finite number of at least 0, got {penalty!r}")
+        if penalty != 1 and self.language_objective != "variance":
             raise LaAciqError(
-                "language_weights: expected the languages' weights with language_objective = 'weighted' and None "
-                f"otherwise, got {weights!r} with {self.language_objective!r}"
+                f"language_penalty: expected 1.0 with language_objective = {self.language_objective!r}, which has no "
+                f"penalty, got {penalty!r}"
+            )
+        object.__setattr__(self, "language_penalty", float(penalty))
+        if weights is None and self.language_objective == "weighted":
+            raise LaAciqError(
+                "language_weights: expected the languages' weights for language_objective = 'weighted', got None"
+            )
+        if weights is not None and self.language_objective == "mean":
+            raise LaAciqError(
+                f"language_weights: expected None with language_objective = 'mean', which has none, got {weights!r}"
             )
         if weights is None:
             return

@@ -534,4 +534,5 @@ def _table(profile: Profile, config: QuantConfig, bits: int, granularity: str) -
         sharing=config.sharing,
         language_objective=config.language_objective,
         language_weights=config.language_weights,
+        penalty=config.language_penalty,
     )
