@@ -2,10 +2,10 @@
 
     python examples/export_compressed_tensors.py MODEL TEXTS FOLDER
 
-Needs the extra: pip install 'la-aciq[compressed-tensors]'. Stock kernels do not rotate, have a level at zero, no
-bias by language, and leave activations in 16 bits; the weights' groups must divide every layer's inputs.
-MODEL is a folder or Hugging Face id, TEXTS a folder of <tag>.txt files, FOLDER a new one; MODEL and TEXTS may be
-"embedded", the test model and its texts.
+Needs the extra: pip install 'la-aciq[compressed-tensors]'. The kernels that load the folder do not rotate, have a level
+at zero and no bias by language, and leave activations in 16 bits. The group size must divide the inputs of every layer.
+MODEL is a folder or Hugging Face id, TEXTS a folder of <tag>.txt files, FOLDER a folder to create. MODEL and TEXTS may
+be "embedded": the test model and its texts.
 """
 
 import sys
@@ -27,7 +27,7 @@ profile = la_aciq.calibrate(model, texts, tokenizer, seqlen=128, tokens=256, pro
 config = la_aciq.QuantConfig(weights=4, activations=16, codebook="midtread", center=False, **settings)
 int4 = la_aciq.quantize_model(model, profile, config, progress=False)
 
-# The clips of the activations by language travel beside the weights.
+# The table of the activations' clips by language is saved beside the weights.
 export_compressed_tensors(int4, folder, tokenizer, table=clipping.table(profile, bits=8, codebook="midtread"))
 
 loaded = AutoModelForCausalLM.from_pretrained(folder)

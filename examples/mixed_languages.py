@@ -1,6 +1,8 @@
-"""One batch, one language per row: each row reads its own language's clips, whatever its neighbours speak.
+"""Run a batch with a language per row: the result of a row does not depend on the languages of the other rows.
 
-python examples/mixed_languages.py [MODEL [TEXTS]]
+    python examples/mixed_languages.py [MODEL [TEXTS]]
+
+MODEL is a folder or Hugging Face id, TEXTS a folder of <tag>.txt files. Default: the embedded model and its texts.
 """
 
 import sys
@@ -21,7 +23,7 @@ profile = la_aciq.calibrate(model, texts, tokenizer, seqlen=128, tokens=256, pro
 config = la_aciq.QuantConfig(weights=4, activations=4)
 int4 = la_aciq.quantize_model(model, profile, config, progress=False)
 
-# The same tokens in every row, so that nothing but the language differs.
+# All rows have the same tokens, so only the language differs.
 ids = tokenizer("The committee met on Tuesday.", return_tensors="pt")["input_ids"]
 batch = ids.expand(4, -1)
 with torch.no_grad(), la_aciq.languages(["en", "sw", "th", "pt-BR"]):
@@ -34,5 +36,5 @@ for row, tag in enumerate(["en", "sw", "th", "pt-BR"]):
     distance = float((mixed[row] - mixed[0]).norm() / mixed[0].norm())
     print(f"{tag:6} the same in a mixed batch: {same}; distance from English: {distance:.4f}")
 
-# Nobody calibrated Portuguese: the pooled row `und` serves it, and it is counted.
-print("served by the pooled row:", dict(int4.la_aciq.state.unserved))
+# Calibration has no Portuguese. The pooled entry `und` serves it, and the model counts such requests.
+print("served by the pooled entry:", dict(int4.la_aciq.state.unserved))

@@ -1,8 +1,8 @@
-"""Calibrate a model on a few texts, quantize it to INT4, and generate with the clips of a language.
+"""Calibrate a model on a few texts, quantize it to INT4, and generate in a language.
 
     python examples/quantize_and_generate.py [MODEL [TEXTS]]
 
-MODEL is a folder or Hugging Face id, TEXTS a folder of <tag>.txt files; without them the embedded model and texts.
+MODEL is a folder or Hugging Face id, TEXTS a folder of <tag>.txt files. Default: the embedded model and its texts.
 """
 
 import sys
@@ -17,13 +17,13 @@ else:
     model, tokenizer = embedded.load_model()
     texts = embedded.load_texts(["en", "sw", "th"])
 
-# What every layer's input looks like in each language. Texts are read from their start; 1024 tokens of each are usual.
+# Measure the inputs of every layer in each language. Calibration reads the start of each text; 1024 tokens are usual.
 profile = la_aciq.calibrate(model, texts, tokenizer, seqlen=128, tokens=256, progress=False)
 
-# INT4 weights, INT8 activations. The clip of the activations is looked up by the language of each token.
+# INT4 weights and INT8 activations. Each token's language selects the center (and, with clip="static", the clip).
 config = la_aciq.QuantConfig(weights=4, activations=8)
 int4 = la_aciq.quantize_model(model, profile, config, progress=False)
-print(f"{len(int4.la_aciq.layers)} layers quantized; left as they were: {int4.la_aciq.skipped}")
+print(f"{len(int4.la_aciq.layers)} layers quantized; not quantized: {int4.la_aciq.skipped}")
 print(f"clips for {', '.join(int4.la_aciq.state.entries)}")
 
 prompt = tokenizer("Habari ya asubuhi", return_tensors="pt", return_token_type_ids=False)

@@ -15,34 +15,28 @@ PACKAGES += ("evaluation", "integrations.transformers", "")  # the first package
 
 # Names that still lack sections; no name is added here.
 INCOMPLETE = """
-calibration.calibrate calibration.calibrate_distributed checkpoint.load_quantized checkpoint.save_quantized
-clipping.ClipTable.from_arrays clipping.ClipTable.row clipping.Empirical.from_histogram
-clipping.HistogramLaw.from_bins clipping.HistogramLaw.quantiles clipping.Law.above clipping.Law.below
-clipping.Law.density clipping.Law.power_beyond clipping.Law.tail clipping.Law.tail_excess clipping.Law.tail_mass
-clipping.Law.tail_square clipping.Law.take clipping.curvature clipping.fit_kurtosis_rule clipping.histogram_mse
-clipping.kurtosis_rule clipping.minimum_samples clipping.mse clipping.octav clipping.optimal
-clipping.optimal_histogram clipping.pareto clipping.samples_for_interval clipping.shared clipping.slope
-clipping.table disparity.EffectiveLaw.from_laws disparity.EffectiveLaw.update disparity.deployment_bounds
-disparity.effective disparity.entropy_power disparity.equal_kurtosis_examples disparity.family_bound
-disparity.family_slope disparity.gaussian_distortion disparity.kurtosis_bound disparity.language_limits
-disparity.limits disparity.lloyd_max disparity.panter_dite disparity.panter_dite_constant disparity.regret
-disparity.shannon_lower_bound disparity.total_variation_bound disparity.two_point_kurtoses
-disparity.wasserstein2 disparity.wasserstein_bound embedded.load_model embedded.load_texts
-evaluation.Comparison.sentence evaluation.Report.from_dict evaluation.Report.load evaluation.Report.markdown
-evaluation.Report.save evaluation.evaluate evaluation.evaluate_configurations evaluation.summarize
-integrations.transformers.LaAciqConfig.of integrations.transformers.prepare_for_saving models.fingerprint
-models.fingerprint_of models.is_experts models.is_ignored models.is_quantized models.linear_weight
-models.load_model models.output_head models.sample nn.LanguageAwareCache.take_over nn.LanguageAwareExperts.empty
-nn.LanguageAwareExperts.from_experts nn.LanguageAwareLinear.from_linear nn.LanguageAwareLinear.multiply
-nn.LanguageState.batch_ids nn.LanguageState.check_batch_ids nn.LanguageState.copied_with nn.LanguageState.entry
-nn.LanguageState.ids_for nn.LanguageState.picked nn.LanguageState.row nn.LanguageState.starts_of_batch
-nn.QuantConfig.from_dict nn.QuantConfig.groups nn.QuantConfig.ignores nn.bits_per_weight nn.language
-nn.languages nn.quantize_model ops.Moments.empty ops.Moments.from_state ops.Moments.pool ops.dequantize
-ops.linear ops.linear_options ops.linear_unchecked ops.moments ops.moments_state ops.quantize
-ops.quantize_dynamic ops.repack_weight ops.restore_weight ops.rotate ops.use_backend ops.why_unavailable
-profile.Profile.check_fingerprint profile.Profile.from_languages profile.Profile.load profile.Profile.merge
-profile.Profile.row profile.Profile.save profile.SecondMoments.of profile.SecondMoments.open
-profile.SecondMoments.save profile.SiteStats.tail_sums
+calibration.calibrate calibration.calibrate_distributed clipping.ClipTable.from_arrays clipping.ClipTable.row
+clipping.Empirical.from_histogram clipping.HistogramLaw.from_bins clipping.HistogramLaw.quantiles
+clipping.Law.above clipping.Law.below clipping.Law.density clipping.Law.power_beyond clipping.Law.tail
+clipping.Law.tail_excess clipping.Law.tail_mass clipping.Law.tail_square clipping.Law.take clipping.curvature
+clipping.fit_kurtosis_rule clipping.histogram_mse clipping.kurtosis_rule clipping.minimum_samples clipping.mse
+clipping.octav clipping.optimal clipping.optimal_histogram clipping.pareto clipping.samples_for_interval
+clipping.shared clipping.slope clipping.table disparity.EffectiveLaw.from_laws disparity.EffectiveLaw.update
+disparity.deployment_bounds disparity.effective disparity.entropy_power disparity.equal_kurtosis_examples
+disparity.family_bound disparity.family_slope disparity.gaussian_distortion disparity.kurtosis_bound
+disparity.language_limits disparity.limits disparity.lloyd_max disparity.panter_dite
+disparity.panter_dite_constant disparity.regret disparity.shannon_lower_bound disparity.total_variation_bound
+disparity.two_point_kurtoses disparity.wasserstein2 disparity.wasserstein_bound evaluation.summarize
+integrations.transformers.LaAciqConfig.of integrations.transformers.prepare nn.LanguageAwareCache.take_over
+nn.LanguageAwareExperts.empty nn.LanguageAwareLinear.multiply nn.LanguageState.batch_ids
+nn.LanguageState.check_batch_ids nn.LanguageState.copied_with nn.LanguageState.entry nn.LanguageState.ids_for
+nn.LanguageState.picked nn.LanguageState.row nn.LanguageState.starts_of_batch nn.QuantConfig.from_dict
+nn.QuantConfig.groups nn.QuantConfig.ignores nn.bits_per_weight nn.language nn.languages ops.Moments.empty
+ops.Moments.from_state ops.Moments.pool ops.dequantize ops.linear ops.linear_options ops.linear_unchecked
+ops.moments ops.moments_state ops.quantize ops.quantize_dynamic ops.repack_weight ops.restore_weight ops.rotate
+ops.use_backend ops.why_unavailable profile.Profile.check_fingerprint profile.Profile.from_languages
+profile.Profile.load profile.Profile.merge profile.Profile.row profile.Profile.save profile.SecondMoments.of
+profile.SecondMoments.open profile.SecondMoments.save profile.SiteStats.tail_sums
 """
 
 

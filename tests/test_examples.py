@@ -1,4 +1,4 @@
-"""The examples run, on a tiny model, and say what they are meant to show."""
+"""The examples run on a tiny model and print what they show."""
 
 import runpy
 import sys
@@ -13,12 +13,12 @@ from la_aciq import embedded, models
 from la_aciq.calibration import load_texts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# What each takes, "model", "texts" and a new "folder", and what its output says.
+# The arguments of each, "model", "texts" and a new "folder", and parts of its output.
 CASES = {
     "quantize_and_generate.py": (["model", "texts"], ["14 layers quantized", "und, en, sw, th, sink", "sw: Habari ya"]),
     "mixed_languages.py": (
         ["model", "texts"],
-        ["sw     the same in a mixed batch: True; distance from English: 0.", "served by the pooled row: {'pt': "],
+        ["sw     the same in a mixed batch: True; distance from English: 0.", "served by the pooled entry: {'pt': "],
     ),
     "from_pretrained.py": (["model", "texts", "folder"], ["the same outputs after loading: True"]),
     "numpy_moments_and_clips.py": ([], ["Gaussian(sigma=1.0, mean=0.0): clip 2.5140, normalized MSE 0.01154"]),
@@ -47,11 +47,11 @@ NEED_ARGUMENTS = [name for name, (arguments, _) in CASES.items() if "folder" in 
 
 
 @pytest.mark.parametrize("name", NEED_ARGUMENTS)
-@pytest.mark.parametrize("given", [[], ["model", "texts", "folder", "more"]])
-def test_an_example_without_its_arguments_says_how_it_is_called(name, given, monkeypatch):
+@pytest.mark.parametrize("arguments", [[], ["model", "texts", "folder", "more"]])
+def test_an_example_without_its_arguments_says_how_it_is_called(name, arguments, monkeypatch):
     if name == "export_compressed_tensors.py":
         pytest.importorskip("compressed_tensors")
-    monkeypatch.setattr(sys, "argv", [name, *given])
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit, match=f"^usage: python .*{name} MODEL TEXTS FOLDER$"):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
@@ -78,8 +78,8 @@ def test_example(name, model_folder, texts_folder, even_folder, tmp_path, monkey
     if name == "export_compressed_tensors.py":
         pytest.importorskip("compressed_tensors")
     arguments, expected = CASES[name]
-    given = {"model": model_folder, "even": even_folder, "texts": texts_folder, "folder": tmp_path / "out"}
-    monkeypatch.setattr(sys, "argv", [name, *(str(given[argument]) for argument in arguments)])
+    values = {"model": model_folder, "even": even_folder, "texts": texts_folder, "folder": tmp_path / "out"}
+    monkeypatch.setattr(sys, "argv", [name, *(str(values[argument]) for argument in arguments)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     output = capsys.readouterr().out
     for text in expected:

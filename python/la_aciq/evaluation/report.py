@@ -100,7 +100,14 @@ class Comparison:
     segments: int
 
     def sentence(self, unit: str = "byte") -> str:
-        """Whether the languages' own statistics beat the pooled ones, in words, by the interval alone."""
+        """Whether statistics by language beat the pooled ones, in words, by the interval alone.
+
+        Args:
+            unit: "byte" or "token": the report's unit of text.
+
+        Returns:
+            One sentence with the differences and their intervals.
+        """
         if self.mean.high < 0:
             verdict = "the languages' own statistics beat the pooled ones"
         elif self.mean.low > 0:
@@ -179,8 +186,17 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "report") -> Self:
-        """The report of report.json's content; a field that is missing, of another type or not finite is a
-        `LaAciqError`.
+        """The report from the content of a report.json, with every field validated.
+
+        Args:
+            values: the content, as `json.loads` gives it.
+            source: the name of the content in errors.
+
+        Returns:
+            The report.
+
+        Raises:
+            LaAciqError: a field is missing, has another type or is not finite, or the schema is another one.
         """
         if not isinstance(values, dict) or not isinstance(values.get("schema"), int):
             raise LaAciqError(f"{source}: not a report of LA-ACIQ (no schema number)")
@@ -190,7 +206,14 @@ class Report:
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write report.json (path is the file); a file of that name is replaced, never half-written."""
+        """Write report.json. A file of that name is replaced, never half-written.
+
+        Args:
+            path: the file.
+
+        Raises:
+            LaAciqError: the file cannot be written.
+        """
         file = Path(path)
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         try:
@@ -204,7 +227,17 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a report.json and check every field; `LaAciqError` names the file and the field."""
+        """Read a report.json and validate every field.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The report.
+
+        Raises:
+            LaAciqError: the file cannot be read, or a field is not valid; the message names both.
+        """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -227,7 +260,14 @@ class Report:
         return "\n\n".join([textwrap.fill(self._heading(), _WIDTH), *parts, *notes])
 
     def markdown(self, details: bool = True) -> str:
-        """The same as Markdown, with the intervals in full; without details only the configurations and verdicts."""
+        """The tables and the verdicts as Markdown, with the intervals in full.
+
+        Args:
+            details: whether to include the tables by language; without them only configurations and verdicts.
+
+        Returns:
+            Markdown, with a newline at the end.
+        """
         everything = range(len(self.configurations))
         parts = [_markdown_table(*self._summary())]
         if details:

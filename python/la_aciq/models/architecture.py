@@ -28,12 +28,26 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of what a model is: architecture, names and shapes of its parameters, and 64 values of each.
 
     Cheap and deterministic. The same weights in another dtype, or dequantized differently, are another model.
+
+    Args:
+        model: a model with parameters on any device but meta.
+
+    Returns:
+        A SHA-256 as 64 hexadecimal digits.
     """
     return fingerprint_of(model, {name: sample(parameter) for name, parameter in model.named_parameters()})
 
 
 def fingerprint_of(model: nn.Module, samples: Mapping[str, bytes]) -> str:
-    """The fingerprint of a model of this architecture whose parameters gave these samples, by name."""
+    """The fingerprint of a model from samples of its parameters.
+
+    Args:
+        model: a model of the architecture; its parameters are not read.
+        samples: by the name of a parameter, its `sample`.
+
+    Returns:
+        A SHA-256 as 64 hexadecimal digits.
+    """
     config = getattr(model, "config", None)
     digest = hashlib.sha256(
         repr([type(model).__name__, [getattr(config, key, None) for key in _ARCHITECTURE]]).encode()
@@ -44,19 +58,32 @@ def fingerprint_of(model: nn.Module, samples: Mapping[str, bytes]) -> str:
 
 
 def sample(parameter: torch.Tensor) -> bytes:
-    """A parameter's part of the fingerprint: its shape and 64 of its values."""
+    """A parameter's part of the fingerprint: its shape and 64 of its values.
+
+    Args:
+        parameter: a tensor of any shape and floating dtype.
+
+    Returns:
+        The shape as text, then up to 64 values as float32.
+    """
     values = parameter.detach().reshape(-1)
     picked = torch.from_numpy(
         np.linspace(0, max(len(values) - 1, 0), min(_SAMPLES_PER_WEIGHT, len(values)), dtype=np.int64)
     )
-    found = values[picked.to(values.device)].to("cpu", torch.float32).numpy().tobytes()
-    return f" {list(parameter.shape)}".encode() + found
+    sampled = values[picked.to(values.device)].to("cpu", torch.float32).numpy().tobytes()
+    return f" {list(parameter.shape)}".encode() + sampled
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight [N, K] of a linear layer: `torch.nn.Linear` itself, Falcon's, or GPT-2's Conv1D; otherwise None.
 
-    Another subclass of Linear may compute something else, and is not taken for one.
+    Another subclass of Linear may compute something else, so it does not count as a linear layer.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The weight [N, K], a view of the module's parameter, or None.
     """
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if type(module) is nn.Linear or kind == "transformers.models.falcon.modeling_falcon.FalconLinear":
@@ -67,6 +94,12 @@ def linear_weight(module: nn.Module) -> torch.Tensor | None:
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a mixture's experts as transformers keeps them: gated, with the parameters `gate_up_proj`
     [E, 2 I, K] and `down_proj` [E, K, I], gate before up, without biases.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for experts that can be quantized.
     """
     flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
     gate = getattr(type(module), "_apply_gate", None)
@@ -84,14 +117,28 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def output_head(model: nn.Module) -> str | None:
-    """The name of the layer that makes the logits, whatever its architecture calls it."""
-    found = getattr(model, "get_output_embeddings", lambda: None)()
-    return next((name for name, module in model.named_modules() if module is found), None)
+    """The name of the layer that computes the logits, whatever its architecture calls it.
+
+    Args:
+        model: any module; models of transformers have an output head.
+
+    Returns:
+        The full name of the layer, or None where there is none.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def is_quantized(config: Any) -> bool:
-    """Whether a configuration says that the model's weights are quantized. Those of a GGUF file are floating-point once
-    they are loaded.
+    """Whether a configuration says that the model's weights are quantized.
+
+    The weights of a GGUF file are floating-point once they are loaded, so they do not count.
+
+    Args:
+        config: a configuration of transformers.
+
+    Returns:
+        True where it has a `quantization_config` other than GGUF's.
     """
     quantization = getattr(config, "quantization_config", None)
     return quantization is not None and "gguf" not in str(quantization).lower()

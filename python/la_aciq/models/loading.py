@@ -11,15 +11,21 @@ from .architecture import is_quantized
 
 
 def load_model(name: str, *, device: str = "cpu", dtype: str | None = None, causal: bool = True) -> tuple[Any, Any]:
-    """A language model, in evaluation mode, and its tokenizer.
+    """A language model in evaluation mode, and its tokenizer.
 
-    name: a folder, a .gguf file, or a Hugging Face model id (from the cache, or the hub where it can be reached). Code
-        that comes with a model is never run.
-    dtype: "float32", "bfloat16", "float16" or "auto" (as stored); None is float32 on a CPU and "auto" elsewhere.
-    causal: whether it must be a causal language model; otherwise any class of transformers that config.json names.
+    Args:
+        name: a folder, a .gguf file, or a Hugging Face model id (from the cache, or from the hub where it can be
+            reached). Code that comes with a model is never run.
+        device: a device of PyTorch, such as "cpu" or "cuda:0".
+        dtype: "float32", "bfloat16", "float16" or "auto" (as stored). None is float32 on a CPU and "auto" elsewhere.
+        causal: whether the model must be a causal language model. If not, config.json names the class of transformers.
 
-    Raises `LaAciqError` in one sentence when there is no such model, it is not causal and has to be, or it is quantized
-    already.
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        LaAciqError: there is no such model, it is not causal and must be, it is quantized already, or the device
+            cannot be used.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -52,7 +58,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None, caus
     except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if "gguf_file" in place:
-        # The weights are floating-point now; what the file stored them as is of no further concern, and forbids saving.
+        # The weights are floating-point now. The file's own quantization is of no use any more, and forbids saving.
         del model.config.quantization_config
         if getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.remove_quantization_config(model)
