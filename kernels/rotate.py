@@ -13,7 +13,6 @@ from torch.library import triton_op, wrap_triton
 from . import tuning
 from .common import (
     MAX_TILE,
-    TILE,
     as_rows,
     cut,
     hadamard,
@@ -24,6 +23,7 @@ from .common import (
     rotation_scale,
     warps,
 )
+from .tuning import TILE
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The INT4 operations on tensors (`functional`), streaming moments (`streaming`) and the rotation's parameters.
 
-Names are imported at first use: `streaming` and `rotation` need NumPy alone. The first use of an operation, or of
-`register`, attaches the kernels to `torch.ops.la_aciq.*`.
+Names are imported at first use: `streaming` and `rotation` need NumPy alone. `register()`, and the first use of any
+operation, makes `torch.ops.la_aciq.*` exist.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from .. import _lazy
 
 if TYPE_CHECKING:
     from . import backends, functional, reference, rotation, streaming
-    from .backends import use_backend, why_unavailable
+    from .backends import register, use_backend, why_unavailable
     from .functional import (
         dequantize,
         linear,
@@ -39,6 +39,7 @@ __all__ = [
     "quantize",
     "quantize_dynamic",
     "reference",
+    "register",
     "repack_weight",
     "restore_weight",
     "rotate",
@@ -51,7 +52,7 @@ __all__ = [
 __getattr__ = _lazy(
     __name__,
     {
-        "backends": ("use_backend", "why_unavailable"),
+        "backends": ("register", "use_backend", "why_unavailable"),
         "functional": (
             "dequantize",
             "linear",

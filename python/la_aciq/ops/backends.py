@@ -176,6 +176,20 @@ if _WHY_NOT["triton"] is None:
     _FUNCTIONS["triton"] = _overloads(torch.ops.la_aciq_triton)
 
 
+def register() -> None:
+    """Make the operators `torch.ops.la_aciq.*` exist, for code that calls them by that name (`la_aciq.ops.register()`).
+
+    Importing this module does it, and so does the first use of any function of `la_aciq.ops`. `import la_aciq` alone
+    does not, because that would import PyTorch.
+
+    Raises:
+        UnavailableError: The compiled core cannot be loaded, so there are no operators; the functions of `la_aciq.ops`
+            then run the reference.
+    """
+    if WHY_NO_CORE is not None:
+        raise _unavailable("cpu", WHY_NO_CORE)
+
+
 def why_unavailable(backend: str) -> str | None:
     """Why a backend cannot run here, or None if it can. Raises ValueError for a name that is not a backend."""
     if backend not in get_args(Backend):
