@@ -31,10 +31,8 @@ integrations.transformers.LaAciqConfig.of integrations.transformers.prepare nn.L
 nn.LanguageAwareExperts.empty nn.LanguageAwareLinear.multiply nn.LanguageState.batch_ids
 nn.LanguageState.check_batch_ids nn.LanguageState.copied_with nn.LanguageState.entry nn.LanguageState.ids_for
 nn.LanguageState.picked nn.LanguageState.row nn.LanguageState.starts_of_batch nn.QuantConfig.from_dict
-nn.QuantConfig.groups nn.QuantConfig.ignores nn.bits_per_weight nn.language nn.languages ops.Moments.empty
-ops.Moments.from_state ops.Moments.pool ops.dequantize ops.linear ops.linear_options ops.linear_unchecked
-ops.moments ops.moments_state ops.quantize ops.quantize_dynamic ops.repack_weight ops.restore_weight ops.rotate
-ops.use_backend ops.why_unavailable profile.Profile.check_fingerprint profile.Profile.from_languages
+nn.QuantConfig.groups nn.QuantConfig.ignores nn.bits_per_weight nn.language nn.languages
+profile.Profile.check_fingerprint profile.Profile.from_languages
 profile.Profile.load profile.Profile.merge profile.Profile.row profile.Profile.save profile.SecondMoments.of
 profile.SecondMoments.open profile.SecondMoments.save profile.SiteStats.tail_sums
 """

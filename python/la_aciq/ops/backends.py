@@ -191,7 +191,17 @@ def register() -> None:
 
 
 def why_unavailable(backend: str) -> str | None:
-    """Why a backend cannot run here, or None if it can. Raises ValueError for a name that is not a backend."""
+    """Why a backend cannot run here, or None if it can.
+
+    Args:
+        backend: "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        The reason, or None.
+
+    Raises:
+        ValueError: There is no backend of that name.
+    """
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
     return _WHY_NOT[backend]
@@ -221,8 +231,17 @@ def _unavailable(backend: str, reason: str) -> UnavailableError:
 def use_backend(backend: Backend) -> Iterator[None]:
     """Runs the operations called inside by this thread on one backend: "reference", "cpu", "cuda" or "triton".
 
-    The environment variable LA_ACIQ_BACKEND sets the same for a whole process. Raises RuntimeError if the backend
-    cannot run here, ValueError if there is none of that name.
+    The environment variable LA_ACIQ_BACKEND sets the same for a whole process.
+
+    Args:
+        backend: "reference", "cpu", "cuda" or "triton".
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnavailableError: The backend cannot run here.
+        ValueError: There is no backend of that name.
     """
     reason = why_unavailable(backend)
     if reason is not None:

@@ -105,7 +105,8 @@ def _names_misfits(function: Callable[P, R]) -> Callable[P, R]:
         if not old_names.isdisjoint(kwargs):
             old = {name: value for name, value in kwargs.items() if name in old_names}
             new = {name: value for name, value in kwargs.items() if name not in old_names}
-            return named(*args, **renamed_arguments(function.__name__, old, renamed, new))
+            warn = not torch.compiler.is_compiling()
+            return named(*args, **renamed_arguments(function.__name__, old, renamed, new, warn=warn))
         try:
             return function(*args, **kwargs)
         except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -131,15 +132,26 @@ def moments(
     histogram: bool = False,
     nan_policy: NanPolicy = "propagate",
 ) -> Moments:
-    """Moments of a tensor or NumPy array in one pass over memory, in float64.
+    """Moments of the real numbers in a tensor or array, in one pass over memory and in float64.
 
-    x: tensor or array of float32, float64, bfloat16 or float16 [..., K]; integer and boolean data are read as float64.
-    language_ids, num_entries: entries as for `quantize`, and how many entries the result has; the result then is an
-        array of samples of shape [num_entries], else a single sample.
-    histogram: also count |x| in log-linear bins (see la_aciq.Moments.histogram).
-    nan_policy: "propagate", "omit" or "raise", as in SciPy.
+    Reading the result waits for the device of x; use `moments_state` inside a compiled graph.
 
-    Reading the result waits for the device x is on; inside a compiled graph use `moments_state`.
+    Args:
+        x: [..., K] of float32, float64, bfloat16 or float16; integers and booleans are read as float64. A tensor, an
+            array, or whatever `la_aciq.ops.arrays.tensor_of` reads. Elements that a mask or a nullable column marks as
+            missing are not counted. NaN is not missing: see nan_policy.
+        language_ids: The entry that each row counts under: int32 or int64, a tensor or a NumPy array, matched with the
+            leading dimensions of x from the left. None counts everything under entry 0.
+        num_entries: How many entries the result has; needed with language_ids.
+        histogram: Count |x| in log-linear bins too (see `la_aciq.Moments`).
+        nan_policy: What NaN and infinities do: "propagate", "omit" or "raise", as in SciPy.
+
+    Returns:
+        A single sample, or with language_ids or num_entries an array of samples of shape [num_entries].
+
+    Raises:
+        TypeError: x is not a dense array of real numbers, or another argument has a type that does not fit.
+        ValueError: An argument has a shape or a value that does not fit; or nan_policy is "raise" and x has NaN or Inf.
     """
     check_nan_policy(nan_policy)
     tensor, missing = arrays.tensor_of(x)
@@ -158,8 +170,23 @@ def moments(
 def moments_state(
     x: Tensor, language_ids: Tensor | None = None, num_entries: int | None = None, *, histogram: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The tensors `moments` is made of, on the device of x: float64 [num_entries, 8] and int64 [num_entries, 258, 2]
-    ([num_entries, 0, 2] without histogram). `Moments.from_state` reads them."""
+    """The tensors that `moments` reads, left on the device of x; `la_aciq.Moments.from_state` reads them.
+
+    Args:
+        x: float32, float64, bfloat16 or float16 [..., K].
+        language_ids: The entry that each row counts under: int32 or int64, matched with the leading dimensions of x
+            from the left. None counts everything under entry 0.
+        num_entries: How many entries the result has; needed with language_ids.
+        histogram: Count |x| in log-linear bins too.
+
+    Returns:
+        The state, float64 [num_entries, 8], and the histogram, int64 [num_entries, 258, 2], or [num_entries, 0, 2]
+        without one.
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
+    """
     if x.dtype not in _DTYPES_OF_MOMENTS:
         raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {_name(x.dtype)}")
     if num_entries is None:
@@ -191,20 +218,25 @@ def quantize(
 ) -> Any:
     """INT4 codes of x under static clips: one streaming pass, no reduction.
 
-    x: float32, bfloat16 or float16 [..., K].
-    clips: a table as described on top of this module.
-    language_ids: the entries of the table that the rows read.
-    group_size: elements along K that share a clip, even; None for all of them.
-    codebook: "midrise" (values (q - 7.5) Delta, ends exactly +-clip) or "midtread" ((q - 8) Delta, zero exact);
-        Delta = 2 clip / 15.
-    signs, block_size: quantize rotate(x, signs, block_size) instead of x; as there, signs other than +-1 are a
-        ValueError on the CPU, and a GPU does not look.
-    tail_sums: also return float64 [num_entries, groups, 4]: finite elements, those with |x| > clip, the sum of |x| over
-        those, non-finite elements.
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        clips: The table of clips, float32 [num_entries, groups], [num_entries], [] or a number.
+        language_ids: The entry of the table that each row reads: int32 or int64, matched with the leading dimensions of
+            x from the left. None reads entry 0.
+        group_size: Elements along K that share a clip, an even number; None for the whole row.
+        codebook: "midrise", values (q - 7.5) step with ends exactly +-clip, or "midtread", values (q - 8) step with an
+            exact zero; step = 2 clip / 15.
+        signs, block_size: Quantize rotate(x, signs, block_size) instead of x; see `rotate`.
+        tail_sums: Return sums over each entry and group too.
 
-    Returns uint8 [..., ceil(K / 2)], two codes per byte, the even index in the low nibble; with tail_sums a pair. NaN
-    takes the code nearest zero, +-Inf the end codes.
-    Raises TypeError or ValueError naming the argument that does not fit.
+    Returns:
+        Codes, uint8 [..., ceil(K / 2)], two per byte, the even index in the low nibble. NaN takes the code nearest
+        zero, +-Inf the end codes. With tail_sums a pair: the codes and float64 [num_entries, groups, 4], the number of
+        finite elements, of those with |x| > clip, the sum of |x| over the latter, the number of non-finite elements.
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
     """
     k = _checked_x(x)
     block = _checked_block(block_size, signs, x, k)
@@ -230,12 +262,24 @@ def quantize_dynamic(
     signs: Tensor | None = None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """INT4 codes of x under clips measured on x: clip_factor * rms (or absmax) of the finite elements of each group.
+    """INT4 codes of x under clips measured on x: clip_factor times the rms or absmax of each group's finite elements.
 
-    clip_factor: a table of factors as described on top of this module.
-    The other arguments are those of `quantize`.
-    Returns codes uint8 [..., ceil(K / 2)] and the row_clips, float32 [..., groups], for `dequantize`. A group of zeros
-    has clip 0 and dequantizes to zeros.
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        clip_factor: The table of factors, float32 [num_entries, groups], [num_entries], [] or a number.
+        language_ids: The entry of the table that each row reads, as in `quantize`.
+        group_size: Elements along K that share a clip, an even number; None for the whole row.
+        statistic: "rms" or "absmax".
+        codebook: "midrise" or "midtread", as in `quantize`.
+        signs, block_size: Quantize rotate(x, signs, block_size) instead of x; see `rotate`.
+
+    Returns:
+        Codes, uint8 [..., ceil(K / 2)], and row_clips, float32 [..., groups], for `dequantize`. A group of zeros has
+        clip 0 and dequantizes to zeros.
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
     """
     k = _checked_x(x)
     block = _checked_block(block_size, signs, x, k)
@@ -262,9 +306,24 @@ def dequantize(
     codebook: Codebook = "midrise",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Values [..., k] of codes uint8 [..., ceil(k / 2)] in float32, bfloat16 or float16.
+    """Values of INT4 codes, under a table of clips or under one clip per row and group.
 
-    Exactly one of clips (with language_ids, as given to `quantize`) and row_clips (as returned by `quantize_dynamic`).
+    Args:
+        codes: uint8 [..., ceil(k / 2)], as `quantize` and `quantize_dynamic` return them.
+        clips: The table of clips, as given to `quantize`. Exactly one of clips and row_clips is given.
+        language_ids: The entry of the table that each row reads, as in `quantize`; not with row_clips.
+        k: Elements of a row.
+        row_clips: float32 [..., groups], as `quantize_dynamic` returns them.
+        group_size: Elements along k that share a clip, an even number; None for the whole row.
+        codebook: "midrise" or "midtread", as in `quantize`.
+        dtype: Of the result: float32, bfloat16 or float16.
+
+    Returns:
+        Values [..., k] in dtype.
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
     """
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes: expected uint8, got {_name(codes.dtype)}")
@@ -310,9 +369,20 @@ def dequantize(
 def rotate(x: Tensor, signs: Tensor, block_size: int | None = None) -> Tensor:
     """Randomized block Hadamard transform: y = H_b (signs * x) / sqrt(b) in each block of b along the last dimension.
 
-    x: float32, bfloat16 or float16 [..., K]. signs: +-1 as float32 or int8 [K]; anything else is a ValueError on the
-    CPU and not looked for on a GPU. block_size: a power of two that divides K; None for the largest. The transform is
-    orthogonal; H_b is symmetric (Sylvester's order), so signs * rotate(y, ones) undoes it.
+    The transform is orthogonal. H_b is symmetric (Sylvester's order), so signs * rotate(y, ones) undoes it.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        signs: +1 and -1, float32 or int8 [K]. Other values are an error on the CPU; a GPU does not check them, because
+            that would wait for the device.
+        block_size: b, a power of two that divides K; None for the largest.
+
+    Returns:
+        y [..., K] in the dtype of x.
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
     """
     block = _checked_block(block_size, signs, x, _checked_x(x))
     out: Tensor = implementation("rotate", x)(x, signs, block)
@@ -337,25 +407,35 @@ def linear(
     activation_group_size: int | None = None,
     activation_codebook: Codebook = "midrise",
 ) -> Tensor:
-    """x times INT4 weights: [..., N] in the dtype of x.
+    """x times INT4 weights.
 
-    On the CPU a row's result is the same to the last bit whatever the rows beside it; on a GPU few rows go through
+    On the CPU a row's result is the same to the last bit whatever rows are beside it. On a GPU few rows go through
     another kernel than many, and the last bits may differ.
 
-    x: float32, bfloat16 or float16 [..., K].
-    weight: codes uint8 [N, ceil(K / 2)] of group_size along K, or on the CPU the same codes as `repack_weight` arranges
-        them, int32 [ceil(N / 16), ceil(K / 8), 16], for which groups (of the activations too) have to be multiples of 8
-        or whole rows.
-    weight_clip: their clips, float32 [N, groups]. An N that is wrong within 16 cannot be told from repacked weights:
-        outputs beyond theirs have code 0, which is not value 0.
-    bias: [N].
-    signs, block_size: x is rotated first (the weights must have been rotated alike); signs other than +-1 are a
-        ValueError on the CPU, and a GPU does not look.
-    activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook, with
-        activation_clip "static": clips is the table of clips; "rms", "absmax": clips is the table of factors on the
-        statistic of each row's group of activation_group_size elements.
-    clips, language_ids: the table, and the entries of it that the rows read; an error with activation_bits
-        16, which has no clips.
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        weight: Codes uint8 [N, ceil(K / 2)]. On the CPU also int32 [ceil(N / 16), ceil(K / 8), 16] from
+            `repack_weight`, where groups, those of the activations too, are multiples of 8 or whole rows.
+        weight_clip: Clips of the weight, float32 [N, groups]. With repacked weights, an N that is wrong within 16
+            cannot be noticed: outputs that do not exist have code 0, which is not value 0.
+        bias: A floating-point tensor [N].
+        group_size: Elements along K of the weight that share a clip, an even number; None for the whole row.
+        weight_codebook: "midrise" or "midtread", as in `quantize`.
+        signs, block_size: Rotate x first (see `rotate`); the weight was rotated with the same signs and block.
+        activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook first.
+        activation_clip: "static": clips is a table of clips. "rms" or "absmax": clips is a table of factors on that
+            statistic of each row's groups.
+        clips: The table, as in `quantize` or `quantize_dynamic`; needed with 8 and 4 bits, an error with 16.
+        language_ids: The entry of the table that each row reads, as in `quantize`; an error with 16 bits.
+        activation_group_size: Elements along K of x that share a clip, an even number; None for the whole row.
+        activation_codebook: "midrise" or "midtread".
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
     """
     columns = _checked_x(x)
     block = _checked_block(block_size, signs, x, columns)
@@ -411,13 +491,19 @@ def linear(
 
 @_names_misfits
 def repack_weight(weight: Tensor) -> Tensor:
-    """INT4 codes uint8 [N, ceil(K / 2)] in the order in which the CPU multiplies with them fastest.
+    """INT4 codes in the order in which the CPU multiplies fastest; `restore_weight` undoes it.
 
-    Returns int32 [ceil(N / 16), ceil(K / 8), 16], which `linear` takes in place of `weight`: element [p, i, l] holds
-    the codes of members 8 i to 8 i + 7 of output 16 p + l, member 8 i + j in bits 4 j to 4 j + 3. Outputs and members
-    that do not exist have code 0, which is not value 0, and nothing tells them from others: N and K are not in the
-    result. Codes keep their 4 bits; `restore_weight` undoes it.
-    Raises TypeError or ValueError naming the argument that does not fit.
+    Args:
+        weight: Codes uint8 [N, ceil(K / 2)].
+
+    Returns:
+        int32 [ceil(N / 16), ceil(K / 8), 16], which `linear` takes in place of `weight`. Element [p, i, l] holds the
+        codes of members 8 i to 8 i + 7 of output 16 p + l, member 8 i + j in bits 4 j to 4 j + 3. Outputs and members
+        that do not exist have code 0, which is not value 0; the result does not say N and K.
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
     """
     if weight.dtype != torch.uint8:
         raise TypeError(f"weight: expected uint8 codes, got {_name(weight.dtype)}")
@@ -428,10 +514,19 @@ def repack_weight(weight: Tensor) -> Tensor:
 
 @_names_misfits
 def restore_weight(repacked: Tensor, n: int, k: int) -> Tensor:
-    """The codes uint8 [n, ceil(k / 2)] that `repack_weight` has rearranged.
+    """The codes that `repack_weight` has rearranged, in the portable order.
 
-    An n that is wrong within 16, or a k within 8, cannot be told: codes beyond those that were given are 0.
-    Raises TypeError or ValueError naming the argument that does not fit.
+    Args:
+        repacked: int32 [ceil(n / 16), ceil(k / 8), 16].
+        n: Outputs. An n that is wrong within 16 cannot be noticed.
+        k: Members of an output. A k that is wrong within 8 cannot be noticed.
+
+    Returns:
+        uint8 [n, ceil(k / 2)].
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
     """
     if repacked.dtype != torch.int32:
         raise TypeError(f"repacked: expected int32, got {_name(repacked.dtype)}")
@@ -452,8 +547,16 @@ def linear_unchecked(
     language_ids: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """`linear` for a layer whose tensors and settings (`options`: of `linear_options`) were checked when it was made,
-    and whose ids come from a `LanguageState`: the checks would be a fifth of a small layer's time.
+    """`linear` without checks, for a layer that checked its tensors and settings when it was made.
+
+    The ids come from a `LanguageState`, which has checked them. Checks would take a fifth of a small layer's time.
+
+    Args:
+        x, weight, weight_clip, bias, signs, clips, language_ids: As in `linear`; clips is [num_entries, groups].
+        options: The settings, from `linear_options`.
+
+    Returns:
+        [..., N] in the dtype of x.
     """
     if signs is not None:
         options = {**options, "signs": signs}
@@ -474,8 +577,17 @@ def linear_options(
     activation_group_size: int = 0,
     activation_codebook: str = "midrise",
 ) -> dict[str, Any]:
-    """Those of `linear`'s settings that are not the operator's defaults: each that is handed over takes a quarter of a
-    microsecond, and all of them half of a small call. One by one, because a comprehension takes several times as long.
+    """Settings of `linear` that differ from the operator's defaults, for `linear_unchecked`.
+
+    Each setting that a call passes takes a quarter of a microsecond, and all of them half of a small call. The function
+    tests them one by one, because a comprehension takes several times as long.
+
+    Args:
+        group_size, weight_codebook, block_size: As in `linear`; 0 stands for None.
+        activation_bits, activation_clip, activation_group_size, activation_codebook: As in `linear`; 0 stands for None.
+
+    Returns:
+        Keyword arguments of the operator.
     """
     options: dict[str, Any] = {}
     if group_size:

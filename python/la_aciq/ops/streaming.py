@@ -118,10 +118,19 @@ class Moments:
     def from_state(
         cls, state: ArrayLike, histogram: ArrayLike | None = None, nan_policy: NanPolicy = "propagate"
     ) -> "Moments":
-        """Wraps a float64 [..., 8] state and an int64 [..., 258, 2] histogram of the same leading shape.
+        """Moments from their state.
 
-        Raises ValueError for other shapes, for an unknown nan_policy, and with "raise" if there is a non-finite
-        element.
+        Args:
+            state: Real numbers [..., 8], as float64.
+            histogram: int64 [..., 258, 2] of the same leading shape, or None.
+            nan_policy: "propagate", "omit" or "raise".
+
+        Returns:
+            An array of samples of the leading shape.
+
+        Raises:
+            TypeError: The state or the histogram does not hold real numbers, or has a mask.
+            ValueError: A shape or nan_policy does not fit; or nan_policy is "raise" and an element was not finite.
         """
         check_nan_policy(nan_policy)
         state = _real_numbers("state", state).astype(np.float64, copy=False)
@@ -138,7 +147,16 @@ class Moments:
     def empty(
         cls, shape: tuple[int, ...] = (), histogram: bool = False, nan_policy: NanPolicy = "propagate"
     ) -> "Moments":
-        """Moments of no data, the neutral element of `+`."""
+        """Moments of no data, the neutral element of `+`.
+
+        Args:
+            shape: Of the array of samples; () for a single one.
+            histogram: Whether the moments have a histogram.
+            nan_policy: "propagate", "omit" or "raise".
+
+        Returns:
+            Moments whose counts are all 0.
+        """
         counts = np.zeros((*shape, HISTOGRAM_BINS, 2), dtype=np.int64) if histogram else None
         return cls.from_state(empty_state(shape), counts, nan_policy)
 
@@ -193,7 +211,17 @@ class Moments:
         return self._statistic(self.state[..., MAX])
 
     def pool(self, axis: int = 0) -> "Moments":
-        """The union of the samples along an axis of the array of samples."""
+        """The union of the samples along an axis of the array of samples.
+
+        Args:
+            axis: The axis; a negative one counts from the last.
+
+        Returns:
+            Moments without that axis.
+
+        Raises:
+            ValueError: There is no such axis.
+        """
         if not -len(self.shape) <= axis < len(self.shape):
             raise ValueError(
                 f"axis: expected one of the {len(self.shape)} axes of shape {list(self.shape)}, got {axis}"
