@@ -60,7 +60,7 @@ def made_up_profile(layers: int = LAYERS, languages: int = LANGUAGES) -> SimpleN
         histogram[0] = histogram[1:-1].sum(0)
         moments = Moments.from_state(np.zeros((len(rows), 1, 8)), histogram)
         sites[f"layer{i}"] = SimpleNamespace(moments=moments, kind="input", layer_kind="q_proj")
-    return SimpleNamespace(rows=rows, languages=rows[1:-1], sites=sites, layers={name: name for name in sites})
+    return SimpleNamespace(entries=rows, languages=rows[1:-1], sites=sites, layers={name: name for name in sites})
 
 
 @pytest.fixture(scope="module")

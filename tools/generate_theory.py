@@ -354,7 +354,7 @@ def summarize_profile(folder: str) -> dict[str, Any]:
     layers = [layer for layer, site in profile.layers.items() if site in inputs]
     languages = {}
     for i, language in enumerate(profile.languages):
-        row = profile.rows.index(language)
+        row = profile.entries.index(language)
         own_kurtosis = [float(profile.sites[name].moments.pool(1).kurtosis[row]) for name in inputs]
         languages[language] = {
             "kurtosis_eff": laws[language].kurtosis,

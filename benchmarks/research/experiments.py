@@ -191,12 +191,12 @@ class Lab:
 
     def center(self, profile: Profile, tag: str) -> dict[str, Tensor]:
         """A row's mean input by site, rotated."""
-        place = profile.rows.index(tag)
+        place = profile.entries.index(tag)
         return {site: self.simulated.rotated(torch.from_numpy(c[place])) for site, c in profile.centers.items()}
 
     def row(self, profile: Profile, clips: clipping.ClipTable, tag: str, center: str | None = None, **how: Any) -> Row:
         """The clips of a row of the table, with the centers of the same row or of another."""
-        place, sink = profile.rows.index(tag), profile.rows.index(SINK)
+        place, sink = profile.entries.index(tag), profile.entries.index(SINK)
         alpha = {site: torch.from_numpy(clips.alpha[site]) for site in profile.centers}
         return Row(
             {site: own[place] for site, own in alpha.items()},

@@ -62,7 +62,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 def illustrate(report: Report, folder: Path) -> list[Path]:
     """What is made from report.json: report.md and the plots, into an existing folder; returns the plots' paths."""
-    (folder / "report.md").write_text(report.markdown(), "utf-8")
+    (folder / "report.md").write_text(report.markdown(), "utf-8", errors="backslashreplace")
     return draw(report, folder)
 
 

@@ -103,11 +103,11 @@ def test_every_row_and_group_has_the_statistics_of_its_tokens(seen, profile, lay
     own = profile if rotate else calibrated(rotate=False)
     basis = rotated if rotate else lambda x: x
     site = own.sites[own.layers[layer]]
-    assert own.rows == ("und", *TAGS, "sink")
-    assert site.moments.shape == (len(own.rows), -(-site.k // GROUP))
+    assert own.entries == ("und", *TAGS, "sink")
+    assert site.moments.shape == (len(own.entries), -(-site.k // GROUP))
     rest = {tag: np.concatenate([basis(chunk)[1:] for chunk in seen[tag][layer]]) for tag in TAGS}
     for tag in TAGS:
-        check_row(site.moments[own.rows.index(tag)], groups_of(rest[tag], GROUP))
+        check_row(site.moments[own.entries.index(tag)], groups_of(rest[tag], GROUP))
     check_row(site.moments[0], groups_of(np.concatenate(list(rest.values())), GROUP))
     first = np.concatenate([basis(chunk)[:1] for tag in TAGS for chunk in seen[tag][layer]])
     check_row(site.moments[-1], groups_of(first, GROUP))
@@ -124,7 +124,7 @@ def test_inputs_are_measured_less_the_mean_of_their_language(seen, layer):
     np.testing.assert_allclose(center, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     assert center.dtype == np.float32
     for tag, mean in zip(TAGS, means, strict=True):
-        check_row(site.moments[own.rows.index(tag)], groups_of(rotated(rest[tag] - mean), GROUP))
+        check_row(site.moments[own.entries.index(tag)], groups_of(rotated(rest[tag] - mean), GROUP))
     check_row(site.moments[-1], groups_of(rotated(first), GROUP))
     assert set(own.centers) == {name for name, one in own.sites.items() if one.kind == "input"}
 

@@ -15,7 +15,7 @@ import la_aciq
 from la_aciq.calibration import calibrate_distributed
 from la_aciq.calibration.collect import Calibration, _Collector
 from la_aciq.calibration.distributed import DEFAULTS
-from la_aciq.calibration.parts import Part, Parts
+from la_aciq.calibration.language_statistics import LanguageStatistics, ProfileBuilder
 from la_aciq.profile import Profile
 
 TEXTS = {tag: sentences(tag) for tag in ("en", "sw", "th")}
@@ -72,7 +72,7 @@ def check_same(found, alone):
     """All but second moments bit for bit; those to float32 rounding of sums of some hundred products."""
     assert (found / "profile.safetensors").read_bytes() == (alone / "profile.safetensors").read_bytes()
     merged, single = Profile.load(found), Profile.load(alone)
-    assert (merged.rows, merged.layers, merged.metadata) == (single.rows, single.layers, single.metadata)
+    assert (merged.entries, merged.layers, merged.metadata) == (single.entries, single.layers, single.metadata)
     assert list(merged.sites) == list(single.sites)
     assert list(merged.second_moments) == list(single.second_moments)
     for site, matrix in single.second_moments.items():
@@ -154,12 +154,12 @@ def test_processes_that_do_not_measure_the_same_are_refused(tmp_path, changed):
 def test_a_part_survives_the_way_to_another_process():
     ids = {"en": np.arange(200) % 256, "sw": np.arange(200) * 3 % 256}
     calibration = Calibration(byte_llama(), ids, None, **DEFAULTS | {"seqlen": 24, "tokens": 60, "group_size": 16})
-    here, there = Parts(), Parts()
-    for part in calibration.measured(calibration.languages, progress=False):
-        here.add(part)
-        there.add(Part.from_bytes(part.to_bytes()))
+    here, there = ProfileBuilder(), ProfileBuilder()
+    for statistics in calibration.measured(calibration.languages, progress=False):
+        here.add(statistics)
+        there.add(LanguageStatistics.from_bytes(statistics.to_bytes()))
     one, other = calibration.profile(here), calibration.profile(there)
-    assert (one.rows, one.layers, one.metadata) == (other.rows, other.layers, other.metadata)
+    assert (one.entries, one.layers, one.metadata) == (other.entries, other.layers, other.metadata)
     assert list(one.sites) == list(other.sites)
     for name, site in one.sites.items():
         assert np.array_equal(site.moments.state, other.sites[name].moments.state)

@@ -24,7 +24,7 @@ def test_calibrate_writes_the_profile_that_python_would_make(profile_folder, mod
     import la_aciq
 
     profile = Profile.load(profile_folder)
-    assert profile.rows == ("und", "en", "sw", "th", "sink")
+    assert profile.entries == ("und", "en", "sw", "th", "sink")
     assert profile.metadata["tokens"] == {"en": 128, "sw": 128, "th": 128}
     texts = {tag: sentences(tag) for tag in ("en", "sw", "th")}
     expected = la_aciq.calibrate(

@@ -26,7 +26,7 @@ def profile():
 
 
 def histogram_of(profile, site, row, group):
-    return profile.sites[site].moments.histogram[profile.rows.index(row), group]
+    return profile.sites[site].moments.histogram[profile.entries.index(row), group]
 
 
 def test_every_layer_row_and_group_has_its_own_clip(profile):
@@ -53,7 +53,7 @@ def test_shape_is_the_clip_over_the_rms(profile):
 
 def test_shared_rows_minimize_the_language_objective(profile):
     grid = np.geomspace(0.5, 12, 3000)
-    rows = [profile.rows.index(tag) for tag in SIGMA]
+    rows = [profile.entries.index(tag) for tag in SIGMA]
     for kind in ("mean", "minimax", "variance"):
         table = clipping.table(profile, language_objective=kind)
         for group in range(2):
@@ -107,11 +107,11 @@ def with_row(profile, row, samples):
     for name, site in profile.sites.items():
         histogram, state = site.moments.histogram.copy(), site.moments.state.copy()
         x = np.zeros(0) if samples is None else samples
-        histogram[profile.rows.index(row)] = log_histogram(x)
-        state[profile.rows.index(row)] = moments_state(x)
+        histogram[profile.entries.index(row)] = log_histogram(x)
+        state[profile.entries.index(row)] = moments_state(x)
         moments = type(site.moments).from_state(state, histogram)
         sites[name] = type(site)(site.kind, site.layer_kind, site.k, site.group_size, moments)
-    return Profile(profile.rows, sites, profile.layers)
+    return Profile(profile.entries, sites, profile.layers)
 
 
 def test_small_samples_are_shrunk_toward_und(profile):
@@ -133,7 +133,7 @@ def test_small_samples_are_shrunk_toward_und(profile):
 
 def test_zero_channels_get_finite_clips(profile):
     dead = profile
-    for row in profile.rows:
+    for row in profile.entries:
         dead = with_row(dead, row, np.zeros(1000))
     table = clipping.table(dead)
     for values in (*table.alpha.values(), *table.shape.values()):
@@ -142,7 +142,7 @@ def test_zero_channels_get_finite_clips(profile):
 
 def test_a_group_nobody_reached_is_an_error(profile):
     dead = profile
-    for row in profile.rows:
+    for row in profile.entries:
         dead = with_row(dead, row, None)
     with pytest.raises(ValueError, match=r"profile must have values in every group, got none for 'layers.q_proj.in'"):
         clipping.table(dead)
@@ -222,7 +222,7 @@ def test_the_pooled_clip_makes_room_for_the_distance_between_centers(profile):
     centers = np.zeros((5, site.k), np.float32)
     centers[1, :8], centers[2, :8] = 2.0, -2.0  # en and sw in the first of two groups of 8; their mean is 0
     made = Profile(
-        profile.rows, profile.sites, profile.layers, {"rotation": {"enabled": False}}, centers={SITES[0]: centers}
+        profile.entries, profile.sites, profile.layers, {"rotation": {"enabled": False}}, centers={SITES[0]: centers}
     )
     own, without = clipping.table(made), clipping.table(profile)
     pooled = clipping.table(made, sharing="pooled")

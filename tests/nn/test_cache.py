@@ -328,7 +328,7 @@ def test_the_profile_has_the_keys_and_values_that_the_cache_rounds(model, profil
             rotated.append(((block - mean) @ hadamard(8) / np.sqrt(8))[:, 1 if begin == 0 else 0 :])
     site = profile.sites["cache.1.key"]
     assert (site.kind, site.layer_kind, site.k, site.group_size) == ("key", "key", 16, 8)
-    measured = site.moments[profile.rows.index("sw")]
+    measured = site.moments[profile.entries.index("sw")]
     both = np.concatenate(rotated, axis=1)
     assert measured.count.tolist() == [both[0].size] * 2
     np.testing.assert_allclose(measured.variance, both.var(axis=(1, 2)), rtol=1e-4)

@@ -174,7 +174,7 @@ def test_left_padding_and_cached_decoding_change_nothing(model, profile, changes
 def test_without_a_sink_row_the_first_token_has_its_languages(model, profile):
     name = "model.layers.1.mlp.down_proj"
     usual, without = quantized(model, profile), quantized(model, profile, sink=False)
-    assert without.la_aciq.state.entries == profile.rows[:-1]
+    assert without.la_aciq.state.entries == profile.entries[:-1]
     ours, theirs = without.get_submodule(name), usual.get_submodule(name)
     for table in ("clips", "center", "bias"):
         np.testing.assert_array_equal(getattr(ours, table).numpy(), getattr(theirs, table).numpy()[:-1])
@@ -362,7 +362,7 @@ def test_bits_per_weight(model, profile):
     assert bits_per_weight(quantized(model, profile, **plain)) == pytest.approx(bits / weights)
     assert bits_per_weight(quantized(model, profile, weights=16, **plain)) == 32
     # With centers also a float32 bias per output and row of the table, and with quantized inputs one per input.
-    rows = len(profile.rows)
+    rows = len(profile.entries)
     biases = bits + sum(32 * rows * n for n, _ in sizes)
     assert bits_per_weight(quantized(model, profile, activations=16)) == pytest.approx(biases / weights)
     centers = biases + sum(32 * rows * k for _, k in sizes)

@@ -16,6 +16,7 @@ import la_aciq
 from la_aciq.errors import LaAciqError
 from la_aciq.ops.streaming import HISTOGRAM_BINS, Moments, histogram_edges
 from la_aciq.profile import Profile, SiteStats
+from la_aciq.profile.profile import _checksum
 
 
 def ids(seed, n=120):
@@ -40,12 +41,12 @@ def saved(profile, tmp_path):
 
 def assert_same(a, b, exact=True):
     """The same rows with the same statistics, in whatever order the rows are."""
-    assert set(a.rows) == set(b.rows)
+    assert set(a.entries) == set(b.entries)
     assert a.layers == b.layers
     assert list(a.sites) == list(b.sites)
-    for row in a.rows:
-        for name, own in a.row(row).items():
-            other = b.row(row)[name]
+    for row in a.entries:
+        for name, own in a.entry(row).items():
+            other = b.entry(row)[name]
             np.testing.assert_array_equal(own.histogram, other.histogram)
             if exact:
                 np.testing.assert_array_equal(own.state, other.state)
@@ -57,7 +58,7 @@ class TestMerging:
     def test_languages_measured_apart_are_those_measured_together(self, profile):
         parts = [calibrated({tag: ids(seed)}) for seed, tag in enumerate(("en", "sw", "th"))]
         merged = Profile.merge(*parts)
-        assert merged.rows == profile.rows
+        assert merged.entries == profile.entries
         assert_same(merged, profile, exact=False)
         assert merged.metadata["tokens"] == profile.metadata["tokens"]
         assert merged.metadata["texts"] == profile.metadata["texts"]
@@ -81,7 +82,7 @@ class TestMerging:
         parts = [calibrated({"sw": a}, center=True), calibrated({"sw": b, "en": a}, center=True)]
         whole = calibrated({"sw": np.concatenate([a, b]), "en": a}, tokens=180 // 2, center=True)
         merged = Profile.merge(*parts)
-        assert merged.rows == whole.rows
+        assert merged.entries == whole.entries
         for site, center in merged.centers.items():
             mean = (parts[0].centers[site][1] + parts[1].centers[site][1]) / 2
             np.testing.assert_allclose(center[1], mean, rtol=1e-5, atol=1e-6)
@@ -158,7 +159,7 @@ class TestOnDisk:
     def test_what_was_saved_is_loaded_bit_for_bit(self, profile, saved):
         loaded = Profile.load(saved)
         assert_same(loaded, profile)
-        assert (loaded.rows, loaded.metadata) == (profile.rows, profile.metadata)
+        assert (loaded.entries, loaded.metadata) == (profile.entries, profile.metadata)
         assert sorted(path.name for path in saved.iterdir()) == [
             "profile.json",
             "profile.safetensors",
@@ -180,7 +181,7 @@ class TestOnDisk:
         assert_same(Profile.load(saved), other)
 
     def test_a_failing_save_leaves_nothing(self, profile, tmp_path):
-        broken = Profile(profile.rows, profile.sites, profile.layers, {"metadata": object()})
+        broken = Profile(profile.entries, profile.sites, profile.layers, {"metadata": object()})
         with pytest.raises(TypeError):
             broken.save(tmp_path / "profile")
         assert list(tmp_path.iterdir()) == []
@@ -273,3 +274,34 @@ class TestRefusedOnLoad:
         description["checksum"] = _checksum(description, (saved / "profile.safetensors").read_bytes())
         (saved / "profile.json").write_text(json.dumps(description))
         self.refused(saved, f"is not consistent: .*{message}")
+
+
+def test_the_old_names_of_entries_work_and_say_the_new_ones():
+    profile = calibrated({"en": ids(0), "sw": ids(1)})
+    with pytest.warns(DeprecationWarning, match=r"Profile\.rows is now Profile\.entries"):
+        assert profile.rows == profile.entries == ("und", "en", "sw", "sink")
+    with pytest.warns(DeprecationWarning, match=r"Profile\.row is now Profile\.entry"):
+        assert profile.row("sw").keys() == profile.entry("sw").keys()
+
+
+def test_a_folder_says_which_version_wrote_it(tmp_path):
+    import la_aciq
+
+    calibrated({"en": ids(0)}).save(tmp_path / "profile")
+    assert (
+        json.loads((tmp_path / "profile" / "profile.json").read_text())["written_by"]
+        == f"la-aciq {la_aciq.__version__}"
+    )
+
+
+def test_a_folder_of_0_1_loads(tmp_path):
+    """It does not say who wrote it."""
+    profile = calibrated({"en": ids(0)})
+    profile.save(tmp_path / "profile")
+    file = tmp_path / "profile" / "profile.json"
+    description = json.loads(file.read_text())
+    del description["written_by"], description["checksum"]
+    tensors = (tmp_path / "profile" / "profile.safetensors").read_bytes()
+    description["checksum"] = _checksum(description, tensors)
+    file.write_text(json.dumps(description))
+    assert Profile.load(tmp_path / "profile").entries == profile.entries

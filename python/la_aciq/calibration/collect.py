@@ -2,7 +2,7 @@
 
 What is kept is the mean of every input and one set of moments and one histogram per layer, group and language, and one
 matrix of second moments per layer. Memory does not grow with the text. The model reads the text twice: the means are
-known before anything else is measured, and the rest is that of the inputs less the mean of their row.
+known before anything else is measured, and the rest is that of the inputs less the mean of their entry.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ from ..ops import rotation
 from ..ops.streaming import Moments
 from ..profile.profile import JSON_FILE, Kind, Profile
 from ..profile.second_moments import SecondMoments
-from ..tags import SINK, UND, canonical
-from .parts import Part, Parts
-from .texts import check_ids, tokenize
+from ..tags import SINK, UND
+from .language_statistics import LanguageStatistics, ProfileBuilder
+from .texts import check_ids, language_of, tokenize
 
 
 def calibrate(
@@ -52,29 +52,40 @@ def calibrate(
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
 ) -> Profile:
-    """Measure, by language, the inputs of a model's linear layers, and the keys and values that an INT4 cache rounds.
+    """Measure, by language, the inputs of a model's linear layers, and the keys and values that an INT4 cache stores.
 
-    model: a Hugging Face language model: a decoder, an encoder, or an encoder-decoder, whose decoder is given the same
-        tokens one place later.
-    texts: by BCP-47 tag a str, a list of str, or token ids (then the tokenizer may be None); see
-        `calibration.tokenize`. For a model that reads something else, such as speech, a list of its calls' keyword
-        arguments: mappings of names to tensors with a batch of one.
-    seqlen, tokens: the first `tokens` tokens of each text are read, in windows of seqlen; lists of calls are read
-        whole.
-    group_size: elements along the input that share statistics: even, or 0 for one group per token. Keys and values have
-        one group per head; they are measured after the cache's own centring and rotation, in decoders.
-    rotate, seed: measure inputs after the randomized Hadamard rotation with these signs.
-    ignore: names of linear layers to leave out: full names, last components, or shell patterns.
-    second_moments: also sum x x^T over the inputs, which weights are rounded by. It takes 4 K^2 bytes of memory per
-        input of K elements and half of that on disk, for Llama-like models about as much as their float32 and bfloat16
-        weights, and about as long as running the model.
-    center: measure the mean input of every row first, and then inputs less that mean, which `QuantConfig(center=True)`
-        needs; it reads every text twice.
-    resume: a folder to keep finished languages in. When it holds some, from a run that was interrupted, they are not
-        measured again, and the result is the same bit for bit. It can be deleted once the profile is saved.
+    Texts, token ids and weights are checked before the model runs.
 
-    Raises `LaAciqError` for texts that are too short, for NaN or infinities in the weights or activations (it names the
-    layer), and when `resume` holds a calibration with other settings, or something else.
+    Args:
+        model: a language model of Hugging Face transformers: a decoder, an encoder, or an encoder-decoder, whose
+            decoder reads the same tokens one place later.
+        texts: by BCP-47 tag a str, a list of str, or token ids (then the tokenizer may be None); see
+            `calibration.tokenize`. For a model that reads something else, such as speech: by tag a list of keyword
+            arguments of its calls, mappings of names to tensors with a batch of one.
+        tokenizer: the model's tokenizer.
+        seqlen: tokens per window, at least 2.
+        tokens: how many tokens at the start of each text are read. Lists of calls are read whole.
+        group_size: elements along the input that share statistics: even, or 0 for one group per token. Keys and values
+            have one group per head; they are measured after the cache's own centering and rotation, in decoders.
+        rotate: measure inputs after the randomized Hadamard rotation.
+        seed: of the rotation's signs.
+        ignore: names of linear layers to leave out: full names, last components, or shell patterns.
+        second_moments: also sum x x^T over the inputs, which the rounding of weights uses. This takes 4 K^2 bytes of
+            memory per input of K elements and half of that on disk, for Llama-like models about as much as their
+            float32 and bfloat16 weights, and about as long as running the model.
+        center: measure the mean input of every entry first, and then inputs less that mean, which
+            `QuantConfig(center=True)` needs. The model then reads every text twice.
+        progress: show a progress bar.
+        resume: a folder to keep finished languages in. Languages that it holds, from an interrupted run, are not
+            measured again, and the result is bit-identical. It can be deleted once the profile is saved.
+
+    Returns:
+        The profile.
+
+    Raises:
+        LaAciqError: a text is too short or names no language, weights or activations have NaN or infinities (the
+            message names the layer), or `resume` holds a calibration with other settings, or something else.
+        TypeError: a text is of another type.
     """
     if resume is not None:
         check_output(resume, JSON_FILE, force=True)
@@ -91,22 +102,26 @@ def calibrate(
         second_moments=second_moments,
         center=center,
     )
-    parts = Parts()
+    builder = ProfileBuilder()
     if resume is not None and (Path(resume) / JSON_FILE).exists():
-        parts = calibration.continued(Path(resume))
-    done = set(parts.languages)
-    for part in calibration.measured(sorted(calibration.languages, key=lambda tag: tag not in done), progress, done):
-        parts.add(part)
-        if resume is not None and part.sites:
-            calibration.profile(parts).save(resume, force=True)
-    return calibration.profile(parts)
+        builder = calibration.continued(Path(resume))
+    finished = set(builder.languages)
+    order = sorted(calibration.languages, key=lambda tag: tag not in finished)
+    for statistics in calibration.measured(order, progress, finished):
+        builder.add(statistics)
+        if resume is not None and statistics.sites:
+            calibration.profile(builder).save(resume, force=True)
+    return calibration.profile(builder)
 
 
 class Calibration:
     """A model, and the texts it is to read by language, all of it checked: what one process does of `calibrate`.
 
-    Its arguments are those of `calibrate`. languages: the tags in the order of the profile's rows. second_moments:
-    float32 [K, K] by site, over all languages measured here so far.
+    Its arguments are those of `calibrate`.
+
+    Attributes:
+        languages: the tags in the order of the profile's entries.
+        second_moments: float32 [K, K] by site, over all languages measured here so far; None when not measured.
     """
 
     def __init__(
@@ -153,14 +168,16 @@ class Calibration:
             "versions": {"la_aciq": __version__, "torch": torch.__version__},
         }
 
-    def measured(self, tags: Sequence[str], progress: bool, done: AbstractSet[str] = frozenset()) -> Iterator[Part]:
+    def measured(
+        self, tags: Sequence[str], progress: bool, finished: AbstractSet[str] = frozenset()
+    ) -> Iterator[LanguageStatistics]:
         """Run the model over the texts of these languages, one after the other.
 
-        Of languages that are done, only the sums for the centers are taken again, which nothing keeps.
+        Of finished languages, only the sums for the centers are taken again, because no file keeps them.
         """
         collector = self._collector
         total = sum(self._readings[tag].tokens for tag in tags) * (2 if self._center else 1)
-        initial = sum(self._readings[tag].tokens for tag in done)
+        initial = sum(self._readings[tag].tokens for tag in finished)
         with (
             tqdm(total=total, initial=initial, unit="tok", disable=not progress) as bar,
             collector.attached() as network,
@@ -178,19 +195,19 @@ class Calibration:
                     bar.set_description(f"centering {tag}")
                     with collector.summing():
                         read(tag)
-                if tag not in done:
+                if tag not in finished:
                     bar.set_description(f"calibrating {tag}")
                     read(tag)
                 yield collector.end_language(tag)
             bar.set_description("calibrated")
 
-    def profile(self, parts: Parts) -> Profile:
-        """Of the languages in `parts`, all of them measured here."""
+    def profile(self, builder: ProfileBuilder) -> Profile:
+        """The profile of the languages in `builder`, all of them measured here."""
         matrices = None if self.second_moments is None else SecondMoments.of(self.second_moments)
-        return parts.profile(self.metadata, matrices)
+        return builder.profile(self.metadata, matrices)
 
-    def continued(self, folder: Path) -> Parts:
-        """What an earlier run measured that was to be this one, from the folder in which it kept it."""
+    def continued(self, folder: Path) -> ProfileBuilder:
+        """The languages that an interrupted run with these settings left in a folder."""
         partial = Profile.load(folder)
         differing = [key for key, value in self._settings.items() if partial.metadata.get(key) != value]
         hashes = {tag: reading.hash for tag, reading in self._readings.items()}
@@ -207,12 +224,12 @@ class Calibration:
         if self.second_moments is not None:
             self.second_moments.update(partial.second_moments or {})
         self._collector.known.update(partial.layers)
-        return Parts.of(partial)
+        return ProfileBuilder.of(partial)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a model reads of a language: its calls' arguments, how many tokens they are, and a hash of them."""
+    """What a model reads of a language: the arguments of its calls, the number of their tokens, and a hash."""
 
     calls: list[dict[str, Tensor]]
     tokens: int
@@ -223,20 +240,21 @@ def _readings(
     model: nn.Module, texts: Mapping[str, Any], tokenizer: Any, *, tokens: int, seqlen: int
 ) -> dict[str, _Reading]:
     """By canonical tag. Texts become windows; lists of calls are taken as they are."""
-    given = {tag: text for tag, text in texts.items() if _is_calls(text)}
-    if given and len(given) < len(texts):
+    calls_by_tag = {tag: text for tag, text in texts.items() if _is_calls(text)}
+    if calls_by_tag and len(calls_by_tag) < len(texts):
         raise LaAciqError("texts has lists of calls for some languages and texts for others; expected one kind for all")
-    if given:
-        made: dict[str, _Reading] = {}
-        for tag, calls in given.items():
+    if calls_by_tag:
+        readings: dict[str, _Reading] = {}
+        for key, calls in calls_by_tag.items():
+            tag = language_of(key, "texts")
+            if tag in readings:
+                raise LaAciqError(f"texts has the language {tag!r} twice (as {key!r} the second time)")
             digest = hashlib.sha256()
             for name, value in [item for call in calls for item in sorted(call.items())]:
                 digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            made[canonical(tag)] = _Reading(
-                [dict(call) for call in calls], sum(map(_positions, calls)), digest.hexdigest()
-            )
-        return made
+            readings[tag] = _Reading([dict(call) for call in calls], sum(map(_positions, calls)), digest.hexdigest())
+        return readings
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise LaAciqError(
             f"{type(model).__name__} reads {model.main_input_name}; expected for each language a list of its calls' "
@@ -298,8 +316,8 @@ class _Collector:
     """Hooks on a model's layers and the statistics they add up.
 
     second_moments: float32 [K, K] by site of all tokens so far. Everything else belongs to one language, between
-    `begin_language` and `end_language`: its means come first, if at all; they are summed within `summing`, and what is
-    measured outside of it is less the mean of its row. known: the site of each layer in any language so far.
+    `begin_language` and `end_language`: its means come first, if at all. They are summed within `summing`; what is
+    measured outside of it is less the mean of its entry. known: the site of each layer in any language so far.
     """
 
     def __init__(
@@ -312,11 +330,11 @@ class _Collector:
         self._group_size = group_size
         self._seed = seed
         head = output_head(model)
-        found = {name: module for name, module in model.named_modules() if not is_ignored(name, ignore, head)}
-        self._experts = {name: module for name, module in found.items() if is_experts(module)}
+        modules = {name: module for name, module in model.named_modules() if not is_ignored(name, ignore, head)}
+        self._experts = {name: module for name, module in modules.items() if is_experts(module)}
         self._linears = {
             name: module
-            for name, module in found.items()
+            for name, module in modules.items()
             if isinstance(module, nn.Linear) or linear_weight(module) is not None
         }
         if not self._linears:
@@ -329,7 +347,7 @@ class _Collector:
                 raise LaAciqError(f"layer {name!r} has no input features (K = 0); leave it out with ignore")
         self._signs: dict[int, Tensor] = {}
         self._last: tuple[Tensor, str] | None = None
-        # The same rows as when the quantized model runs: which tokens are a class of their own is decided in one place.
+        # The same entries as when the quantized model runs: one place decides which tokens are first.
         self._rows = LanguageState((UND, SINK), by_language=False)
         self._summing = False
         self.begin_language()
@@ -338,19 +356,19 @@ class _Collector:
         """What is measured from now on is a language's."""
         self._sites: dict[str, tuple[Kind, int, int]] = {}
         self._layers: dict[str, str] = {}
-        self._own: dict[str, Moments] = {}
-        self._first: dict[str, Moments] = {}
+        self._moments: dict[str, Moments] = {}
+        self._first_moments: dict[str, Moments] = {}
         # By site, the sum of the inputs, float64 [K], and their number.
-        self._own_sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._first_sums: dict[str, tuple[Tensor, int]] = {}
 
-    def end_language(self, tag: str) -> Part:
+    def end_language(self, tag: str) -> LanguageStatistics:
         """All that was measured of the language but its second moments, which have joined those of the others."""
-        own_sums, first_sums = (
-            {site: (total.cpu().numpy(), count) for site, (total, count) in sums.items()}
-            for sums in (self._own_sums, self._first_sums)
+        sums, first_sums = (
+            {site: (total.cpu().numpy(), count) for site, (total, count) in of_tokens.items()}
+            for of_tokens in (self._sums, self._first_sums)
         )
-        return Part(tag, self._sites, self._layers, self._own, self._first, own_sums, first_sums)
+        return LanguageStatistics(tag, self._sites, self._layers, self._moments, self._first_moments, sums, first_sums)
 
     @contextmanager
     def attached(self) -> Iterator[nn.Module]:
@@ -435,10 +453,10 @@ class _Collector:
             self._sum(layer, x)
             return
         values = x.float()
-        if layer in self._own_sums:
+        if layer in self._sums:
             # First tokens are measured as they are: they are often one and the same token, of which nothing would be
             # left, and at run time another.
-            total, count = self._own_sums[layer]
+            total, count = self._sums[layer]
             mean = (total / count).float()
             values = values - torch.stack([mean, torch.zeros_like(mean)])[self._row_of_each(x)].view(values.shape)
         if self._seed is not None:
@@ -465,14 +483,14 @@ class _Collector:
         """Add a layer's input x [..., K] to the sums of the language and of its first tokens."""
         first = self._row_of_each(x) == 1
         rows = x.reshape(-1, x.shape[-1]).double()
-        for sums, own in ((self._own_sums, rows[~first]), (self._first_sums, rows[first])):
-            if len(own) == 0:
+        for sums, inputs in ((self._sums, rows[~first]), (self._first_sums, rows[first])):
+            if len(inputs) == 0:
                 continue
-            total = own.sum(0)
+            total = inputs.sum(0)
             if not bool(torch.isfinite(total).all()):
-                raise _broken("input", site, int((~torch.isfinite(own)).sum()))
+                raise _broken("input", site, int((~torch.isfinite(inputs)).sum()))
             before, count = sums.get(site, (0.0, 0))
-            sums[site] = before + total, count + len(own)
+            sums[site] = before + total, count + len(inputs)
 
     def _measure(self, site: str, kind: Kind, group_size: int, values: Tensor, x: Tensor) -> None:
         """Add values [..., K], made of a layer's input x: its first tokens to the sink's statistics, others to the
@@ -488,9 +506,9 @@ class _Collector:
         bad = int(measured.nonfinite.sum())
         if bad:
             raise _broken(kind, site, bad)
-        for total, own in ((self._own, measured[0]), (self._first, measured[1])):
-            if own.count.any():
-                total[site] = total[site] + own if site in total else own
+        for total, moments in ((self._moments, measured[0]), (self._first_moments, measured[1])):
+            if moments.count.any():
+                total[site] = total[site] + moments if site in total else moments
 
     def _row_of_each(self, x: Tensor) -> Tensor:
         """Of each row of a layer's input x [..., K] in a flat order whether it is the sink's: int32, 1 or 0."""
@@ -504,9 +522,9 @@ class _Collector:
         return ids.view(*ids.shape, *[1] * (len(leading) - ids.ndim)).expand(leading).reshape(-1)
 
 
-def _broken(what: str, layer: str, bad: int) -> LaAciqError:
+def _broken(kind: str, layer: str, bad: int) -> LaAciqError:
     return LaAciqError(
-        f"the {what} of layer {layer!r} has {bad} NaN or infinite values; the model or its dtype is broken"
+        f"the {kind} of layer {layer!r} has {bad} NaN or infinite values; the model or its dtype is broken"
     )
 
 
@@ -514,12 +532,12 @@ def _moments_by_group(x: Tensor, row: Tensor, group_size: int) -> Moments:
     """Moments [2, groups] with histogram of x [tokens, K], by row (int32 [tokens], 0 or 1) and group along K."""
     states, histograms = [], []
     whole = x.shape[1] // group_size * group_size
-    for part in (x[:, :whole].reshape(len(x), -1, group_size), x[:, whole:].unsqueeze(1)):
-        if part.shape[-1] == 0:
+    for values in (x[:, :whole].reshape(len(x), -1, group_size), x[:, whole:].unsqueeze(1)):
+        if values.shape[-1] == 0:
             continue
-        groups = part.shape[1]
+        groups = values.shape[1]
         segment = row[:, None] * groups + torch.arange(groups, dtype=torch.int32, device=x.device)
-        moments = ops.moments(part, segment, 2 * groups, histogram=True)
+        moments = ops.moments(values, segment, 2 * groups, histogram=True)
         states.append(moments.state.reshape(2, groups, -1))
         histograms.append(np.asarray(moments.histogram).reshape(2, groups, -1, 2))
     return Moments.from_state(np.concatenate(states, axis=1), np.concatenate(histograms, axis=1))

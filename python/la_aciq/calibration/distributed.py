@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m la_aciq.cli calibrate --model MODEL --texts TEXTS --output_dir profile
 
 Every process holds the model and reads every fourth language. What it measured goes to the first process, which adds
-the languages up in the order of the profile's rows (`parts`), so that the profile is the same bit for bit for any
+the languages up in the order of the profile's entries (`language_statistics`): the profile is bit-identical for any
 number of processes. Second moments, which are as large as the model, are added up within each process first and then
 over the processes: they are the same to float32 rounding.
 """
@@ -25,7 +25,7 @@ from ..errors import LaAciqError
 from ..profile.profile import Profile
 from ..profile.second_moments import Float32, SecondMoments, triangle
 from .collect import Calibration, calibrate
-from .parts import Part, Parts
+from .language_statistics import LanguageStatistics, ProfileBuilder
 
 # Others wait for the slowest; a process that died is noticed by its closed connections, whatever this is.
 _PATIENCE = datetime.timedelta(days=1)
@@ -38,16 +38,25 @@ DEFAULTS = {
 def calibrate_distributed(
     model: nn.Module, texts: Mapping[str, Any], tokenizer: Any = None, *, progress: bool = True, **settings: Any
 ) -> Profile | None:
-    """`calibrate`, divided among the processes of `torch.distributed`'s default group, which call this with the same
-    arguments, each with a model of its own.
+    """`calibrate`, divided among the processes of `torch.distributed`'s default group.
 
-    settings: keyword arguments of `calibrate`, but for `resume`. The first process (rank 0) returns the profile, the
-    others None. Statistics of rows are those of one process bit for bit, where all processes compute alike (the same
-    kind of device, as many threads); second moments to float32 rounding. Processes beyond the number of languages have
-    nothing to do.
+    Every process calls this with the same arguments, each with a model of its own. Processes beyond the number of
+    languages have nothing to do. Statistics of entries are bit-identical to those of one process where all processes
+    compute alike (the same kind of device, as many threads); second moments are the same to float32 rounding.
 
-    Raises in all processes when one fails: there its own error, elsewhere a `LaAciqError` that names it. Also raises
-    `LaAciqError` when the processes' models, texts or settings differ.
+    Args:
+        model: as for `calibrate`.
+        texts: as for `calibrate`.
+        tokenizer: as for `calibrate`.
+        progress: show a progress bar in the first process.
+        settings: other keyword arguments of `calibrate`, without `resume`.
+
+    Returns:
+        The profile in the first process (rank 0), None in the others.
+
+    Raises:
+        LaAciqError: another process failed (the message names it), or the processes' models, texts or settings differ.
+            A process that fails itself raises its own error.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     # Whatever the default group moves tensors of GPUs with: what is exchanged here lies in main memory.
@@ -61,9 +70,9 @@ def calibrate_distributed(
             raise
         described = json.dumps([calibration.metadata, calibration.second_moments is None])
         _agree({"sha256": hashlib.sha256(described.encode()).hexdigest()}, group)
-        parts = _gathered(calibration.languages, measured, group)
+        builder = _gathered(calibration.languages, measured, group)
         products = _summed(calibration.second_moments, group)
-        return None if parts is None else parts.profile(calibration.metadata, products)
+        return None if builder is None else builder.profile(calibration.metadata, products)
     finally:
         dist.destroy_process_group(group)
 
@@ -86,16 +95,17 @@ def _agree(status: Mapping[str, str], group: Any) -> None:
 
     status: {"error": what went wrong}, or {"sha256": of what was measured}.
     """
-    found = [json.loads(data) for data in _exchanged(json.dumps(status).encode(), group)]
+    statuses = [json.loads(data) for data in _exchanged(json.dumps(status).encode(), group)]
     if "error" in status:
         return
-    for rank, other in enumerate(found):
+    for rank, other in enumerate(statuses):
         if "error" in other:
-            raise LaAciqError(f"process {rank} of {len(found)} failed: {other['error']}")
-    for rank, other in enumerate(found):
-        if other != found[0]:
+            raise LaAciqError(f"process {rank} of {len(statuses)} failed: {other['error']}")
+    for rank, other in enumerate(statuses):
+        if other != statuses[0]:
             raise LaAciqError(
-                f"process {rank} of {len(found)} has another model, texts or settings than process 0; expected the same"
+                f"process {rank} of {len(statuses)} has another model, texts or settings than process 0; "
+                "expected the same"
             )
 
 
@@ -105,22 +115,22 @@ def _exchanged(data: bytes, group: Any) -> list[bytes]:
     dist.all_gather(lengths, torch.tensor([len(data)]), group)
     longest = max(int(length) for length in lengths)
     padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
-    found = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(found, padded, group)
-    return [own.numpy().tobytes()[: int(length)] for own, length in zip(found, lengths, strict=True)]
+    received = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(received, padded, group)
+    return [data.numpy().tobytes()[: int(length)] for data, length in zip(received, lengths, strict=True)]
 
 
-def _gathered(languages: tuple[str, ...], measured: list[Part], group: Any) -> Parts | None:
-    """In the first process the parts of all of them, added in the order of the languages; None in the others."""
+def _gathered(languages: tuple[str, ...], measured: list[LanguageStatistics], group: Any) -> ProfileBuilder | None:
+    """In the first process the languages of all processes, added in the order of the languages; None in the others."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    own = iter(measured)
-    parts = Parts()
+    statistics = iter(measured)
+    builder = ProfileBuilder()
     for number in range(len(languages)):
         owner = number % world
         if rank == owner == 0:
-            parts.add(next(own))
+            builder.add(next(statistics))
         elif rank == owner:
-            data = next(own).to_bytes()
+            data = next(statistics).to_bytes()
             dist.send(torch.tensor([len(data)]), 0, group)
             dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group)
         elif rank == 0:
@@ -128,16 +138,16 @@ def _gathered(languages: tuple[str, ...], measured: list[Part], group: Any) -> P
             dist.recv(length, owner, group)
             received = torch.empty(int(length), dtype=torch.uint8)
             dist.recv(received, owner, group)
-            parts.add(Part.from_bytes(received.numpy().tobytes()))
-    return parts if rank == 0 else None
+            builder.add(LanguageStatistics.from_bytes(received.numpy().tobytes()))
+    return builder if rank == 0 else None
 
 
 def _summed(matrices: dict[str, Float32] | None, group: Any) -> SecondMoments | None:
     """In the first process the sum of all processes' second moments, None in the others. It empties `matrices`."""
     if matrices is None:
         return None
-    own = json.dumps([(site, len(matrix)) for site, matrix in matrices.items()]).encode()
-    sites = dict(item for data in _exchanged(own, group) for item in json.loads(data))
+    sizes = json.dumps([(site, len(matrix)) for site, matrix in matrices.items()]).encode()
+    sites = dict(item for data in _exchanged(sizes, group) for item in json.loads(data))
     sums = {}
     for site, k in sites.items():
         # One site at a time: beside the matrices there is never more than one triangle here, but in the first process.

@@ -115,7 +115,7 @@ def load_texts(path: str | os.PathLike[str]) -> dict[str, str]:
             raise LaAciqError(
                 f"texts folder {str(source)!r} has no .txt files; expected one <tag>.txt per language, such as sw.txt"
             )
-        pieces = [(_language(file.stem, str(file)), _read_utf8(file), str(file)) for file in files]
+        pieces = [(language_of(file.stem, str(file)), _read_utf8(file), str(file)) for file in files]
         tags = [tag for tag, _, _ in pieces]
         for tag, _, place in pieces:
             if tags.count(tag) > 1:
@@ -153,7 +153,7 @@ def tokenize(texts: Mapping[str, Any], tokenizer: Any = None) -> dict[str, Token
     bos = None if tokenizer is None else _bos(tokenizer)
     result: dict[str, TokenizedText] = {}
     for key, text in texts.items():
-        tag = _language(key, "texts")
+        tag = language_of(key, "texts")
         if tag in result:
             raise LaAciqError(f"texts has the language {tag!r} twice (as {key!r} the second time)")
         result[tag] = _tokenize_one(tag, text, tokenizer, bos)
@@ -224,7 +224,8 @@ def _bos(tokenizer: Any) -> int | None:
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def _language(tag: str, place: str) -> str:
+def language_of(tag: str, place: str) -> str:
+    """The canonical tag of a text's language. Raises `LaAciqError`, naming the place, for a tag of no language."""
     try:
         language = canonical(tag)
     except LaAciqError as error:
@@ -270,7 +271,7 @@ def _read_jsonl(file: Path) -> list[tuple[str, str, str]]:
             raise LaAciqError(f'{place} is not JSON; expected {{"language": "sw", "text": "..."}}') from error
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("language", "text")):
             raise LaAciqError(f'{place}: expected an object with the strings "language" and "text"')
-        pieces.append((_language(entry["language"], place), entry["text"], place))
+        pieces.append((language_of(entry["language"], place), entry["text"], place))
     if not pieces:
         raise LaAciqError(f"{file} is empty; expected one JSON object per line with the language and the text")
     return pieces

@@ -152,7 +152,7 @@ def table(
     bits, codebook, objective = check_problem(bits, codebook, objective)
     check_choice("granularity", granularity, TABLE_GRANULARITIES)
     check_choice("sharing", sharing, SHARINGS)
-    rows = tuple(profile.rows)
+    rows = tuple(profile.entries)
     languages = tuple(profile.languages)
     weights = language_weights_array(language_objective, languages, language_weights)
     penalty = number("penalty", penalty)
@@ -220,7 +220,7 @@ def _between(profile: Any, site: str) -> Array:
     groups = -(-stats.k // stats.group_size)
     if center is None or not profile.languages:
         return np.zeros(groups)
-    languages = [profile.rows.index(tag) for tag in profile.languages]
+    languages = [profile.entries.index(tag) for tag in profile.languages]
     squared = np.mean((center[languages].astype(np.float64) - center[0]) ** 2, axis=0)
     if profile.metadata["rotation"]["enabled"]:
         squared = np.repeat(squared.reshape(-1, block := block_size(stats.k)).mean(axis=1), block)

@@ -212,7 +212,7 @@ def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") ->
     languages = tuple(profile.languages)
     if len(languages) < 2:
         raise ValueError(f"profile must hold at least two languages, got {len(languages)}")
-    rows = [tuple(profile.rows).index(language) for language in languages]
+    rows = [tuple(profile.entries).index(language) for language in languages]
     weights = language_weights_array("mean", languages, None)[:, None]
     pairs = list(combinations(range(len(languages)), 2))
     left, right = (np.asarray(x, dtype=np.intp) for x in zip(*pairs, strict=True))

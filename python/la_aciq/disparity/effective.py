@@ -134,7 +134,7 @@ def effective(profile: Any, weights: Mapping[str, float] | None = None) -> dict[
     pooled = [profile.sites[name].moments.pool(1).state for name in sites]
     result = {}
     for language in profile.languages:
-        row = tuple(profile.rows).index(language)
+        row = tuple(profile.entries).index(language)
         state = np.stack([s[row] for s in pooled])
         seen = state[:, COUNT] > 0
         if not seen.any():

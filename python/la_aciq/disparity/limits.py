@@ -232,7 +232,7 @@ def language_limits(profile: Any, bits: int = 4, codebook: str = "midrise") -> d
         raise ValueError("profile must hold at least one site of kind 'input', got none")
     result = {}
     for language in profile.languages:
-        row = tuple(profile.rows).index(language)
+        row = tuple(profile.entries).index(language)
         found = []
         for name in names:
             histogram = np.asarray(profile.sites[name].moments.histogram)[row].sum(0)

@@ -61,7 +61,7 @@ def regret(
     if not languages:
         raise ValueError("profile must hold at least one language, got none")
     weights = language_weights_array(language_objective, languages, None)
-    rows = [tuple(profile.rows).index(language) for language in languages]
+    rows = [tuple(profile.entries).index(language) for language in languages]
     sums: dict[str, list[Array]] = {}
     for site in profile.sites.values():
         histogram = np.asarray(site.moments.histogram)[rows]

@@ -55,26 +55,30 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """The change of a model's loss against a reference model's, language by language.
+    """Measure the change of a model's loss against a reference model's, language by language.
+
+    Texts and token ids are checked before a model runs.
 
     Args:
-        model: the model to evaluate, usually quantized.
-        reference_model: the unquantized model, with the same tokens.
-        texts: by BCP-47 tag, a string, a list of strings, or token ids. With token ids, the report is in bits per
-            token and the tokenizer may be None.
+        model: the model, quantized or not.
+        reference_model: the model that it is compared with.
+        texts: by BCP-47 tag a str, a list of str, or token ids (then bits per token are reported, and the tokenizer may
+            be None).
         tokenizer: the models' tokenizer.
         seqlen: tokens per window.
-        tokens: tokens to read per language.
-        skip: tokens to skip first, for all languages or by tag. Default: those that the model's clips were chosen on.
-        name: the model's name in the report.
+        tokens: tokens read per language.
+        skip: tokens left out at the start of each text; without it, those that the model's clips were chosen on.
+        name: of the configuration in the report.
         seed: of the bootstrap.
-        progress: whether to show a progress bar.
+        progress: show a progress bar.
 
     Returns:
-        A report with one configuration.
+        The report, with one configuration.
 
     Raises:
-        LaAciqError: a text is too short, or a loss is not finite.
+        LaAciqError: a text is too short (the message says by how much), names no language, or has tokens that the model
+            does not know; or a loss is not finite.
+        TypeError: a text is of another type.
     """
     quantization = getattr(model, "la_aciq", None)
     if skip is None:
@@ -99,29 +103,31 @@ def evaluate_configurations(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """A report of several configurations of one model, by name; the reference is the model as it is, evaluated once.
+    """Measure several configurations of one model; the reference is the model as it is, evaluated once.
 
-    At most two quantized copies are in memory; weights that are equal in both are there once.
+    At most two quantized copies are in memory, with their equal weights once. Texts, token ids and profiles are checked
+    before the model runs.
 
     Args:
         model: the unquantized model.
-        profile: one profile, or several (for example with and without rotation). Each configuration takes the first one
-            that was measured with its centers, rotation and group size.
-        configurations: by name, a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype.
-        texts: by BCP-47 tag, as in `evaluate`.
-        tokenizer: the model's tokenizer.
-        seqlen: tokens per window.
-        tokens: tokens to read per language.
-        skip: tokens to skip first, for all languages or by tag. Default: the most tokens of the language that any of
-            the profiles has read.
-        seed: of the bootstrap.
-        progress: whether to show a progress bar.
+        profile: one, or several (with and without rotation, for example). Each configuration takes the first that was
+            measured with its centers, rotation and group size.
+        configurations: by name a `QuantConfig`, or a torch.dtype for the unquantized model in that dtype.
+        texts: as for `evaluate`.
+        tokenizer: as for `evaluate`.
+        seqlen: as for `evaluate`.
+        tokens: as for `evaluate`.
+        skip: as for `evaluate`; without it, the most tokens of the language that a profile was measured on.
+        seed: as for `evaluate`.
+        progress: as for `evaluate`.
 
     Returns:
-        The report, with comparisons of configurations that differ in whose statistics they use.
+        The report, with the configurations in this order.
 
     Raises:
-        LaAciqError: no profile or configuration, a profile of another model, or a text that is too short.
+        LaAciqError: as for `evaluate`; also, the model is quantized already, a profile is of another model, or a
+            configuration does not fit its profile.
+        TypeError: as for `evaluate`.
     """
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
     if not profiles or not configurations:
@@ -132,12 +138,12 @@ def evaluate_configurations(
         if isinstance(config, QuantConfig)
     }
     if skip is None:
-        calibrated = [one.metadata["tokens"] for one in profiles]
-        skip = {tag: max(own.get(tag, 0) for own in calibrated) for tag in set().union(*calibrated)}
+        calibrated = [measured.metadata["tokens"] for measured in profiles]
+        skip = {tag: max(tokens_.get(tag, 0) for tokens_ in calibrated) for tag in set().union(*calibrated)}
     check_unquantized(model)
-    own_fingerprint = fingerprint(model)
-    for needed in chosen.values():
-        needed.check_fingerprint(own_fingerprint)
+    model_fingerprint = fingerprint(model)
+    for measured in chosen.values():
+        measured.check_fingerprint(model_fingerprint)
     data = _Texts.prepare(model, texts, tokenizer, seqlen, tokens, skip)
     results: dict[str, tuple[_Losses, _Description]] = {}
     previous: nn.Module | None = None  # the last quantized copy: the next one shares the weights that are the same
@@ -234,14 +240,14 @@ class _Texts:
 
     @property
     def unit(self) -> str:
-        known = all(w.byte_counts is not None for own in self.by_language.values() for w in own)
+        known = all(w.byte_counts is not None for windows in self.by_language.values() for w in windows)
         return "byte" if known else "token"
 
     def losses(self, model: nn.Module, bar: Any) -> _Losses:
         was_training = model.training
         model.eval()
         try:
-            return {tag: token_losses(model, own, tag, bar.update) for tag, own in self.by_language.items()}
+            return {tag: token_losses(model, windows, tag, bar.update) for tag, windows in self.by_language.items()}
         finally:
             model.train(was_training)
 
@@ -260,8 +266,8 @@ class _Texts:
 
 def _profile_for(config: QuantConfig, profiles: Sequence[Profile]) -> Profile:
     def differs(profile: Profile) -> tuple[bool, bool]:
-        made = profile.metadata
-        measured = bool(made["rotation"]["enabled"]), made["group_size"]
+        metadata = profile.metadata
+        measured = bool(metadata["rotation"]["enabled"]), metadata["group_size"]
         centered = bool(profile.centers)
         return config.center not in (None, centered), measured != (config.rotate, config.group_size)
 
@@ -299,8 +305,8 @@ def _report(
         for name, (losses, _) in results.items()
     }
     changes = {
-        name: {tag: _estimate(data, tag, difference, seed) for tag, difference in own.items()}
-        for name, own in differences.items()
+        name: {tag: _estimate(data, tag, difference, seed) for tag, difference in by_language.items()}
+        for name, by_language in differences.items()
     }
     configurations = [
         _configuration(name, description, data, before, differences[name], changes[name])
@@ -404,26 +410,26 @@ def _comparisons(
     seed: int,
 ) -> list[Comparison]:
     """Every pair of configurations that differ in nothing but whose clips and means a language uses."""
-    found = []
-    for own, pooled in itertools.permutations(results, 2):
-        a, b = results[own][1].config, results[pooled][1].config
+    comparisons = []
+    for separate, pooled in itertools.permutations(results, 2):
+        a, b = results[separate][1].config, results[pooled][1].config
         if "dtype" in a or not QuantConfig.from_dict(a).by_language or b != a | {"sharing": "pooled"}:
             continue
         paired = {
-            tag: _estimate(data, tag, differences[own][tag] - differences[pooled][tag], seed)
+            tag: _estimate(data, tag, differences[separate][tag] - differences[pooled][tag], seed)
             for tag in data.by_language
         }
-        found.append(
+        comparisons.append(
             Comparison(
-                name=own,
+                name=separate,
                 baseline=pooled,
                 mean=_difference(Estimate.mean(list(paired.values()))),
-                gap=_difference(gap_difference(list(changes[own].values()), list(changes[pooled].values()))),
+                gap=_difference(gap_difference(list(changes[separate].values()), list(changes[pooled].values()))),
                 by_language={tag: _difference(estimate, len(paired)) for tag, estimate in paired.items()},
-                segments=sum(len(differences[own][tag]) for tag in paired),
+                segments=sum(len(differences[separate][tag]) for tag in paired),
             )
         )
-    return found
+    return comparisons
 
 
 def _difference(estimate: Estimate, comparisons: int = 1) -> Difference:

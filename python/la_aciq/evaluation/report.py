@@ -103,10 +103,10 @@ class Comparison:
         """Whether statistics by language beat the pooled ones, in words, by the interval alone.
 
         Args:
-            unit: "byte" or "token": the report's unit of text.
+            unit: "byte" or "token", as the report has it.
 
         Returns:
-            One sentence with the differences and their intervals.
+            The sentence.
         """
         if self.mean.high < 0:
             verdict = "the languages' own statistics beat the pooled ones"
@@ -186,17 +186,17 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "report") -> Self:
-        """The report from the content of a report.json, with every field validated.
+        """The report of a report.json.
 
         Args:
-            values: the content, as `json.loads` gives it.
-            source: the name of the content in errors.
+            values: the content of report.json.
+            source: names it in error messages.
 
         Returns:
             The report.
 
         Raises:
-            LaAciqError: a field is missing, has another type or is not finite, or the schema is another one.
+            LaAciqError: a field is missing, of another type or not finite.
         """
         if not isinstance(values, dict) or not isinstance(values.get("schema"), int):
             raise LaAciqError(f"{source}: not a report of LA-ACIQ (no schema number)")
@@ -206,10 +206,10 @@ class Report:
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write report.json. A file of that name is replaced, never half-written.
+        """Write report.json, complete or not at all.
 
         Args:
-            path: the file.
+            path: the file; an existing one is replaced.
 
         Raises:
             LaAciqError: the file cannot be written.
@@ -218,7 +218,8 @@ class Report:
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+            # Half a character, in a path for example, is written as JSON's escape.
+            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
             temporary.replace(file)
         except OSError as error:
             raise LaAciqError(f"{str(file)!r} cannot be written: {error.strerror}") from error
@@ -227,7 +228,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a report.json and validate every field.
+        """Read a report.json and check every field.
 
         Args:
             path: the file.
@@ -236,7 +237,7 @@ class Report:
             The report.
 
         Raises:
-            LaAciqError: the file cannot be read, or a field is not valid; the message names both.
+            LaAciqError: the file cannot be read, or is not a report of this schema. The message names the field.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -263,10 +264,10 @@ class Report:
         """The tables and the verdicts as Markdown, with the intervals in full.
 
         Args:
-            details: whether to include the tables by language; without them only configurations and verdicts.
+            details: also the tables by language; otherwise the configurations and verdicts alone.
 
         Returns:
-            Markdown, with a newline at the end.
+            The text.
         """
         everything = range(len(self.configurations))
         parts = [_markdown_table(*self._summary())]

@@ -15,15 +15,23 @@ _RATIOS = np.geomspace(1.0, 10.0, 57)
 
 
 def summarize(profile: Profile, config: QuantConfig) -> dict[str, Any]:
-    """The fields regret, clips, kurtosis and curves of a `Report`, for the bits, codebook and objective of a
-    configuration.
+    """What a profile says of the languages before anything is quantized.
+
+    Args:
+        profile: the profile.
+        config: its bits, codebook and objective are those of the clips.
+
+    Returns:
+        The fields regret, clips, kurtosis and curves of a `Report`.
     """
     bits = config.activations if config.activations < 16 else 4
     settings: dict[str, Any] = {"bits": bits, "codebook": config.codebook, "objective": config.objective}
     inputs = {name: site for name, site in profile.sites.items() if site.kind == "input"}
     regret = disparity.regret(profile, **settings).as_dict()
     return {
-        "regret": {kind: {tag: _number(value) for tag, value in row.items()} for kind, row in regret.items()},
+        "regret": {
+            kind: {tag: _number(value) for tag, value in by_language.items()} for kind, by_language in regret.items()
+        },
         "clips": _clips(profile, inputs, settings),
         "kurtosis": _kurtosis(profile, inputs),
         "curves": [_curve(profile, name, settings) for name in _representative(profile)],
@@ -37,10 +45,10 @@ def _clips(profile: Profile, inputs: dict[str, SiteStats], settings: dict[str, A
     return Layers(
         sites=list(inputs),
         by_language={
-            tag: [_number(layer[name][row, 0]) if _seen(site, row) else None for name, site in inputs.items()]
-            for row, tag in enumerate(profile.languages, 1)
+            tag: [_number(layer[name][entry, 0]) if _reached(site, entry) else None for name, site in inputs.items()]
+            for entry, tag in enumerate(profile.languages, 1)
         },
-        model={tag: _number(model[first][row, 0]) for row, tag in enumerate(profile.languages, 1)},
+        model={tag: _number(model[first][entry, 0]) for entry, tag in enumerate(profile.languages, 1)},
     )
 
 
@@ -49,7 +57,7 @@ def _kurtosis(profile: Profile, inputs: dict[str, SiteStats]) -> Layers:
     return Layers(
         sites=list(inputs),
         by_language={
-            tag: [_number(pooled[name][row]) for name in inputs] for row, tag in enumerate(profile.languages, 1)
+            tag: [_number(pooled[name][entry]) for name in inputs] for entry, tag in enumerate(profile.languages, 1)
         },
         model={tag: _number(law.kurtosis) for tag, law in disparity.effective(profile).items()},
     )
@@ -67,15 +75,15 @@ def _representative(profile: Profile) -> list[str]:
 
 def _curve(profile: Profile, name: str, settings: dict[str, Any]) -> Curve:
     site = profile.sites[name]
-    rows = [row for row in range(1, 1 + len(profile.languages)) if _seen(site, row)]
-    histogram = site.histogram[rows]  # [languages, groups, 258, 2]
     mse, optimum = {}, {}
-    for row, own in zip(rows, histogram, strict=True):
-        power = site.moments.rms[row] ** 2
+    for entry, tag in enumerate(profile.languages, 1):
+        if not _reached(site, entry):
+            continue
+        power = site.moments.rms[entry] ** 2
         used = power > 0
         clips = _RATIOS[:, None] * np.sqrt(power[used])
-        error = np.stack([clipping.histogram_mse(own[used], clip, **settings) for clip in clips]) / power[used]
-        tag = profile.rows[row]
+        histogram = site.histogram[entry][used]  # [groups, 258, 2]
+        error = np.stack([clipping.histogram_mse(histogram, clip, **settings) for clip in clips]) / power[used]
         curve = error.mean(axis=1)
         best = int(curve.argmin())
         mse[tag] = [float(value) for value in curve]
@@ -83,8 +91,8 @@ def _curve(profile: Profile, name: str, settings: dict[str, Any]) -> Curve:
     return Curve(site=name, ratio=[float(ratio) for ratio in _RATIOS], mse=mse, optimum=optimum)
 
 
-def _seen(site: SiteStats, row: int) -> bool:
-    return bool(np.any(site.moments.count[row] > 0))
+def _reached(site: SiteStats, entry: int) -> bool:
+    return bool(np.any(site.moments.count[entry] > 0))
 
 
 def _number(value: Any) -> float | None:

@@ -20,7 +20,7 @@ import ray.data
 
 from ..calibration.collect import Calibration
 from ..calibration.distributed import DEFAULTS
-from ..calibration.parts import Part, Parts
+from ..calibration.language_statistics import LanguageStatistics, ProfileBuilder
 from ..errors import LaAciqError
 from ..profile.profile import Profile
 from ..profile.second_moments import Float32, SecondMoments, triangle
@@ -79,8 +79,8 @@ class _Worker:
             model, tokenizer = self._load()
             calibration = Calibration(model, self._texts, tokenizer, **DEFAULTS | self._settings)
             yield _row("metadata", "", json.dumps(calibration.metadata).encode())
-            for part in calibration.measured(calibration.languages[share :: self._workers], progress=False):
-                yield _row("language", part.tag, part.to_bytes())
+            for statistics in calibration.measured(calibration.languages[share :: self._workers], progress=False):
+                yield _row("language", statistics.tag, statistics.to_bytes())
         except LaAciqError as error:
             yield _row("error", "", str(error).encode())
             return
@@ -114,7 +114,7 @@ def _profile(rows: Iterator[Mapping[str, Any]]) -> Profile:
             products = np.frombuffer(data, dtype=np.float32)
             sums[name] = sums[name] + products if name in sums else products
     assert metadata is not None  # each worker gives one, or an error
-    parts = Parts()
+    builder = ProfileBuilder()
     for tag in metadata["tokens"]:
-        parts.add(Part.from_bytes(measured.pop(tag)))
-    return parts.profile(metadata, SecondMoments(sums) if sums else None)
+        builder.add(LanguageStatistics.from_bytes(measured.pop(tag)))
+    return builder.profile(metadata, SecondMoments(sums) if sums else None)

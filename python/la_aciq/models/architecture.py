@@ -49,12 +49,20 @@ def fingerprint_of(model: nn.Module, samples: Mapping[str, bytes]) -> str:
         A SHA-256 as 64 hexadecimal digits.
     """
     config = getattr(model, "config", None)
-    digest = hashlib.sha256(
-        repr([type(model).__name__, [getattr(config, key, None) for key in _ARCHITECTURE]]).encode()
-    )
+    digest = hashlib.sha256(repr([type(model).__name__, [_setting(config, key) for key in _ARCHITECTURE]]).encode())
     for name, sampled in sorted(samples.items()):
         digest.update(name.encode() + sampled)
     return digest.hexdigest()
+
+
+def _setting(config: Any, key: str) -> Any:
+    """A value of a configuration; None where there is none, or where each layer has its own."""
+    try:
+        return getattr(config, key, None)
+    except Exception as error:
+        if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
+            raise
+        return None
 
 
 def sample(parameter: torch.Tensor) -> bytes:

@@ -111,9 +111,10 @@ def _check_causal(name: str, config: Any) -> None:
         "distilbert",
     )
     if not causal or encoder:
-        found = architectures[0] if architectures else config.model_type
+        architecture = architectures[0] if architectures else config.model_type
         raise LaAciqError(
-            f"model {name!r} is not a causal language model: it is {found}; expected an architecture ...ForCausalLM"
+            f"model {name!r} is not a causal language model: it is {architecture}; "
+            "expected an architecture ...ForCausalLM"
         )
 
 

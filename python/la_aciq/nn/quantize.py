@@ -221,7 +221,7 @@ class Plan:
         products = torch.from_numpy(second_moments[site])
         if self._profile.centers and not config.center:
             # They were measured less the mean of each language.
-            entries = [self._profile.rows.index(tag) for tag in self._profile.languages]
+            entries = [self._profile.entries.index(tag) for tag in self._profile.languages]
             means = torch.from_numpy(self._profile.centers[site][entries])
             if config.rotate:
                 signs = torch.from_numpy(rotation.signs(means.shape[1], self._seed))
@@ -497,12 +497,12 @@ def _cache_clips(profile: Profile, config: QuantConfig) -> dict[int, torch.Tenso
 def _entries(profile: Profile, config: QuantConfig) -> tuple[str, ...]:
     """The entries of the tables: the pooled one, the languages' where each has one, and the sink's."""
     languages = profile.languages if config.sharing == "language" else ()
-    return (UND, *languages, *(profile.rows[-1:] if config.sink else ()))
+    return (UND, *languages, *(profile.entries[-1:] if config.sink else ()))
 
 
 def _places(profile: Profile, config: QuantConfig) -> list[int]:
     """Where the profile has the entries of the tables."""
-    return [profile.rows.index(entry) for entry in _entries(profile, config)]
+    return [profile.entries.index(entry) for entry in _entries(profile, config)]
 
 
 def _clips(profile: Profile, config: QuantConfig, layers: Sequence[str]) -> dict[str, torch.Tensor]:

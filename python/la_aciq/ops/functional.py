@@ -105,8 +105,7 @@ def _names_misfits(function: Callable[P, R]) -> Callable[P, R]:
         if not old_names.isdisjoint(kwargs):
             old = {name: value for name, value in kwargs.items() if name in old_names}
             new = {name: value for name, value in kwargs.items() if name not in old_names}
-            warn = not torch.compiler.is_compiling()
-            return named(*args, **renamed_arguments(function.__name__, old, renamed, new, warn=warn))
+            return named(*args, **renamed_arguments(function.__name__, old, renamed, new))
         try:
             return function(*args, **kwargs)
         except (AttributeError, RuntimeError, TypeError, ValueError):

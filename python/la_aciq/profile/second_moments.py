@@ -1,7 +1,7 @@
 """Second moments of linear layers' inputs: per site the sum of x x^T over all tokens, for rounding weights by.
 
 They are a quarter to a whole of a model's size in float32, and kept apart from the other statistics, in a file that is
-opened but not read: a site's matrix is made when it is asked for.
+opened but not read: a site's matrix is read when it is asked for.
 """
 
 import math
@@ -30,15 +30,31 @@ class SecondMoments(Mapping[str, Float32]):
 
     @classmethod
     def of(cls, matrices: Mapping[str, Float32]) -> "SecondMoments":
-        """Of matrices [K, K], whose upper triangles are taken."""
+        """The second moments in matrices.
+
+        Args:
+            matrices: by site float32 [K, K], symmetric.
+
+        Returns:
+            The second moments; they hold copies of the upper triangles.
+        """
         return cls({site: triangle(matrix) for site, matrix in matrices.items()})
 
     @classmethod
     def open(cls, file: str | os.PathLike[str], sizes: Mapping[str, int]) -> "SecondMoments":
-        """A file that `save` wrote, of the sites in `sizes` with their K.
+        """The second moments in a file that `save` wrote.
 
-        It is mapped into memory: it may be replaced or removed while in use. Raises `LaAciqError` when it is not such a
-        file.
+        The file is mapped into memory: it may be replaced or removed while in use.
+
+        Args:
+            file: the file.
+            sizes: K of each site that the file has to hold.
+
+        Returns:
+            The second moments; a matrix is read when it is asked for.
+
+        Raises:
+            LaAciqError: the file is not such a file.
         """
         try:
             return cls(_File(Path(file), sizes))
@@ -46,14 +62,18 @@ class SecondMoments(Mapping[str, Float32]):
             raise LaAciqError(f"{str(file)!r} does not hold the second moments of this profile: {error}") from error
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write a safetensors file of the triangles by site."""
+        """Write a safetensors file of the triangles by site.
+
+        Args:
+            file: the file; an existing one is replaced.
+        """
         safetensors.numpy.save_file({site: self._triangles[site] for site in self}, file)
 
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         """Of the tokens of both; exact to float32 rounding. A site that one lacks is the other's."""
         sites = dict.fromkeys([*self, *other])
         return SecondMoments(
-            {site: sum(part._triangles[site] for part in (self, other) if site in part) for site in sites}  # type: ignore[misc]
+            {site: sum(moments._triangles[site] for moments in (self, other) if site in moments) for site in sites}  # type: ignore[misc]
         )
 
     def __getitem__(self, site: str) -> Float32:
@@ -90,10 +110,10 @@ class _File(Mapping[str, Float32]):
         if unexpected := set(self._sites) ^ set(sizes):
             raise ValueError(f"site {min(unexpected)!r} is missing or not the profile's")
         for site, k in sizes.items():
-            part = opened.get_slice(site)
-            if part.get_shape() != [k * (k + 1) // 2] or part.get_dtype() != "F32":
+            stored = opened.get_slice(site)
+            if stored.get_shape() != [k * (k + 1) // 2] or stored.get_dtype() != "F32":
                 raise ValueError(
-                    f"site {site!r} is {part.get_dtype()} {part.get_shape()}; expected F32 {[k * (k + 1) // 2]}"
+                    f"site {site!r} is {stored.get_dtype()} {stored.get_shape()}; expected F32 {[k * (k + 1) // 2]}"
                 )
 
     def __getitem__(self, site: str) -> Float32:

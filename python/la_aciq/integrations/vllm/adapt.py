@@ -53,7 +53,7 @@ def check_adaptable(done: Quantization, profile: Profile) -> None:
     profile.check_fingerprint(done.fingerprint)
     if bool(profile.metadata.get("center")) != bool(config.center):
         raise LaAciqError(f"--adapt needs the profile the model was quantized with; its center is not {config.center}")
-    if missing := [row for row in done.state.entries if row not in profile.rows]:
+    if missing := [row for row in done.state.entries if row not in profile.entries]:
         raise LaAciqError(f"--adapt needs the profile the model was quantized with; it has no row {missing[0]!r}")
 
 
@@ -97,11 +97,11 @@ class TailSums:
 
     def calibrate(self, profile: Profile) -> None:
         """Let the clips move, from where the profile's data left them."""
-        rows = [profile.rows.index(row) for row in self.layer.state.entries]
+        rows = [profile.entries.index(row) for row in self.layer.state.entries]
         site = profile.sites[profile.layers[self.name]]
         clips = self.clip.double().cpu().numpy()
         groups = slice(self.first, self.first + clips.shape[1]) if clips.shape[1] > 1 else slice(None)
-        alpha = np.ones((len(profile.rows), site.groups))
+        alpha = np.ones((len(profile.entries), site.groups))
         alpha[rows, groups] = clips
         sums = np.stack([site.histogram[..., 0].sum(-1), *site.tail_sums(alpha)], axis=-1)[rows, groups]
         self.adapted = start(clips, sums if clips.shape[1] > 1 else sums.sum(1, keepdims=True))
