@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     DynamicCache,
+    GPTNeoXJapaneseConfig,
+    GPTNeoXJapaneseForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     StaticCache,
@@ -517,3 +519,23 @@ def test_models_without_an_int4_cache(model, profile):
     bare = dataclasses.replace(profile, sites=part)
     with pytest.raises(LaAciqError, match="no keys and values"):
         quantized(model, bare, activations=16, kv_clip="static")
+
+
+def test_attention_that_asks_for_views_of_keys_gets_contiguous_ones():
+    """GPT-NeoX-Japanese, whose attention does not go through transformers' interface."""
+    config = GPTNeoXJapaneseConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+    )
+    model = GPTNeoXJapaneseForCausalLM(config).eval()
+    measured = la_aciq.calibrate(model, random_texts(), seqlen=64, tokens=128, group_size=16, progress=False)
+    out = quantized(model, measured, activations=16)
+    ids = IDS[:1, :150] % 58 + 3
+    with torch.no_grad(), la_aciq.language("sw"):
+        output = out.generate(
+            ids, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True
+        )
+    layer = output.past_key_values.layers[0]
+    assert layer._coded == BLOCK
+    assert layer.keys.is_contiguous()
+    assert layer.values.is_contiguous()
+    assert output.sequences.shape == (1, 153)

@@ -59,7 +59,7 @@ class Running:
     def __init__(self, entries, ids):
         self.entries, self.ids = entries, ids
 
-    def ids_for(self, x):
+    def ids_for(self, x, layout=None):
         return self.ids
 
 

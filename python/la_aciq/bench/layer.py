@@ -46,7 +46,7 @@ class _Rows(LanguageState):
         super().__init__(("und", *(f"x-{i}" for i in range(_LANGUAGES))))
         self._row_ids = 1 + torch.arange(max(ROWS), dtype=torch.int32) % _LANGUAGES
 
-    def ids_for(self, x: torch.Tensor) -> torch.Tensor:
+    def ids_for(self, x: torch.Tensor, layout: str | None = None) -> torch.Tensor:
         return self._row_ids[: x.shape[0]]
 
 

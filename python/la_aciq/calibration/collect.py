@@ -24,9 +24,10 @@ from tqdm import tqdm
 from .. import __version__, ops
 from .._files import check_output
 from ..errors import LaAciqError
-from ..models import fingerprint, is_experts, linear_weight, output_head
+from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, linear_weight, output_head
 from ..nn.config import is_ignored
 from ..nn.forward_pass import LanguageState
+from ..nn.layout import LayoutDetector, detect_layouts
 from ..ops import rotation
 from ..ops.streaming import Moments
 from ..profile.profile import JSON_FILE, Kind, Profile
@@ -163,6 +164,7 @@ class Calibration:
         """That of the profile of all languages: the same for the same model, texts and settings."""
         return {
             **self._settings,
+            "layouts": self._collector.layouts,
             "tokens": {tag: reading.tokens for tag, reading in self._readings.items()},
             "texts": {tag: reading.hash for tag, reading in self._readings.items()},
             "versions": {"la_aciq": __version__, "torch": torch.__version__},
@@ -178,6 +180,8 @@ class Calibration:
         collector = self._collector
         total = sum(self._readings[tag].tokens for tag in tags) * (2 if self._center else 1)
         initial = sum(self._readings[tag].tokens for tag in finished)
+        if self._readings:
+            collector.detect_layouts(next(iter(self._readings.values())).calls[0], self._device)
         with (
             tqdm(total=total, initial=initial, unit="tok", disable=not progress) as bar,
             collector.attached() as network,
@@ -350,6 +354,7 @@ class _Collector:
         # The same entries as when the quantized model runs: one place decides which tokens are first.
         self._rows = LanguageState((UND, SINK), by_language=False)
         self._summing = False
+        self.layouts: dict[str, str | None] = {}
         self.begin_language()
 
     def begin_language(self) -> None:
@@ -370,14 +375,40 @@ class _Collector:
         )
         return LanguageStatistics(tag, self._sites, self._layers, self._moments, self._first_moments, sums, first_sums)
 
-    @contextmanager
-    def attached(self) -> Iterator[nn.Module]:
-        """The model to call, hooked, in evaluation mode and without gradients, as long as the block lasts."""
+    def detect_layouts(self, call: Mapping[str, Tensor], device: torch.device) -> None:
+        """Find out how the rows of each layer's input belong to tokens, by a few passes like this call.
+
+        Where the model does not read such batches nothing is known, and the shapes of inputs decide.
+        """
+        positions = getattr(getattr(self._model, "config", None), "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < 16:
+            return
+        layers = {**self._linears, **self._experts}
+        detector = LayoutDetector(layers, self._rows.shape_of_pass, output_head(self._model))
+        with ExitStack() as stack:
+            stack.callback(self._model.train, self._model.training)
+            self._model.eval()
+            for handle in self._rows.attach(self._model):
+                stack.callback(handle.remove)
+            stack.enter_context(torch.inference_mode())
+            try:
+                self.layouts = detect_layouts(self._network, call, detector, device)
+            except Exception:  # whatever it raises, the model does not read batches, or not such short ones
+                self.layouts = {}
+
+    @property
+    def _network(self) -> Any:
+        """The part of the model that runs all measured layers."""
         # The output head is a fifth of a small model's work; where it is not measured it need not run.
         body = getattr(self._model, "base_model", self._model)
         inside = set(map(id, body.modules()))
         hooked = [*self._linears.values(), *self._experts.values()]
-        network = body if all(id(module) in inside for module in hooked) else self._model
+        return body if all(id(module) in inside for module in hooked) else self._model
+
+    @contextmanager
+    def attached(self) -> Iterator[nn.Module]:
+        """The model to call, hooked, in evaluation mode and without gradients, as long as the block lasts."""
+        network = self._network
         training = self._model.training
         with ExitStack() as stack:
             stack.callback(self._model.train, training)
@@ -440,7 +471,7 @@ class _Collector:
             self._measure_input(f"{name}.gate_up_proj", x)
             for expert, weight in enumerate(experts.gate_up_proj):
                 tokens = torch.where(index == expert)[0]
-                with self._rows.picked(x, tokens):
+                with self._rows.picked(x, tokens, self.layouts.get(name)):
                     gate_up = nn.functional.linear(x[tokens], weight)
                     self._measure_input(f"{name}.down_proj", experts._apply_gate(gate_up))
 
@@ -458,7 +489,9 @@ class _Collector:
             # left, and at run time another.
             total, count = self._sums[layer]
             mean = (total / count).float()
-            values = values - torch.stack([mean, torch.zeros_like(mean)])[self._row_of_each(x)].view(values.shape)
+            values = values - torch.stack([mean, torch.zeros_like(mean)])[self._row_of_each(x, layer)].view(
+                values.shape
+            )
         if self._seed is not None:
             k = x.shape[-1]
             if k not in self._signs:
@@ -481,7 +514,7 @@ class _Collector:
 
     def _sum(self, site: str, x: Tensor) -> None:
         """Add a layer's input x [..., K] to the sums of the language and of its first tokens."""
-        first = self._row_of_each(x) == 1
+        first = self._row_of_each(x, site) == 1
         rows = x.reshape(-1, x.shape[-1]).double()
         for sums, inputs in ((self._sums, rows[~first]), (self._first_sums, rows[first])):
             if len(inputs) == 0:
@@ -501,7 +534,7 @@ class _Collector:
         rows = values.reshape(-1, k)
         if len(rows) == 0:
             return
-        row = self._row_of_each(x)
+        row = self._row_of_each(x, site)
         measured = _moments_by_group(rows, row, min(group_size, k))
         bad = int(measured.nonfinite.sum())
         if bad:
@@ -510,12 +543,12 @@ class _Collector:
             if moments.count.any():
                 total[site] = total[site] + moments if site in total else moments
 
-    def _row_of_each(self, x: Tensor) -> Tensor:
+    def _row_of_each(self, x: Tensor, layer: str) -> Tensor:
         """Of each row of a layer's input x [..., K] in a flat order whether it is the sink's: int32, 1 or 0."""
         leading = x.shape[:-1]
         try:
-            ids = self._rows.ids_for(x)
-        except RuntimeError:  # rows that are not the pass's tokens have no first token among them
+            ids = self._rows.ids_for(x, self.layouts.get(layer.removesuffix(f".{EXPERT_WEIGHTS[0]}")))
+        except (RuntimeError, LaAciqError):  # rows that are not the pass's tokens have no first token among them
             ids = None
         if ids is None:
             return torch.zeros(leading.numel(), dtype=torch.int32, device=x.device)

@@ -17,6 +17,7 @@
     skipped             other layers with a weight matrix, and why they were left alone
     fingerprint         of the unquantized model
     calibration_tokens  by language
+    layouts             by layer how the rows of its input belong to tokens (`nn/layout.py`); may be absent
     sha256              of the names, dtypes, shapes and bytes of all tensors (`digest`)
     checksum            of all of the above
 
@@ -206,6 +207,7 @@ def describe(quantization: Quantization, sha256: str) -> dict[str, Any]:
         "skipped": quantization.skipped,
         "fingerprint": quantization.fingerprint,
         "calibration_tokens": quantization.calibration_tokens,
+        "layouts": quantization.layouts,
         "sha256": sha256,
     }
     return description | {"checksum": _checksum(description)}
@@ -262,6 +264,7 @@ def read_description(description: Mapping[str, Any]) -> tuple[Quantization, str]
         skipped=dict(values["skipped"]),
         fingerprint=values["fingerprint"],
         calibration_tokens=dict(values["calibration_tokens"]),
+        layouts=dict(values.get("layouts", {})),  # folders of schema 2 have none
     )
     return quantization, values["sha256"]
 

@@ -28,6 +28,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
 )
+from transformers.modeling_utils import PreTrainedModel
 
 from .. import ops
 from ..errors import LaAciqError
@@ -55,8 +56,12 @@ class LanguageAwareCache(DynamicCache):  # type: ignore[misc]  # transformers ha
         hugging_face: Any = model
         super().__init__(config=hugging_face.config.get_text_config(decoder=True))
         clips = getattr(model, KeyValueClips.NAME, None)
+        # Attention that does not go through transformers' interface may ask for views of keys and values.
+        contiguous = any(
+            isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation() for part in model.modules()
+        )
         self.layers: list[Any] = [
-            _quantized(layer, index, clips, quantization.state, quantization.config)
+            _quantized(layer, index, clips, quantization.state, quantization.config, contiguous)
             for index, layer in enumerate(self.layers)
         ]
 
@@ -116,12 +121,14 @@ class CacheMaker:
         return None
 
 
-def _quantized(layer: Any, index: int, clips: KeyValueClips | None, state: LanguageState, config: QuantConfig) -> Any:
+def _quantized(
+    layer: Any, index: int, clips: KeyValueClips | None, state: LanguageState, config: QuantConfig, contiguous: bool
+) -> Any:
     """The INT4 layer in place of one of transformers', or that one where it holds something else."""
     if type(layer) is DynamicSlidingWindowLayer:
-        return LanguageAwareLayer(index, clips, state, config, layer.sliding_window)
+        return LanguageAwareLayer(index, clips, state, config, layer.sliding_window, contiguous)
     if type(layer) is DynamicLayer:
-        return LanguageAwareLayer(index, clips, state, config)
+        return LanguageAwareLayer(index, clips, state, config, contiguous=contiguous)
     return layer
 
 
@@ -146,11 +153,13 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         state: LanguageState,
         config: QuantConfig,
         sliding_window: int | None = None,
+        contiguous: bool = False,
     ) -> None:
         self.is_initialized = False
         self.is_sliding = sliding_window is not None
         self.sliding_window = sliding_window
         self.record_past = False
+        self._contiguous = contiguous  # whether keys and values are returned as contiguous tensors
         self._index, self._tables, self._state, self._config = index, clips, state, config
         self._length = self._first = self._coded = 0
 
@@ -216,7 +225,7 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = [states.permute(2, 0, 1, 3).reshape(new, self.batch_size, -1) for states in (key_states, value_states)]
         added = torch.cat(rows, dim=-1)
         self._recent = torch.cat([self._recent, added]) if len(self._recent) else added
-        seen = (key_states, value_states) if not held else self._split(self._read(before - held))
+        seen = self._split(self._read(before - held)) if held else self._arranged(key_states, value_states)
         self._encode()
         if self.sliding_window is not None and not self.record_past:
             self._drop(self._length - self.sliding_window + 1)
@@ -239,10 +248,14 @@ class LanguageAwareLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._split(self._read(self._length - held))
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [batch, heads, tokens, head_dim] of rows [tokens, batch, elements], without a copy."""
+        """Keys and values [batch, heads, tokens, head_dim] of rows [tokens, batch, elements]: views if they may be."""
         keys, values = tokens[..., : self._keys], tokens[..., self._keys :]
         shape = (len(tokens), self.batch_size, self._heads, -1)
-        return keys.view(shape).permute(1, 2, 0, 3), values.view(shape).permute(1, 2, 0, 3)
+        return self._arranged(keys.view(shape).permute(1, 2, 0, 3), values.view(shape).permute(1, 2, 0, 3))
+
+    def _arranged(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as they are returned."""
+        return (keys.contiguous(), values.contiguous()) if self._contiguous else (keys, values)
 
     def _check(self, states: Tensor) -> None:
         if states.shape[0] != self.batch_size:

@@ -19,6 +19,8 @@ class LanguageAwareExperts(nn.Module):
     its own weights.
     """
 
+    layout: str | None = None  # of the input (nn/layout.py); None: by its shape
+
     def __init__(self, act_fn: Any, state: LanguageState) -> None:
         super().__init__()
         self.act_fn = act_fn
@@ -103,7 +105,7 @@ class LanguageAwareExperts(nn.Module):
             if expert is None:  # another process's
                 continue
             tokens, place = torch.where(top_k_index == index)
-            with self.state.picked(hidden_states, tokens):
+            with self.state.picked(hidden_states, tokens, self.layout):
                 gate, up = expert.get_submodule("gate_up_proj")(hidden_states[tokens]).chunk(2, dim=-1)
                 y = expert.get_submodule("down_proj")(self.act_fn(gate) * up)
             output.index_add_(0, tokens, (y * top_k_weights[tokens, place, None]).to(output.dtype))

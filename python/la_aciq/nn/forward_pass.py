@@ -22,6 +22,7 @@ from ..errors import LaAciqError
 from .entries import Entries
 from .first_token import carries_state, first_of_memory, first_tokens, past_tokens
 from .id_buffers import IdBuffers
+from .layout import ids_in_layout
 from .running import RunningPass
 
 # The cache for a pass of a module with these arguments, or None to leave the caller's.
@@ -78,6 +79,7 @@ class LanguageState:
         # For the INT4 cache: the first tokens, bool [batch or 1, tokens], and how many tokens there are.
         self._first: torch.Tensor | None = None
         self._tokens = 0
+        self._kept: Any = 0  # `logits_to_keep` of the model's call
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -132,6 +134,7 @@ class LanguageState:
             "_memory",
             "_first",
             "_tokens",
+            "_kept",
         }
         kept = {name: value for name, value in self.__dict__.items() if name not in per_pass}
         return kept | {"_entries": entries, "common_entry": None}
@@ -179,10 +182,22 @@ class LanguageState:
         """An object that is another one in every forward pass; None outside of them."""
         return self._ids
 
-    def ids_for(self, x: torch.Tensor) -> torch.Tensor | None:
+    def shape_of_pass(self) -> tuple[int, int | None, int | None] | None:
+        """[batch, tokens, tokens of the memory that cross-attention reads] of the running pass; None for features."""
+        if self._ids is None or self._batch_ids is None:
+            return None
+        counts = [None if ids is None or ids.ndim < 2 else ids.shape[1] for ids in (self._ids, self._memory_ids)]
+        return len(self._batch_ids), counts[0], counts[1]
+
+    @property
+    def _memory_ids(self) -> torch.Tensor | None:
+        return None if self._memory is None else self._memory[1]
+
+    def ids_for(self, x: torch.Tensor, layout: str | None = None) -> torch.Tensor | None:
         """The language ids (int32) for a layer's input x [..., K]: they match x's leading dimensions from the left.
 
-        None, the pooled entry, outside a forward pass of the model. x has the pass's [batch, tokens] positions, the
+        None, the pooled entry, outside a forward pass of the model. With a layout (nn/layout.py), x has that. Without,
+        x has the pass's [batch, tokens] positions, the
         same positions flattened, only the last ones of each row (a head under `logits_to_keep`), those of the encoder
         that a decoder's cross-attention reads, or one row for each of the batch (a pooler, a classifier's head), which
         reads its language's entry whichever token it was.
@@ -193,6 +208,17 @@ class LanguageState:
         ids = self._ids
         if ids is None:
             return None
+        if layout is not None and self._batch_ids is not None:
+            if layout == "batch tokens" and x.shape[:2] == ids.shape and ids.device == x.device:
+                return ids
+            if "memory" in layout:
+                ids = self._memory_ids
+                if ids is None:
+                    raise LaAciqError("a layer of cross-attention was called in a pass without encoder_hidden_states")
+            elif layout == "batch kept" and ids.ndim == 2:
+                ids = self._kept_of(ids)
+            ordered = ids_in_layout(layout, x.shape[:-1], ids, self._batch_ids)
+            return ordered if ordered is None or ordered.device == x.device else ordered.to(x.device)
         memory = self._memory
         if memory is not None and (
             x is memory[0] or (_matching(ids, x) is None and _matching(memory[1], x) is not None)
@@ -208,11 +234,18 @@ class LanguageState:
             )
         return matching if matching.device == x.device else matching.to(x.device)
 
+    def _kept_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Those of the tokens that the call's `logits_to_keep` has: a number of last ones, 0 for all, or places."""
+        kept = self._kept
+        if isinstance(kept, torch.Tensor):
+            return ids[:, kept.to(ids.device)]
+        return ids[:, -kept:] if kept else ids
+
     @contextmanager
-    def picked(self, x: torch.Tensor, tokens: torch.Tensor) -> Iterator[None]:
+    def picked(self, x: torch.Tensor, tokens: torch.Tensor, layout: str | None = None) -> Iterator[None]:
         """Inside, layers read rows x[tokens] of a layer's input x [T, K] (int64 [n]), as experts do."""
         before, memory = self._ids, self._memory
-        ids = self.ids_for(x)
+        ids = self.ids_for(x, layout)
         self._ids, self._memory = None if ids is None else ids[tokens], None
         try:
             yield
@@ -256,6 +289,7 @@ class LanguageState:
             )
         batch, device = inputs.shape[0], inputs.device
         self._memory = self.common_entry = None
+        self._kept = arguments.get("logits_to_keep", self._kept)
         self._batch_entries = self._entries.of_batch(batch, self._counted)
         self._counted = True
         if _reads_features(model):  # how many positions it makes of them is its own affair, and none is a first token

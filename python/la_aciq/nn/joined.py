@@ -7,6 +7,7 @@ is decoded and a layer takes a few tens of microseconds.
 
 import copy
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -76,7 +77,13 @@ class JoinedLayers:
         if joined is None:
             self.part()
             return self._alone(layer, x)
-        outputs = dict(enumerate(torch.split_with_sizes(layer.multiply(x, *joined), self._sizes, dim=-1)))
+        y = layer.multiply(x, *joined)
+        if torch.is_grad_enabled():  # autograd forbids to write to one of several views that one call made
+            ends = accumulate(self._sizes)
+            views = [y.narrow(-1, end - size, size) for size, end in zip(self._sizes, ends, strict=True)]
+        else:
+            views = list(torch.split_with_sizes(y, self._sizes, dim=-1))
+        outputs = dict(enumerate(views))
         output = outputs.pop(place)
         self._pending = x, x._version, current, outputs
         return output

@@ -80,6 +80,7 @@ class LanguageAwareLinear(LanguageAwareModule):
     center: torch.Tensor | None
     clips: torch.Tensor | None
     signs: torch.Tensor | None
+    layout: str | None = None  # how the rows of the input belong to tokens (nn/layout.py); None: by its shape
 
     def __init__(
         self,
@@ -427,10 +428,10 @@ class LanguageAwareLinear(LanguageAwareModule):
         """What `forward` does, with these weights: the layer's own, or joined ones of layers that share its input."""
         clips, center = self._buffers["clips"], self._buffers["center"]
         table = bias if bias is not None and bias.ndim == 2 else None
-        entry = None if torch.compiler.is_compiling() else self.state.common_entry
+        entry = None if torch.compiler.is_compiling() or self.layout == "none" else self.state.common_entry
         language_ids = None
         if entry is None and (clips is not None or table is not None):
-            language_ids = self.state.ids_for(x)
+            language_ids = self.state.ids_for(x, self.layout)
         if entry is not None and clips is not None:
             clips = self._entry("clips", clips, entry)
         if center is not None:

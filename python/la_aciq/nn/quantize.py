@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class Quantization:
         skipped: every other layer with a weight matrix, and why it was left alone.
         fingerprint: of the unquantized model.
         calibration_tokens: per language, how many of its tokens the clips were chosen on.
+        layouts: by layer how the rows of its input belong to tokens (nn/layout.py), where calibration found out.
     """
 
     config: QuantConfig
@@ -57,6 +58,7 @@ class Quantization:
     skipped: dict[str, str]
     fingerprint: str
     calibration_tokens: dict[str, int]
+    layouts: dict[str, str] = field(default_factory=dict)
 
     @property
     def shared(self) -> tuple[tuple[str, ...], ...]:
@@ -158,6 +160,7 @@ class Plan:
         self._cache_clips = _cache_clips(profile, config)
         self._rounding: tuple[str, Rounding] | None = None  # of the last site: layers that share an input come together
         self._seed = int(profile.metadata["rotation"]["seed"])
+        layouts = profile.metadata.get("layouts", {})
         self.quantization = Quantization(
             config=config,
             state=LanguageState(_entries(profile, config), config.by_language),
@@ -167,6 +170,7 @@ class Plan:
             skipped=skipped,
             fingerprint=profile.metadata["fingerprint"],
             calibration_tokens={tag: int(count) for tag, count in profile.metadata["tokens"].items()},
+            layouts={name: layouts[name] for name in self.layers if layouts.get(name)},
         )
 
     def quantized(self, name: str, original: Any, like: nn.Module | None = None) -> nn.Module:
@@ -253,6 +257,9 @@ def adopt(model: nn.Module, quantization: Quantization) -> None:
     """
     quantized: Any = model
     quantized.la_aciq = quantization
+    for name, layout in quantization.layouts.items():
+        layer: Any = model.get_submodule(name)
+        layer.layout = layout
     for module in model.modules():
         if isinstance(module, LanguageAwareLinear):
             module.repack()  # one by one: no more than one layer's weights are there twice
@@ -433,6 +440,7 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
     tied = {*declared, *declared.values()}
     head = output_head(model)
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    layouts = profile.metadata.get("layouts", {})
     layers: list[str] = []
     skipped: dict[str, str] = {}
     unexpected: list[str] = []
@@ -446,6 +454,9 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
             skipped[name] = "its architecture keeps it in float32"
         elif not inputs_of(name, module):
             skipped[name] = f"unsupported kind of layer {type(module).__name__}"
+            unexpected.append(name)
+        elif layouts.get(name, "") is None:
+            skipped[name] = "the rows of its input are no tokens, or of several kinds"
             unexpected.append(name)
         elif f"{name}.weight" in tied or any(uses[id(weight)] > 1 for weight in weights):
             skipped[name] = "its weight is tied to another layer's"

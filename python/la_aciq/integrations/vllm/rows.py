@@ -65,7 +65,7 @@ class ServedRows(LanguageState):
             rows = torch.where(position == 0, self._sink_row, rows)
         self.tokens[:count].copy_(rows)
 
-    def ids_for(self, x: torch.Tensor) -> torch.Tensor:
+    def ids_for(self, x: torch.Tensor, layout: str | None = None) -> torch.Tensor:
         """The rows of the running step for a layer's input [tokens, K]."""
         return self.tokens[: x.shape[0]]
 
