@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import choices
 from ._files import kept_when_interrupted, new_folder
 from .calibration import calibrate, tokenize
 from .evaluation import Report, evaluate_configurations
@@ -31,12 +32,18 @@ FULL = Size(LANGUAGES, seqlen=512, calibration_tokens=1024, evaluation_tokens=10
 QUICK = Size(("en", "sw", "th"), seqlen=128, calibration_tokens=256, evaluation_tokens=256)
 
 
-def configurations(group_size: int = 64, codebook: str = "midrise", kv: bool = True) -> dict[str, QuantConfig]:
-    """What a user chooses between, by name: bits first, then whose mean inputs and clips are used.
+def configurations(
+    group_size: int = choices.GROUP_SIZE, codebook: str = choices.CODEBOOK, kv: bool = True, **language_objective: Any
+) -> dict[str, QuantConfig]:
+    """The usual configurations by name: bits first, then whose centers and clips are used.
 
-    kv: also an INT4 key and value cache, for a profile that has keys and values.
+    Args:
+        group_size: of all of them.
+        codebook: of all of them.
+        kv: also an INT4 key and value cache, for a profile that has keys and values.
+        language_objective: `language_objective` and `language_weights` of `QuantConfig`, for all of them.
     """
-    common: dict[str, Any] = {"group_size": group_size, "codebook": codebook}
+    common: dict[str, Any] = {"group_size": group_size, "codebook": codebook, **language_objective}
     four: dict[str, Any] = {"weights": 4, "activations": 4, **common}
     chosen = {
         "W4A16 to nearest, no centers": QuantConfig(activations=16, rounding="nearest", center=False, **common),
@@ -67,19 +74,27 @@ def illustrate(report: Report, folder: Path) -> list[Path]:
 
 
 def run(
-    model: Any, tokenizer: Any, texts: Mapping[str, str], folder: Path, *, size: Size = FULL, force: bool = False
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    folder: Path,
+    *,
+    size: Size = FULL,
+    force: bool = False,
+    **language_objective: Any,
 ) -> None:
     """Calibrate with and without rotation, evaluate every configuration, print the report and write it to `folder`.
 
-    An interrupted run's calibrations are kept beside `folder`, and the next one goes on from there.
+    An interrupted run's calibrations are kept beside `folder`, and the next one goes on from there. language_objective:
+    as for `configurations`.
     """
     # Before the calibration, which takes minutes: whether there is text for what comes after it.
     tokenized = tokenize(texts, tokenizer)
     check_texts(model, tokenized, seqlen=size.seqlen, tokens=size.evaluation_tokens, skip=size.calibration_tokens)
     start = time.monotonic()
     kv = any(name.endswith("k_proj") for name, _ in model.named_modules())
-    chosen = configurations(kv=kv)
-    chosen["W4A4 per language, no rotation"] = QuantConfig(rotate=False)
+    chosen = configurations(kv=kv, **language_objective)
+    chosen["W4A4 per language, no rotation"] = QuantConfig(rotate=False, **language_objective)
     with (
         kept_when_interrupted(folder, ".partial", ".unrotated.partial") as (partial, unrotated_partial),
         new_folder(folder, "report.json", force) as temporary,

@@ -245,6 +245,9 @@ def test_nan_in_the_weights(refused, calibrate, tmp_path):
         (["calibrate", "--nsamples", "0"], "argument --nsamples: expected an integer of at least 1, got '0'"),
         (["calibrate", "--seqlen", "many"], "argument --seqlen: expected an integer of at least 2, got 'many'"),
         (["calibrate", "--group_size", "7"], "argument --group_size: expected an even integer, or 0, got '7'"),
+        (["quantize", "--language_objective", "best"], "argument --language_objective: invalid choice: 'best'"),
+        (["quantize", "--language_weights", "en"], "argument --language_weights: expected TAG=WEIGHT.*got 'en'"),
+        (["demo", "--language_weights", "xx=1"], "argument --language_weights: .*got 'xx=1'.*BCP-47"),
         (["calibrate", "--no_such_option"], "required"),
         (["info", "--no_such_option"], r"unrecognized arguments: --no_such_option \(see la-aciq info --help\)"),
         (["bench", "ops", "--tokens", "3"], r"unrecognized arguments: --tokens 3 \(see la-aciq bench ops --help\)"),
@@ -267,7 +270,9 @@ def test_options_that_do_not_go_together(refused, model_folder, profile_folder, 
     )
 
 
-@pytest.mark.parametrize("option", [["--scheme", "W4A8"], ["--codebook", "midrise"]])
+@pytest.mark.parametrize(
+    "option", [["--scheme", "W4A8"], ["--codebook", "midrise"], ["--language_objective", "minimax"]]
+)
 def test_options_of_a_profile_with_a_quantized_model(refused, option, tmp_path):
     refused(
         "--scheme and --codebook choose among a profile's configurations",

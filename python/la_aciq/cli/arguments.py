@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from .. import choices
 from ..errors import LaAciqError
+from ..nn.config import QuantConfig
+from ..tags import canonical
 
 EMBEDDED = "embedded"
 SCHEMES = {"W4A16": 16, "W4A8": 8, "W4A4": 4}  # bits of the activations
@@ -95,6 +98,28 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
 
 
+def add_language_objective(parser: argparse.ArgumentParser) -> None:
+    """Options for how a clip that languages share is chosen."""
+    parser.add_argument(
+        "--language_objective",
+        choices=choices.LANGUAGE_OBJECTIVES,
+        help="what a clip that languages share minimizes over their errors: the mean, the weighted mean, the largest, "
+        f"or the mean plus the variance (without it: {QuantConfig.language_objective})",
+    )
+    parser.add_argument(
+        "--language_weights",
+        type=_weights,
+        metavar="TAG=WEIGHT,...",
+        help="weights of the languages, for --language_objective weighted, such as en=1,sw=3",
+    )
+
+
+def language_objective(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_language_objective` say, as arguments of `QuantConfig`."""
+    objective = arguments.language_objective or QuantConfig.language_objective
+    return {"language_objective": objective, "language_weights": arguments.language_weights}
+
+
 def add_output(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Options for the output folder; --output_dir is required when it has no default."""
     parser.add_argument("--output_dir", required=default is None, default=default, help="folder to write")
@@ -114,6 +139,18 @@ def even(text: str) -> int:
 def strings(text: str) -> list[str]:
     """Words separated by commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights = {}
+    for pair in strings(text):
+        tag, _, weight = pair.partition("=")
+        try:
+            weights[canonical(tag)] = float(weight)
+        except ValueError as error:
+            reason = f"; {error}" if isinstance(error, LaAciqError) else ""
+            raise argparse.ArgumentTypeError(f"expected TAG=WEIGHT, such as sw=3, got {pair!r}{reason}") from error
+    return weights
 
 
 def _two_or_more(text: str) -> int:

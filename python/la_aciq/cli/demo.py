@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .._files import check_output
-from .arguments import EMBEDDED, Commands, add_model, add_output, add_texts
+from .arguments import EMBEDDED, Commands, add_language_objective, add_model, add_output, add_texts, language_objective
 from .inputs import load_model, load_texts
 
 
@@ -14,6 +14,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--quick", action="store_true", help="three languages and little text, to see that it works")
     add_model(parser, EMBEDDED)
     add_texts(parser, EMBEDDED)
+    add_language_objective(parser)
     add_output(parser, "demo-output")
 
 
@@ -30,4 +31,4 @@ def run(arguments: argparse.Namespace) -> None:
     name = "the embedded model" if arguments.model == EMBEDDED else arguments.model
     print(f"Loading {name}; the texts are in {', '.join(texts)}", flush=True)
     model, tokenizer = load_model(arguments)
-    demo.run(model, tokenizer, texts, output, size=size, force=arguments.force)
+    demo.run(model, tokenizer, texts, output, size=size, force=arguments.force, **language_objective(arguments))

@@ -8,7 +8,16 @@ from typing import Any
 from .. import choices
 from .._files import check_output, new_folder
 from ..errors import LaAciqError
-from .arguments import SCHEMES, Commands, add_model, add_output, add_texts, add_windows
+from .arguments import (
+    SCHEMES,
+    Commands,
+    add_language_objective,
+    add_model,
+    add_output,
+    add_texts,
+    add_windows,
+    language_objective,
+)
 from .inputs import load_model, load_texts, print_paths
 
 
@@ -25,6 +34,7 @@ def add_to(commands: Commands) -> None:
         choices=choices.CODEBOOKS,
         help=f"with --profile: levels; midtread has a zero (without it: {choices.CODEBOOK})",
     )
+    add_language_objective(parser)
     add_texts(parser)
     add_windows(parser)
     add_output(parser)
@@ -39,8 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output_dir)
     check_output(output, "report.json", arguments.force)
     _check_enough_text(arguments)
-    if arguments.quantized is not None and (arguments.scheme or arguments.codebook):
-        raise LaAciqError("--scheme and --codebook choose among a profile's configurations; --quantized has its own")
+    if arguments.quantized is not None and (arguments.scheme or arguments.codebook or arguments.language_objective):
+        raise LaAciqError(
+            "--scheme and --codebook choose among a profile's configurations, and --language_objective their clips; "
+            "--quantized has its own"
+        )
     settings: dict[str, Any] = {
         "seqlen": arguments.seqlen,
         "tokens": arguments.seqlen * arguments.nsamples,
@@ -71,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
             profile.metadata["group_size"],
             arguments.codebook or choices.CODEBOOK,
             any(site.kind == "key" for site in profile.sites.values()),
+            **language_objective(arguments),
         )
         chosen = {
             name: config if profile.metadata["rotation"]["enabled"] else dataclasses.replace(config, rotate=False)

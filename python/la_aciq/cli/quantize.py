@@ -8,7 +8,15 @@ from .. import choices
 from .._files import check_output
 from ..errors import LaAciqError
 from ..nn.config import QuantConfig
-from .arguments import SCHEMES, Commands, add_model, add_output, strings
+from .arguments import (
+    SCHEMES,
+    Commands,
+    add_language_objective,
+    add_model,
+    add_output,
+    language_objective,
+    strings,
+)
 from .inputs import load_model, report_file
 
 _EXPORT_OPTIONS = "use --scheme W4A16 --codebook midtread --kv_bits 16"
@@ -51,6 +59,7 @@ def add_to(commands: Commands) -> None:
         default=QuantConfig.objective,
         help="model of the quantization error that a clip minimizes",
     )
+    add_language_objective(parser)
     parser.add_argument(
         "--rounding",
         choices=choices.ROUNDINGS,
@@ -105,7 +114,13 @@ def run(arguments: argparse.Namespace) -> None:
     if exported:
         from ..clipping import table
 
-        clips = table(profile, codebook=config.codebook, objective=config.objective, sharing=config.sharing)
+        clips = table(
+            profile,
+            codebook=config.codebook,
+            objective=config.objective,
+            sharing=config.sharing,
+            **language_objective(arguments),
+        )
         export_compressed_tensors(quantized, output, tokenizer, table=clips, force=arguments.force)
     else:
         save_quantized(quantized, output, tokenizer, report=report, force=arguments.force)
@@ -123,6 +138,7 @@ def _configuration(arguments: argparse.Namespace, profile: Any, exported: bool) 
         sharing=arguments.sharing,
         granularity=arguments.granularity,
         objective=arguments.objective,
+        **language_objective(arguments),
         rounding=arguments.rounding,
         rotate=profile.metadata["rotation"]["enabled"],
         center=False if exported else None,  # stock kernels have no bias by language
