@@ -345,3 +345,9 @@ def test_a_backward_pass_warns(clip, weights, activations, center):
         warnings.simplefilter("error")
         assert torch.equal(layer(x), y)
         assert not layer(x).requires_grad
+
+
+def test_the_output_can_be_written_in_place_where_gradients_are_on():
+    _, layer, x, _ = make(64, 24, QuantConfig(group_size=16))
+    y = layer(x.requires_grad_())
+    assert torch.equal(y.clone().add_(1), y.add_(1))

@@ -434,6 +434,9 @@ class LanguageAwareLinear(LanguageAwareModule):
             language_ids = self.state.ids_for(x, self.layout)
         if entry is not None and clips is not None:
             clips = self._entry("clips", clips, entry)
+        source = None
+        if x.requires_grad and torch.is_grad_enabled():
+            source, x = x, x.detach()
         if center is not None:
             mean = entries_of(center, language_ids, x) if entry is None else self._entry("center", center, entry)
             x = x - (mean if mean.dtype == x.dtype else mean.to(x.dtype))
@@ -442,6 +445,8 @@ class LanguageAwareLinear(LanguageAwareModule):
             # Here with one language as with several, or a row's rounding would depend on its neighbours' languages.
             biases = entries_of(table, language_ids, y) if entry is None else self._entry("bias", table, entry)
             y.add_(biases if biases.dtype == y.dtype else biases.to(y.dtype))
+        if source is not None:
+            y = _WithoutGradient.apply(y, source)  # type: ignore[no-untyped-call]
         return y
 
     def _entry(self, name: str, table: torch.Tensor, entry: int) -> torch.Tensor:
@@ -523,11 +528,12 @@ def entries_of(table: torch.Tensor, language_ids: torch.Tensor | None, x: torch.
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """A tensor whose gradient ends here; as for PyTorch's operations without one, the backward pass warns."""
+    """y, computed of x without a gradient; as for PyTorch's operations without one, the backward pass warns."""
 
     @staticmethod
-    def forward(ctx: Any, rounded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return rounded.view_as(rounded)
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(y)  # the tensor itself and no view of it, which could not be written in place
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
@@ -549,33 +555,27 @@ def round_trip(
     block_size: int = 0,
 ) -> torch.Tensor:
     """x [..., K] after INT4 with the configuration's clips: quantized and dequantized, in x's dtype, in the rotated
-    basis when signs are given. A backward pass through it warns, and no gradient reaches x.
+    basis when signs are given.
     """
     if clips is None:
         raise ValueError("clips: expected the table of clips, got None")
     k, size, codebook = x.shape[-1], group_size, config.codebook
-    values = x.detach()
     if config.clip == "static":
         codes = ops.quantize(
-            values, clips, language_ids, group_size=size, codebook=codebook, signs=signs, block_size=block_size
+            x, clips, language_ids, group_size=size, codebook=codebook, signs=signs, block_size=block_size
         )
-        rounded = ops.dequantize(codes, clips, language_ids, k=k, group_size=size, codebook=codebook, dtype=x.dtype)
-    else:
-        codes, row_clips = ops.quantize_dynamic(
-            values,
-            clips,
-            language_ids,
-            group_size=size,
-            statistic=config.clip,
-            codebook=codebook,
-            signs=signs,
-            block_size=block_size,
-        )
-        rounded = ops.dequantize(codes, row_clips=row_clips, k=k, group_size=size, codebook=codebook, dtype=x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
-        marked: torch.Tensor = _WithoutGradient.apply(rounded, x)  # type: ignore[no-untyped-call]
-        return marked
-    return rounded
+        return ops.dequantize(codes, clips, language_ids, k=k, group_size=size, codebook=codebook, dtype=x.dtype)
+    codes, row_clips = ops.quantize_dynamic(
+        x,
+        clips,
+        language_ids,
+        group_size=size,
+        statistic=config.clip,
+        codebook=codebook,
+        signs=signs,
+        block_size=block_size,
+    )
+    return ops.dequantize(codes, row_clips=row_clips, k=k, group_size=size, codebook=codebook, dtype=x.dtype)
 
 
 def check_weight(linear: nn.Module, name: str) -> torch.Tensor:
