@@ -9,9 +9,11 @@ CPP_FILES := $(filter-out %.cu %.cuh,$(CORE_SOURCES))
 DEMO_OUTPUT ?= demo-output
 SERVE_OUTPUT ?= serve-demo-output
 SOAK_MINUTES ?= 30
+# A process per core and a thread per process: two cores serve one test with two threads hardly faster than with one.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve-demo serve-model soak test bench bench-serve docs wheels try-versions lint format clean
+.PHONY: help setup demo serve-demo serve-model soak check test bench bench-serve docs wheels try-versions lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +33,11 @@ serve-model: setup $(VLLM)/.ready
 soak: serve-model ## keep that server full for SOAK_MINUTES (30): no wrong output, flat memory
 	$(VLLM)/bin/python -m benchmarks.soak $(SERVE_OUTPUT)/model --minutes $(SOAK_MINUTES)
 
+check: lint ## lint, type checks and the fast tests: what to run while working (two minutes)
+	$(PYTEST) -m fast
+
 test: lint ## lint, type checks and the test suite; that of serving in vLLM's own virtual environment
-	$(PY) -m pytest
+	$(PYTEST)
 	@if $(MAKE) --no-print-directory $(VLLM)/.ready; then $(VLLM)/bin/python -m pytest tests/serving; \
 		else echo "SKIPPED tests/serving: vLLM cannot be installed here, for the reason above"; fi
 
