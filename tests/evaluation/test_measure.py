@@ -267,3 +267,14 @@ def test_a_profile_of_another_model_before_the_model_runs(profile):
     other.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(LaAciqError, match="measured on another model"):
         evaluate_configurations(other, profile, {"a": QuantConfig(group_size=16)}, texts=random_texts(), **SETTINGS)
+
+
+def test_a_configuration_that_does_not_fit_its_profile_is_named_before_the_model_runs(profile):
+    model = tiny_llama()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    configurations = {
+        "fits": QuantConfig(group_size=16),
+        "unrotated": QuantConfig(16, 4, group_size=16, clip="static", rotate=False),
+    }
+    with pytest.raises(LaAciqError, match=r"configuration 'unrotated': rotate = False, but the profile"):
+        evaluate_configurations(model, profile, configurations, texts=with_bytes(random_texts()), **SETTINGS)

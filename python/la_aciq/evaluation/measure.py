@@ -20,7 +20,7 @@ from ..calibration.texts import check_ids
 from ..errors import LaAciqError
 from ..models import fingerprint
 from ..nn import QuantConfig, Quantization, bits_per_weight, quantize_model
-from ..nn.quantize import check_unquantized
+from ..nn.quantize import Plan, check_unquantized
 from ..profile import Profile
 from .loss import (
     CONFIDENCE,
@@ -105,8 +105,8 @@ def evaluate_configurations(
 ) -> Report:
     """Measure several configurations of one model; the reference is the model as it is, evaluated once.
 
-    At most two quantized copies are in memory, with their equal weights once. Texts, token ids and profiles are checked
-    before the model runs.
+    At most two quantized copies are in memory, with their equal weights once. Texts, token ids, profiles and configurations
+    are checked before the model runs.
 
     Args:
         model: the unquantized model.
@@ -145,6 +145,12 @@ def evaluate_configurations(
     for measured in chosen.values():
         measured.check_fingerprint(model_fingerprint)
     data = _Texts.prepare(model, texts, tokenizer, seqlen, tokens, skip)
+    for name, config in configurations.items():
+        if isinstance(config, QuantConfig):
+            try:
+                Plan(model, chosen[name], config)
+            except LaAciqError as error:
+                raise LaAciqError(f"configuration {name!r}: {error}") from error
     results: dict[str, tuple[_Losses, _Description]] = {}
     previous: nn.Module | None = None  # the last quantized copy: the next one shares the weights that are the same
     with tqdm(
