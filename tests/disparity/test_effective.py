@@ -1,5 +1,5 @@
-"""Effective laws: exact mixture moments, against pooled samples and brute force; updates in constant time stay
-exact.
+"""Effective laws: exact mixture moments, against pooled samples and brute force; updates leave no
+rounding behind.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from synthetic_profile import normal, student, synthetic_profile
 
 from la_aciq import disparity
 from la_aciq.clipping import Gaussian, Laplace, Mixture
-from la_aciq.disparity import EffectiveLaw, effective
+from la_aciq.disparity import EffectiveLaw, effective, source_clip
 
 
 @settings(deadline=None, max_examples=50)
@@ -109,3 +109,34 @@ def test_bad_updates():
     with pytest.raises(ValueError, match="at least one component of positive weight"):
         law.update(0, 0.0)
     assert disparity.EffectiveLaw is EffectiveLaw
+
+
+def test_weights_leave_no_rounding_behind():
+    """A weight of 1e17 and back, and removing a far component, give what a fresh mixture gives."""
+    moments = [[0, 1, 0, 3.0], [0, 1, 0, 3.0], [1e6, 4, 0, 48.0]]
+    law = EffectiveLaw(moments, [1, 1, 1])
+    law.update(0, 1e17)
+    law.update(0, 1.0)
+    fresh = EffectiveLaw(moments, law.weights)
+    assert law.kurtosis == fresh.kurtosis
+    law.update(2, 0.0)
+    assert law.kurtosis == pytest.approx(0, abs=1e-14)
+    assert law.variance == pytest.approx(1, rel=1e-14)
+    law.update(0, 0.0)
+    assert law.weights.tolist() == [0, 1, 0]
+    assert law.mean == 0
+    with pytest.raises(ValueError, match="weight must leave at least one"):
+        law.update(1, 0.0)
+
+
+def test_the_sources_clip_is_sigma_times_its_rule():
+    """sigma_eff (2.5 + 0.3 ln(1 + kappa_eff)) for 0.9 N(0, 1) + 0.1 N(0, 9): variance 1.8, kurtosis 16 / 3."""
+    law = EffectiveLaw([[0, 1, 0, 3], [0, 9, 0, 243]], [0.9, 0.1])
+    assert source_clip(law) == pytest.approx(np.sqrt(1.8) * (2.5 + 0.3 * np.log(1 + 16 / 3)), rel=1e-12)
+    wider = EffectiveLaw([[0, 100, 0, 3e4], [0, 900, 0, 243e4]], [0.9, 0.1])
+    assert source_clip(wider) == pytest.approx(10 * source_clip(law), rel=1e-12)
+    assert source_clip(law, 8, "spline") > source_clip(law, 2, "spline")
+    with pytest.raises(ValueError, match="coefficients='published' exist for 4 bits only"):
+        source_clip(law, 8)
+    with pytest.raises(ValueError, match="law must have positive variance"):
+        source_clip(EffectiveLaw([[1, 0, 0, 0]], [1]))

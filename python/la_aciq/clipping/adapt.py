@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import Array
+from .checks import Array, number, real_array
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class AdaptationRule:
     span: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.minimum < 1:
+        if number("minimum", self.minimum) < 1:
             raise ValueError(f"minimum must be at least 1 value, got {self.minimum}")
+        for name in ("damping", "step", "span"):
+            number(name, getattr(self, name))
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be above 0 and at most 1, got {self.damping}")
         for name in ("step", "span"):
@@ -72,7 +74,7 @@ def start(alpha: ArrayLike, tail_sums: ArrayLike) -> Adapted:
     these clips: the number of values, of those above the clip in magnitude, and the latter's sum of magnitudes (as
     `quantize(..., tail_sums=True)` returns them, or from `SiteStats.tail_sums`).
     """
-    clips = np.array(alpha, dtype=np.float64)
+    clips = real_array("alpha", alpha)
     if clips.ndim != 2 or not np.all(np.isfinite(clips) & (clips > 0)):
         raise ValueError(f"alpha must be finite and positive, [rows, groups], got shape {list(clips.shape)}")
     count, clipped, total = _checked(tail_sums, clips)
@@ -121,7 +123,7 @@ def rolled_back(now: Adapted, rows: Sequence[int] | None = None) -> Adapted:
 
 def _checked(tail_sums: ArrayLike, alpha: Array) -> tuple[Array, Array, Array]:
     """Count, clipped count and clipped sum, [rows, groups] each, when they can be those of values at these clips."""
-    sums = np.asarray(tail_sums, dtype=np.float64)
+    sums = real_array("tail_sums", tail_sums)
     if sums.ndim != 3 or sums.shape[:2] != alpha.shape or sums.shape[2] < 3:
         raise ValueError(f"tail_sums must have shape {[*alpha.shape, 3]} or more entries, got {list(sums.shape)}")
     count, clipped, total = sums[..., 0], sums[..., 1], sums[..., 2]

@@ -89,7 +89,7 @@ def count(name: str, value: Any, least: int) -> int:
 def check_bits(bits: object) -> int:
     """`bits` as an int, or an error naming the range."""
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
-        raise TypeError(f"bits must be an integer from 2 to 8, got {bits!r}")
+        raise TypeError(f"bits must be an integer from 2 to 8, got {_brief(bits)}")
     if int(bits) not in TABLE_BITS:
         raise ValueError(f"bits must be an integer from 2 to 8, got {bits}")
     return int(bits)
@@ -128,8 +128,9 @@ def first(values: Array) -> float:
 
 
 def _brief(value: object) -> str:
-    """The value in a message: its type, and its text where that is short."""
+    """The value in a message where that is short, else its type."""
     text = repr(value)
+    if isinstance(value, (int, float, complex, str, bytes)) or value is None:
+        return text if len(text) <= 60 else type(value).__name__
     dtype = getattr(value, "dtype", None)
-    kind = type(value).__name__ + (f" of {dtype}" if dtype is not None else "")
-    return f"{kind} {text}" if len(text) <= 60 and "\n" not in text else kind
+    return type(value).__name__ + (f" of {dtype}" if dtype is not None else "")

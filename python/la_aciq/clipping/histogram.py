@@ -61,10 +61,10 @@ class Bins:
     def from_histogram(cls, histogram: ArrayLike) -> Bins:
         """From counts [..., 258, 2], flattened to [R, 258] and normalized; a histogram without mass gives NaN rows."""
         array = np.asarray(histogram)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"histogram must hold integers, got {type(histogram).__name__} of {array.dtype}")
         if array.shape[-2:] != (BINS, 2):
             raise ValueError(f"histogram must have shape [..., {BINS}, 2], got {array.shape}")
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"histogram must hold integers, got {array.dtype}")
         if array.size and array.min() < 0:
             raise ValueError("histogram must not hold negative counts or sums")
         flat = array.reshape(-1, BINS, 2)

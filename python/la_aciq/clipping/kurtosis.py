@@ -1,8 +1,8 @@
 """Rules that give alpha* / sigma from the excess kurtosis alone: fast, and a diagnostic; not a replacement for
 `optimal`.
 
-Kurtosis does not determine the clip: at kappa = 3 Gaussian scale mixtures of equal variance have clips from 2.6 to 3.6
-sigma at INT4. So each set of coefficients states its domain and its worst-case excess error over the reference
+Kurtosis does not determine the clip: at kappa = 3 Gaussian scale mixtures of equal variance have clips from 2.52 to
+3.69 sigma at INT4. So each set of coefficients states its domain and its worst-case excess error over the reference
 families, the generalized Gaussian and the Student t (`docs/theory.md` has the table). `fitted` and `spline` are
 minimax fits made by `fit_kurtosis_rule`; `published` is the pair of the source document, given for 4 bits only.
 """
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import interpolate, optimize
 
 from ..choices import CODEBOOKS
-from .checks import Array, check_bits, check_choice, real_array
+from .checks import Array, check_bits, check_choice, number, real_array
 from .families import GeneralizedGaussian, StudentT, Uniform
 from .kurtosis_coefficients import LINEAR, SPLINE
 from .law import Law
@@ -89,6 +89,7 @@ def reference_laws(kappa: float) -> list[Law]:
     """The members of unit variance and excess kurtosis `kappa` of the reference families: generalized Gaussian, and
     Student t if kappa > 0.
     """
+    kappa = number("kappa", kappa)
     if not KAPPA_MIN <= kappa <= KAPPA_MAX:
         raise ValueError(f"kappa must be from {KAPPA_MIN} to {KAPPA_MAX}, got {kappa}")
     if kappa <= KAPPA_MIN + 1e-3:

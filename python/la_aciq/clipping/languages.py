@@ -10,7 +10,7 @@ and bound over intervals of clips, with the bounds of `clipping.optimal`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..choices import LANGUAGE_OBJECTIVES
 from ..errors import LaAciqError
 from .checks import Array, check_choice, check_problem, count, number
 from .language_objectives import combine, normalized_weights
-from .law import Law, check_law
+from .law import Law, list_of_laws
 from .objectives import mse_unchecked, noise_factor, slope
 from .optimal import optimal
 from .scan import MOST_CLIPS, MOST_HALVINGS, Intervals, bounds, last_clip, middle_of, parts
@@ -62,12 +62,9 @@ def shared(
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     check_choice("language_objective", language_objective, LANGUAGE_OBJECTIVES)
-    if isinstance(laws, (str, Law)) or not isinstance(laws, Iterable):
-        raise TypeError(f"laws must be a sequence of clipping laws, got {type(laws).__name__}")
-    laws = list(laws)
+    laws = list_of_laws(laws)
     if not laws:
         raise ValueError("laws must hold at least one law, got an empty sequence")
-    laws = [check_law(law) for law in laws]
     if any(law.shape != () for law in laws):
         raise ValueError("laws must be single laws of shape (), one per language")
     if language_objective == "weighted" and weights is None:
@@ -109,6 +106,7 @@ def pareto(
     the other objectives that interval is sampled and dominated points are dropped.
     """
     points = count("points", points, 2)
+    laws = list_of_laws(laws)
     kind = "mean" if weights is None else "weighted"
     ends = [shared(laws, bits, codebook, objective, choice, weights).alpha for choice in (kind, "minimax")]
     w = normalized_weights("weights", np.ones(len(laws)) if weights is None else weights)

@@ -12,6 +12,7 @@ be arrays: a law of shape [P] is P laws, and `above(t, k)` broadcasts t against 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -147,3 +148,15 @@ def check_single(law: object) -> Law:
     if law.size != 1:
         raise ValueError(f"law must be a single law, got {law.size} of them")
     return law if law.shape == () else law.take(np.zeros((), dtype=np.intp))
+
+
+def list_of_laws(laws: object) -> list[Law]:
+    """`laws` as a list, or a TypeError."""
+    if isinstance(laws, (str, bytes, Law, Mapping)) or not isinstance(laws, Iterable):
+        raise TypeError(f"laws must be a sequence of clipping laws, got {type(laws).__name__}")
+    result = []
+    for law in laws:
+        if not isinstance(law, Law):
+            raise TypeError(f"laws must be clipping laws, got {type(law).__name__}")
+        result.append(law)
+    return result

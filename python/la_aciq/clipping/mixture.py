@@ -13,7 +13,7 @@ from scipy import integrate
 
 from .checks import Array, finite_array, first
 from .families import Family
-from .law import Law
+from .law import Law, list_of_laws
 
 
 class Mixture(Law):
@@ -23,11 +23,9 @@ class Mixture(Law):
     """
 
     def __init__(self, laws: Sequence[Law], weights: ArrayLike) -> None:
+        laws = list_of_laws(laws)
         if not laws:
             raise ValueError("laws must hold at least one law, got an empty sequence")
-        for law in laws:
-            if not isinstance(law, Law):
-                raise TypeError(f"laws must be clipping laws, got {type(law).__name__}")
         w = finite_array("weights", weights)
         if w.ndim == 0 or w.shape[-1] != len(laws):
             raise ValueError(f"weights must have one entry per law ({len(laws)}) on the last axis, got shape {w.shape}")

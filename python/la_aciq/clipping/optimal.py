@@ -17,8 +17,7 @@ import numpy as np
 
 from ..errors import LaAciqError
 from .checks import Array, check_bits, check_problem, count, number
-from .histogram import Bins
-from .histogram_optimum import optimal_bins
+from .interval import clip_interval
 from .law import Law, check_law
 from .objectives import curvature, mse_unchecked, noise_factor, quantize, slope
 from .samples import Empirical
@@ -59,8 +58,9 @@ class Optimum:
     """The best clip of a law: `alpha` in units of X, `mse` in units of X squared; floats for one law, else arrays of
     its shape.
 
-    `normalized_mse` is mse / E X^2. `interval` is a 95 % interval on alpha* when the law is `Empirical` samples, else
-    None.
+    `normalized_mse` is mse / E X^2. `interval` is a 95 % interval on the best clip of the law that `Empirical` samples
+    come from, independently, under objective `aciq` (see `clipping.interval`). It is None for the other objectives and
+    laws, and where too few samples lie beyond the clip for 95 % to hold: fewer than about 100, more for heavy tails.
     """
 
     alpha: Any
@@ -73,9 +73,9 @@ class Optimum:
 def optimal(law: Law, bits: int = 4, codebook: str = "midrise", objective: str = "exact") -> Optimum:
     """The clip that minimizes `mse(law, alpha, bits, codebook, objective)`, for one law or an array of laws.
 
-    Samples (`Empirical`) come with an interval on alpha*, by 200 multinomial resamples of their log-histogram (fixed
-    seed); fewer than four samples per level of the codebook are refused, since then a codebook can follow the sample
-    instead of the law.
+    Samples (`Empirical`) come with a 95 % interval on their law's best clip under `aciq`, where it holds (`Optimum`).
+    Fewer than four samples per level of the codebook are refused, since then a codebook can follow the sample instead
+    of the law.
 
     A constant sample c gives the clip that has c among its values (midrise |c|; midtread |c| (N-1)/(N-2), or |c|
     (N-1)/N for c < 0), whose error is 0 under the codebook itself; the models, which assume values spread over cells,
@@ -97,7 +97,7 @@ def optimal(law: Law, bits: int = 4, codebook: str = "midrise", objective: str =
             return _of_constant(float(samples[0]), bits, codebook)
     flat = law.take(np.arange(law.size))
     check_tails(flat)
-    convex = _convex_root(flat, law.size, bits)
+    convex = convex_root(flat, law.size, bits)
     if objective == "aciq":
         alpha, error = convex, mse_unchecked(flat, convex, bits, codebook, objective)
         certificate = _convex_certificate(flat, convex, bits, codebook)
@@ -108,7 +108,9 @@ def optimal(law: Law, bits: int = 4, codebook: str = "midrise", objective: str =
             alpha, error = _least_squares(samples, alpha, error, bits, codebook)
         certificate = _scan_certificate(flat, scan, alpha, error, bits, codebook, objective)
     _check_certificate(certificate, error, flat.power, objective)
-    interval = None if samples is None else _interval(samples, float(alpha[0]), bits, codebook, objective)
+    interval = None
+    if samples is not None and objective == "aciq":
+        interval = clip_interval(samples, float(alpha[0]), bits)
     return Optimum(
         alpha=np.reshape(alpha, law.shape)[()],
         mse=np.reshape(error, law.shape)[()],
@@ -252,7 +254,7 @@ def _of_constant(c: float, bits: int, codebook: str) -> Optimum:
     return Optimum(a, zero, zero, certificate, (alpha, alpha))
 
 
-def _convex_root(law: Law, size: int, bits: int) -> Array:
+def convex_root(law: Law, size: int, bits: int) -> Array:
     """Root of g(a) = E(|X| - a)+ - a / (3 K), which decreases and is convex: Newton's method inside a shrinking
     bracket.
     """
@@ -323,23 +325,6 @@ def _scan_certificate(
         knots=tuple(clips),
         values=tuple(errors),
     )
-
-
-def _interval(samples: Array, alpha: float, bits: int, codebook: str, objective: str) -> tuple[float, float]:
-    # The histogram's bins are relative to the scale only down to 2^-16: bring the samples to rms 1.
-    x = np.abs(samples) / np.sqrt(np.mean(samples**2))
-    law = Bins.from_samples(x)
-    used = np.flatnonzero(law.weight[0])
-    # A fixed seed: the same samples must give the same interval.
-    draws = np.random.default_rng(0).multinomial(len(x), law.weight[0, used], size=200) / len(x)
-    weight = np.zeros((len(draws), law.weight.shape[1]))
-    weight[:, used] = draws
-    offset = np.zeros_like(weight)
-    offset[:, used] = draws * law.offset[0, used] / law.weight[0, used]
-    resampled = optimal_bins(Bins(weight, offset), bits, codebook, objective)[0]
-    center = optimal_bins(law, bits, codebook, objective)[0][0]
-    low, high = np.quantile(resampled / center, [0.025, 0.975])
-    return alpha * min(float(low), 1.0), alpha * max(float(high), 1.0)
 
 
 def _shaped(certificate: Certificate, shape: tuple[int, ...]) -> Certificate:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize
 
-from .checks import Array
+from .checks import Array, count
 from .families import Gaussian
-from .law import Law
+from .law import Law, check_law
 
 # Banner et al. 2019 (the tables in the authors' code), bits 1 to 8: in units of sigma, and of b = E|X|. Their digits
-# are cut off, not rounded (2.559 is printed as 2.55), with one exception: 5.029 as 5.03.
+# are cut off, not rounded (2.559 is printed as 2.55), with two exceptions: 1.2399 as 1.24 and 5.0286 as 5.03.
 BANNER_GAUSS = (1.24, 1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92)
 BANNER_LAPLACE = (1.86, 2.83, 3.89, 5.03, 6.20, 7.41, 8.64, 9.89)
 # Max 1960, uniform quantizer of a unit Gaussian: levels -> step. His table ends at 36 levels.
@@ -22,8 +22,7 @@ def banner_clip(law: Law, bits: int) -> Array:
 
     For a Laplace law it is b W(3 4^bits) in closed form, W the Lambert function.
     """
-    if bits < 1:
-        raise ValueError(f"bits must be at least 1, got {bits}")
+    law, bits = check_law(law), count("bits", bits, 1)
     c = 4.0**-bits / 3
     flat = law.take(np.arange(law.size))
 
@@ -41,7 +40,8 @@ def uniform_gaussian_quantizer(levels: int) -> tuple[float, float]:
     """Step and error of the best uniform quantizer of a unit Gaussian with an even number of levels, ends included
     (Max 1960).
     """
-    if levels < 2 or levels % 2:
+    levels = count("levels", levels, 2)
+    if levels % 2:
         raise ValueError(f"levels must be even and at least 2, got {levels}")
     law = Gaussian()
     j = np.arange(1, levels // 2)

@@ -12,7 +12,7 @@ from .bounds import (
     wasserstein2,
     wasserstein_bound,
 )
-from .effective import EffectiveLaw, effective
+from .effective import EffectiveLaw, effective, source_clip
 from .limits import (
     Limits,
     LloydMax,
@@ -25,6 +25,7 @@ from .limits import (
     panter_dite_constant,
     shannon_lower_bound,
 )
+from .rate_distortion import RateDistortion, rate_distortion
 from .regret import RegretTable, regret
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "EffectiveLaw",
     "Limits",
     "LloydMax",
+    "RateDistortion",
     "RegretTable",
     "deployment_bounds",
     "effective",
@@ -46,8 +48,10 @@ __all__ = [
     "lloyd_max",
     "panter_dite",
     "panter_dite_constant",
+    "rate_distortion",
     "regret",
     "shannon_lower_bound",
+    "source_clip",
     "total_variation_bound",
     "two_point_kurtoses",
     "wasserstein2",

@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..clipping.checks import Array, check_bits, check_problem
+from ..clipping.checks import Array, check_bits, check_problem, count, finite_array, number
 from ..clipping.families import Gaussian, Laplace
 from ..clipping.histogram import Bins, HistogramLaw
 from ..clipping.histogram_optimum import optimal_bins
 from ..clipping.language_objectives import language_weights_array, shared_bins
-from ..clipping.law import Law
+from ..clipping.law import Law, check_law
 from ..clipping.objectives import mse_unchecked, quantize, thresholds
 from ..clipping.optimal import optimal
 from ..clipping.samples import Empirical
@@ -82,7 +82,7 @@ def family_slope(
     A Lipschitz constant is at least this. In the families here the error is concave in kappa, so the largest quotient
     is at the lower end: let the grid start with a small step.
     """
-    k = np.asarray(kappas, dtype=np.float64)
+    k = finite_array("kappas", kappas)
     if k.ndim != 1 or len(k) < 2 or np.any(np.diff(k) <= 0):
         raise ValueError(f"kappas must be ascending and at least two, got {k.tolist()}")
     errors = np.array([float(optimal(law_of_kurtosis(float(x)), bits, codebook).normalized_mse) for x in k])
@@ -95,22 +95,22 @@ def family_bound(kappas: ArrayLike, slope: float) -> float:
     max - min <= sqrt(2 n) sd for any n numbers (population sd): the two extremes alone contribute (max - min)^2 / 2 to
     n sd^2.
     """
-    k = np.asarray(kappas, dtype=np.float64).ravel()
-    if not len(k) or not np.all(np.isfinite(k)):
-        raise ValueError("kappas must be finite and at least one")
-    if not (np.isfinite(slope) and slope >= 0):
-        raise ValueError(f"slope must be finite and not negative, got {slope}")
+    k = finite_array("kappas", kappas).ravel()
+    if not len(k):
+        raise ValueError("kappas must hold at least one kurtosis, got none")
+    slope = number("slope", slope)
+    if slope < 0:
+        raise ValueError(f"slope must not be negative, got {slope}")
     return float(slope * np.sqrt(2 * len(k)) * np.std(k))
 
 
-def two_point_kurtoses(languages: int, centre: float, distance: float) -> Array:
-    """Kurtoses [languages] that attain sqrt(2 n): one language at each of centre +- distance, all others at the
-    centre.
+def two_point_kurtoses(languages: int, center: float, distance: float) -> Array:
+    """Kurtoses [languages] that attain sqrt(2 n): one language at each of center +- distance, all others at the
+    center.
     """
-    if languages < 2:
-        raise ValueError(f"languages must be at least 2, got {languages}")
-    k = np.full(languages, float(centre))
-    k[0], k[-1] = centre - distance, centre + distance
+    k = np.full(count("languages", languages, 2), number("center", center))
+    distance = number("distance", distance)
+    k[0], k[-1] = k[0] - distance, k[0] + distance
     return k
 
 
@@ -120,6 +120,7 @@ def kurtosis_bound(law: Law, bits: int = 4) -> Array:
 
     From (x - a)+^2 <= x^4 / (16 a^2), minimized over a together with a^2 / (3 K).
     """
+    law = check_law(law)
     mu = law.mean
     fourth = law.fourth_moment + 4 * mu * law.third_moment + 6 * mu**2 * law.variance + mu**4
     return np.asarray(np.sqrt(fourth / 12) / (2 ** check_bits(bits) - 1))
@@ -129,7 +130,7 @@ def total_variation_bound(p: ArrayLike, q: ArrayLike, losses: ArrayLike) -> floa
     """abs(sum p e - sum q e) <= TV(p, q) (max e - min e) for two probability vectors over cells (layers, say) of
     losses e.
     """
-    a, b, e = (np.asarray(x, dtype=np.float64) for x in (p, q, losses))
+    a, b, e = finite_array("p", p), finite_array("q", q), finite_array("losses", losses)
     if not a.shape == b.shape == e.shape or a.ndim != 1:
         raise ValueError(f"p, q and losses must be vectors of one length, got shapes {a.shape}, {b.shape}, {e.shape}")
     for name, x in (("p", a), ("q", b)):
@@ -145,6 +146,9 @@ def wasserstein2(p: HistogramLaw, q: HistogramLaw, scaled: bool = False) -> Arra
 
     In units of X, or with scaled=True of the two laws brought to unit power. Relative accuracy 1e-6.
     """
+    for name, law in (("p", p), ("q", q)):
+        if not isinstance(law, HistogramLaw):
+            raise TypeError(f"{name} must be a HistogramLaw, got {type(law).__name__}")
     if p.shape != q.shape:
         raise ValueError(f"p and q must have one shape, got {p.shape} and {q.shape}")
     laws = [law.take(np.arange(law.size)) for law in (p, q)]
@@ -162,9 +166,11 @@ def wasserstein2(p: HistogramLaw, q: HistogramLaw, scaled: bool = False) -> Arra
 
 def wasserstein_bound(error_p: ArrayLike, distance: ArrayLike) -> tuple[Array, Array]:
     """The interval that MSE_Q must lie in, given MSE_P and W_2(P, Q) >= the true one: ((sqrt - W)+^2, (sqrt + W)^2)."""
-    root, w = np.sqrt(np.asarray(error_p, dtype=np.float64)), np.asarray(distance, dtype=np.float64)
-    if np.any(w < 0) or np.any(np.isnan(root)):
-        raise ValueError("error_p and distance must not be negative")
+    error, w = finite_array("error_p", error_p), finite_array("distance", distance)
+    for name, values in (("error_p", error), ("distance", w)):
+        if np.any(values < 0):
+            raise ValueError(f"{name} must not be negative, got {values.min()}")
+    root = np.sqrt(error)
     return np.maximum(root - w, 0) ** 2, (root + w) ** 2
 
 

@@ -14,77 +14,92 @@ mu3_i.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import comb
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..clipping.checks import Array
+from ..clipping.checks import Array, check_bits, finite_array, number
+from ..clipping.kurtosis import kurtosis_rule
 from ..clipping.language_objectives import normalized_weights
-from ..clipping.law import Law
+from ..clipping.law import Law, check_single
 from ..ops.streaming import COUNT, M2, M3, M4, MEAN
 
 
 class EffectiveLaw:
-    """Moments of a mixture whose weights may change one at a time, each change costing O(1).
+    """Moments of a mixture of layers, computed from the layers' moments and the current weights.
 
-    `moments` is [n, 4]: mean, variance, third and fourth central moment of each component; `weights` [n] need not sum
-    to one. Sums of moments about a fixed reference point are kept, so a change of one weight adds one term to five
-    sums.
+    A moment costs one pass over the components. (Sums that are only updated would not do: a weight that was once large,
+    or a component far from the others, leaves its rounding behind when it goes.)
     """
 
     def __init__(self, moments: ArrayLike, weights: ArrayLike, names: Sequence[str] | None = None) -> None:
-        components = np.asarray(moments, dtype=np.float64)
-        if components.ndim != 2 or components.shape[1] != 4 or not len(components):
-            raise ValueError(f"moments must have shape [n, 4] with n >= 1, got {list(components.shape)}")
-        if not np.all(np.isfinite(components)):
-            raise ValueError("moments must be finite")
-        if np.any(components[:, 1] < 0):
-            raise ValueError(f"variances must not be negative, got {components[:, 1].min()}")
+        """Args:
+        moments: float [n, 4], n >= 1: mean, variance, third and fourth central moment of each component.
+        weights: float [n], not negative, not all zero; they need not sum to one.
+        names: [n], for messages; numbers unless given.
+
+        Raises:
+            TypeError: moments or weights are not real numbers.
+            ValueError: a shape, a negative variance or weight, a value that is not finite.
+        """
+        self._components = finite_array("moments", moments)
+        if self._components.ndim != 2 or self._components.shape[1] != 4 or not len(self._components):
+            raise ValueError(f"moments must have shape [n, 4] with n >= 1, got {list(self._components.shape)}")
+        if np.any(self._components[:, 1] < 0):
+            raise ValueError(f"variances must not be negative, got {self._components[:, 1].min()}")
         self._weights = normalized_weights("weights", weights).copy()
-        if self._weights.shape != (len(components),):
-            raise ValueError(f"weights must have shape [{len(components)}], got {list(self._weights.shape)}")
-        self.names = tuple(names) if names is not None else tuple(str(i) for i in range(len(components)))
-        # About the mean of the first weights: raw moments about zero would cancel when means are large.
-        self._reference = float(self._weights @ components[:, 0])
-        self._about = _about(components, components[:, 0] - self._reference)
-        self._sums = self._weights @ self._about
+        if self._weights.shape != (len(self._components),):
+            raise ValueError(f"weights must have shape [{len(self._components)}], got {list(self._weights.shape)}")
+        self.names = tuple(names) if names is not None else tuple(str(i) for i in range(len(self._components)))
 
     @classmethod
     def from_laws(cls, laws: Sequence[Law], weights: ArrayLike) -> EffectiveLaw:
         """The effective law of single laws (each of shape ())."""
-        rows = [[float(x) for x in (law.mean, law.variance, law.third_moment, law.fourth_moment)] for law in laws]
+        singles = [check_single(law) for law in laws]
+        rows = [[float(x) for x in (law.mean, law.variance, law.third_moment, law.fourth_moment)] for law in singles]
         return cls(rows, weights)
 
     @property
     def weights(self) -> Array:
-        """Current weights, summing to one: [n]."""
-        return np.asarray(self._weights / self._weights.sum())
+        """Current weights, summing to one: float64 [n]."""
+        largest = self._weights.max()
+        return np.asarray(self._weights / largest / (self._weights / largest).sum())
 
     def update(self, component: int, weight: float) -> None:
-        """Give one component a new weight, relative to the others' current ones, in constant time."""
-        if not np.isfinite(weight) or weight < 0:
-            raise ValueError(f"weight must be finite and not negative, got {weight}")
-        if self._weights.sum() - self._weights[component] + weight <= 0:
-            raise ValueError("weight must leave at least one component of positive weight, got 0")
-        self._sums = self._sums + (weight - self._weights[component]) * self._about[component]
-        self._weights[component] = weight
+        """Give one component a new weight, relative to the others' current ones.
 
-    def _central(self, order: int) -> float:
-        raw = self._sums / self._sums[0]
-        d = raw[1]
-        return float(sum(comb(order, k) * raw[k] * (-d) ** (order - k) for k in range(order + 1)))
+        Args:
+            component: its number.
+            weight: finite, not negative; at least one component must keep a positive weight.
+        """
+        weight = number("weight", weight)
+        if weight < 0:
+            raise ValueError(f"weight must be finite and not negative, got {weight}")
+        changed = self._weights.copy()
+        changed[component] = weight
+        if not np.any(changed > 0):
+            raise ValueError("weight must leave at least one component of positive weight, got 0")
+        self._weights = changed
+
+    def _distances(self) -> tuple[Array, Array, Array, Array]:
+        """Components of positive weight: weights, distances of their means from the mixture's, and moments [4, m]."""
+        used = self._weights > 0
+        weights, components = self.weights[used], self._components[used]
+        reference = components[np.argmax(weights), 0]
+        offset = components[:, 0] - reference
+        return weights, offset - weights @ offset, components.T, np.asarray(reference + weights @ offset)
 
     @property
     def mean(self) -> float:
-        """E X."""
-        return float(self._reference + self._sums[1] / self._sums[0])
+        """E X, in units of X."""
+        return float(self._distances()[3])
 
     @property
     def variance(self) -> float:
-        """mu_2."""
-        return max(self._central(2), 0.0)
+        """mu_2, in units of X squared."""
+        w, d, moments, _ = self._distances()
+        return float(w @ (moments[1] + d**2))
 
     @property
     def std(self) -> float:
@@ -94,35 +109,59 @@ class EffectiveLaw:
     @property
     def skewness(self) -> float:
         """mu_3 / mu_2^1.5; NaN for a constant."""
-        return self._central(3) / self.variance**1.5 if self.variance > 0 else float("nan")
+        w, d, (_, variance, third, _), _ = self._distances()
+        if self.variance == 0:
+            return float("nan")
+        return float(w @ (third + 3 * d * variance + d**3) / self.variance**1.5)
 
     @property
     def kurtosis(self) -> float:
         """kappa_eff = mu_4 / mu_2^2 - 3; NaN for a constant."""
-        return self._central(4) / self.variance**2 - 3 if self.variance > 0 else float("nan")
+        w, d, (_, variance, third, fourth), _ = self._distances()
+        if self.variance == 0:
+            return float("nan")
+        return float(w @ (fourth + 4 * d * third + 6 * d**2 * variance + d**4) / self.variance**2 - 3)
 
 
-def _about(components: Array, d: Array) -> Array:
-    """Moments of order 0 to 4 about a reference at distance d below each mean: [n, 5]."""
-    _, variance, third, fourth = components.T
-    return np.stack(
-        [
-            np.ones_like(d),
-            d,
-            variance + d**2,
-            third + 3 * d * variance + d**3,
-            fourth + 4 * d * third + 6 * d**2 * variance + d**4,
-        ],
-        axis=-1,
-    )
+def source_clip(
+    law: EffectiveLaw,
+    bits: int = 4,
+    coefficients: str = "published",
+    codebook: str = "midrise",
+    objective: str = "exact",
+) -> float:
+    """The source document's clip of a language, sigma_eff g(kappa_eff, B), in units of X.
+
+    g is a rule for alpha* / sigma from the excess kurtosis (`clipping.kurtosis_rule`). One clip for all layers, from a
+    statistic that does not determine the clip: kept for comparison with clips by layer.
+
+    Args:
+        law: the effective law of the language (`effective`).
+        bits: 2 to 8; 4 for the published coefficients.
+        coefficients: `published` (2.5, 0.3), `fitted` or `spline`.
+        codebook: `midrise` or `midtread`, what the fitted rules are for.
+        objective: `exact` or `aciq`, likewise.
+
+    Raises:
+        ValueError: the law is a constant, or an argument is not among its choices.
+    """
+    check_bits(bits)
+    if not isinstance(law, EffectiveLaw):
+        raise TypeError(f"law must be an EffectiveLaw, got {type(law).__name__}")
+    if not law.std > 0:
+        raise ValueError("law must have positive variance, got a constant")
+    # Rounding may put a two-point law's kurtosis below -2, where none is.
+    return law.std * float(kurtosis_rule(max(law.kurtosis, -2.0), bits, coefficients, codebook, objective))
 
 
 def effective(profile: Any, weights: Mapping[str, float] | None = None) -> dict[str, EffectiveLaw]:
     """The effective law of every language of a profile, over its layer inputs.
 
-    `weights` gives a_l(lambda) by site name (all languages alike); by default a site weighs as many values as it has
-    seen of the language, so that the effective law is that of one value drawn from everything the language put through
-    the model.
+    Args:
+        profile: a `la_aciq.Profile`.
+        weights: a_l(lambda) by site name, all languages alike. By default a site weighs as many values as it has seen
+            of the language, so that the effective law is that of one value drawn from everything the language put
+            through the model.
     """
     sites = [name for name, site in profile.sites.items() if site.kind == "input"]
     if not sites:

@@ -21,13 +21,14 @@ from scipy import integrate, linalg
 
 from ..clipping.checks import Array, check_bits
 from ..clipping.histogram import HistogramLaw
-from ..clipping.law import Law
+from ..clipping.law import Law, check_law, check_single
 from ..clipping.optimal import optimal
+from ..errors import LaAciqError
 
 
 def gaussian_distortion(law: Law, bits: int) -> Array:
     """Variance x 4^-bits: each bit quarters the distortion. No law of this variance is harder to code."""
-    return np.asarray(law.variance * 4.0 ** -check_bits(bits))
+    return np.asarray(check_law(law).variance * 4.0 ** -check_bits(bits))
 
 
 def shannon_lower_bound(law: Law, bits: int) -> Array:
@@ -37,26 +38,22 @@ def shannon_lower_bound(law: Law, bits: int) -> Array:
 
 def entropy_power(law: Law) -> Array:
     """e^(2 h) / (2 pi e): the variance of the Gaussian of equal entropy, at most the law's variance."""
-    return np.asarray(np.exp(2 * law.entropy()) / (2 * np.pi * np.e))
+    return np.asarray(np.exp(2 * check_law(law).entropy()) / (2 * np.pi * np.e))
 
 
 def panter_dite(law: Law, bits: int) -> float:
     """High-resolution error of the best quantizer of a single law, by quadrature (relative 1e-8); infinite if the
     integral is.
     """
-    _single(law)
-    return float(_cube_root_mass(law) ** 3 / 12 * 4.0 ** -check_bits(bits))
+    law = check_single(law)
+    levels = 2.0 ** check_bits(bits)
+    return float(_cube_root_mass(law) ** 3 / 12 / levels**2)
 
 
 def panter_dite_constant(law: Law) -> float:
     """(integral of f^(1/3))^3 / (12 variance): 2.72 for a Gaussian, 4.5 for a Laplace law, 1 for a uniform one."""
-    _single(law)
+    law = check_single(law)
     return _cube_root_mass(law) ** 3 / 12 / float(law.variance)
-
-
-def _single(law: Law) -> None:
-    if law.size != 1:
-        raise ValueError(f"law must be a single law, got {law.size} of them")
 
 
 def _cube_root_mass(law: Law) -> float:
@@ -82,7 +79,7 @@ def _integrate(function: Any, lo: float, hi: float) -> float:
 
 
 def _nodes(law: Law) -> list[float]:
-    """Where the density may bend: scales around the centre of the law and of its parts."""
+    """Where the density may bend: scales around the center of the law and of its parts."""
     parts = getattr(law, "laws", (law,))
     marks = (0.0, 0.1, 0.5, 1.0, float(np.sqrt(3)), 4.0, 12.0, 50.0)
     points = {
@@ -106,21 +103,39 @@ class LloydMax:
 
 
 def lloyd_max(law: Law, bits: int = 4) -> LloydMax:
-    """The quantizer whose values are the centroids of their nearest-value cells, for a single law with a density.
+    """The best quantizer of a single law with a density: values free, each the centroid of its nearest-value cell.
 
-    Newton's method on the centroid conditions (a tridiagonal system), from the companded quantizer of Panter and Dite.
-    The stationary point is the global optimum for log-concave densities (Fleischer 1964); for others it is a local
-    one.
+    Newton's method on the centroid conditions (a tridiagonal system) from two starts: the companded quantizer of Panter
+    and Dite, and the best partition whose cuts lie on a grid, by dynamic programming (Bruce 1965), which finds the
+    right one of several stationary points. The better result is returned; the global optimum lies at most what the grid
+    costs below it. For log-concave densities there is one stationary point (Fleischer 1964).
+
+    Args:
+        law: a single law with a density.
+        bits: 2 to 8.
+
+    Raises:
+        LaAciqError: no start leads to values that are centroids to 1e-6 of the standard deviation: the tails are too
+            heavy for float64.
     """
     bits = check_bits(bits)
-    _single(law)
-    values = _companded(law, 2**bits)
-    residual = np.inf
+    law = check_single(law)
+    found = [_stationary(law, start) for start in (_companded(law, 2**bits), _best_on_grid(law, 2**bits))]
+    usable = [quantizer for quantizer in found if quantizer.residual <= 1e-6 and np.isfinite(quantizer.mse)]
+    if not usable:
+        raise LaAciqError(
+            f"law must have values that are centroids of their cells in float64, got a residual of "
+            f"{min(quantizer.residual for quantizer in found):.2g} standard deviations at {bits} bits"
+        )
+    return min(usable, key=lambda quantizer: quantizer.mse)
+
+
+def _stationary(law: Law, values: Array) -> LloydMax:
+    """The stationary quantizer that Newton's method reaches from these values."""
     for _ in range(200):
         cell = _Cells(law, values)
         move = cell.centroids - values
-        residual = float(np.max(np.abs(move)) / law.std)
-        if residual < 1e-12:
+        if float(np.max(np.abs(move)) / law.std) < 1e-12:
             break
         step = cell.newton_step()
         for _ in range(30):
@@ -136,6 +151,31 @@ def lloyd_max(law: Law, bits: int = 4) -> LloydMax:
         values = trial
     cell = _Cells(law, values)
     return LloydMax(values, cell.mse, float(np.max(np.abs(cell.centroids - values)) / law.std))
+
+
+def _best_on_grid(law: Law, levels: int) -> Array:
+    """Centroids of the best partition into `levels` cells with cuts on a grid: O(levels grid^2)."""
+    grid = _companded(law, max(400, 2 * levels))
+    std = float(law.std)
+    mass_above = np.concatenate([[1.0], np.ravel(law.above(grid, 0)), [0.0]])
+    first_above = (
+        np.concatenate([[float(law.mean)], np.ravel(law.above(grid, 1)) + grid * mass_above[1:-1], [0.0]]) / std
+    )
+    # Cells from cut i to cut j lose their power less mass times centroid squared; the power is the same for all.
+    mass, first = mass_above[:, None] - mass_above, first_above[:, None] - first_above
+    kept = np.where(mass > 1e-16, first**2 / np.where(mass > 1e-16, mass, 1), 0.0)
+    kept[np.tril_indices(len(kept))] = -np.inf
+    best, origin = kept[0].copy(), []
+    for _ in range(levels - 1):
+        total = best[:, None] + kept
+        origin.append(total.argmax(0))
+        best = total.max(0)
+    cuts = [len(kept) - 1]
+    for source in reversed(origin):
+        cuts.append(int(source[cuts[-1]]))
+    cuts = [0, *reversed(cuts)]
+    pairs = list(pairwise(cuts))
+    return np.array([first[i, j] / mass[i, j] * std if mass[i, j] > 1e-16 else np.nan for i, j in pairs])
 
 
 class _Cells:
@@ -210,7 +250,7 @@ class Limits:
 
 def limits(law: Law, bits: int = 4, codebook: str = "midrise") -> Limits:
     """The clipped uniform quantizer at its best clip beside the limits, for a single law with a density."""
-    _single(law)
+    law, bits = check_single(law), check_bits(bits)
     power = float(np.ravel(law.power)[0])
     return Limits(
         shannon=float(np.ravel(shannon_lower_bound(law, bits))[0]) / power,
@@ -233,13 +273,13 @@ def language_limits(profile: Any, bits: int = 4, codebook: str = "midrise") -> d
     result = {}
     for language in profile.languages:
         row = tuple(profile.entries).index(language)
-        found = []
+        each = []
         for name in names:
             histogram = np.asarray(profile.sites[name].moments.histogram)[row].sum(0)
             if histogram[..., 0].sum() > 0:
-                found.append(limits(HistogramLaw(histogram), bits, codebook))
-        if not found:
+                each.append(limits(HistogramLaw(histogram), bits, codebook))
+        if not each:
             raise ValueError(f"profile must hold values of every language, got none of {language!r}")
-        means = {name: float(np.mean([getattr(x, name) for x in found])) for name in Limits.__dataclass_fields__}
+        means = {name: float(np.mean([getattr(x, name) for x in each])) for name in Limits.__dataclass_fields__}
         result[language] = Limits(**means)
     return result
