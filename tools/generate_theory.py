@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 
 from la_aciq import clipping, disparity
 from la_aciq.clipping import (
@@ -42,6 +42,7 @@ from la_aciq.clipping import (
 from la_aciq.clipping import kurtosis_coefficients as coefficients
 from la_aciq.clipping.kurtosis import reference_laws
 from la_aciq.clipping.published import BANNER_GAUSS, BANNER_LAPLACE, MAX_STEPS, banner_clip, uniform_gaussian_quantizer
+from la_aciq.disparity.limits import _companded, _stationary
 
 HERE = Path(__file__).parents[1] / "docs"
 FOLDER = HERE / "theory"
@@ -94,9 +95,22 @@ def scale_mixture(p: float) -> Mixture:
     return Mixture([Gaussian(np.sqrt(small)), Gaussian(np.sqrt(large))], [1 - p, p])
 
 
+def _sample_kurtosis(x: Any) -> float:
+    d = x - x.mean()
+    return float((d**4).mean() / (d**2).mean() ** 2 - 3)
+
+
+def light_slope(kappa: float) -> float:
+    """Difference quotient of the generalized Gaussian's best error from the uniform law to excess kurtosis `kappa`."""
+    beta = float(
+        np.exp(optimize.brentq(lambda b: float(GeneralizedGaussian(np.exp(b)).kurtosis) - kappa, 0, 12, xtol=1e-14))
+    )
+    return float((float(optimal(GeneralizedGaussian(beta)).mse) - 4.0**-4) / (kappa + 1.2))
+
+
 def local_minima(law: Law, bits: int = 4) -> int:
     """Local minima of the exact error on a fine grid."""
-    m = mse(law, np.linspace(0.5, 8, 40_001), bits)
+    m = mse(law, np.linspace(0.5, 8, 200_001), bits)
     return int(((m[1:-1] < m[:-2]) & (m[1:-1] < m[2:])).sum())
 
 
@@ -227,7 +241,8 @@ def numbers() -> dict[str, Any]:
     n["fitted_midtread_4_worst"] = coefficients.LINEAR["midtread", 4][2]
     n["fitted_midrise_8_worst"] = coefficients.LINEAR["midrise", 8][2]
     n["spline_midrise_8_worst"] = coefficients.SPLINE_EXCESS["midrise", 8][0]
-    ps = np.concatenate([np.geomspace(1e-4, 0.1, 25), np.linspace(0.12, 0.499, 20)])
+    # As p falls to 0 the larger part leaves the body: the limit is the Gaussian's own clip.
+    ps = np.concatenate([np.geomspace(1e-14, 1e-5, 4), np.geomspace(1e-4, 0.1, 25), np.linspace(0.12, 0.499, 20)])
     clips = [float(optimal(scale_mixture(float(p)), objective="aciq").alpha) for p in ps]
     n["mixture_clips"] = [[float(p), clip] for p, clip in zip(ps, clips, strict=True)]
     n["mixture_clip_least"], n["mixture_clip_most"] = min(clips), max(clips)
@@ -239,8 +254,11 @@ def numbers() -> dict[str, Any]:
         n["samples"].append(
             [name, *(float(samples_for_interval(law, w, bits)) for bits in (4, 8) for w in (0.1, 0.05, 0.01))]
         )
-    draws = [float(Empirical(np.random.default_rng(seed).standard_t(5, 100_000)).kurtosis) for seed in range(100)]
+    draws = np.array([_sample_kurtosis(np.random.default_rng(seed).standard_t(5, 100_000)) for seed in range(600)])
     n["t5_kurtosis_low"], n["t5_kurtosis_high"] = (float(q) for q in np.quantile(draws, [0.05, 0.95]))
+    # What another set of seeds would give: the standard deviation over resamples of the 600.
+    again = np.quantile(np.random.default_rng(0).choice(draws, (400, len(draws))), [0.05, 0.95], axis=1).std(axis=1)
+    n["t5_kurtosis_low_sd"], n["t5_kurtosis_high_sd"] = (float(x) for x in again)
 
     # Mixtures.
     n["mixture_kurtosis"] = float(Mixture([Gaussian(1), Gaussian(3)], [0.9, 0.1]).kurtosis)
@@ -285,6 +303,11 @@ def numbers() -> dict[str, Any]:
              found_limits.decibels()["lloyd_max"],
              found_limits.decibels()["shannon"]]
         )  # fmt: skip
+    n["rate_distortion"] = []
+    for name, law in LIMIT_LAWS:
+        curve = disparity.rate_distortion(law, 4)
+        n["rate_distortion"].append([name, curve.lower, curve.upper])
+    n["lloyd_max_local"] = _stationary(GeneralizedGaussian(0.5), _companded(GeneralizedGaussian(0.5), 16)).mse
     n["limit_bits"] = []
     for bits in range(2, 9):
         row = [bits]
@@ -304,7 +327,9 @@ def numbers() -> dict[str, Any]:
     grid = np.concatenate([[0.0], np.geomspace(0.01, 22, 25)])
     n["slope_t"] = disparity.family_slope(t, grid)
     n["slope_gg"] = disparity.family_slope(lambda k: reference_laws(float(k))[0], grid)
-    n["slope_gg_light"] = disparity.family_slope(lambda k: reference_laws(k)[0], np.linspace(-1.2, 0, 7))
+    n["slopes_gg_light"] = [[kappa, light_slope(kappa)] for kappa in (-1.0, -1.1, -1.19, -1.199, -1.1999)]
+    n["kappa_light"], n["kappa_lighter"] = n["slopes_gg_light"][3][0], n["slopes_gg_light"][4][0]
+    n["slope_gg_light"], n["slope_gg_lighter"] = n["slopes_gg_light"][3][1], n["slopes_gg_light"][4][1]
     kappas = disparity.two_point_kurtoses(10, 1.0, 0.5)
     n["family_bound_example"] = disparity.family_bound(kappas, n["slope_t"])
     actual = [float(optimal(t(k)).normalized_mse) for k in (0.5, 1.5)]
@@ -335,6 +360,23 @@ def measured() -> dict[str, Any]:
     ]
     n["clip_table_seconds"] = max(exact)
     n["profile"] = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else None
+    if n["profile"]:
+        rows = n["profile"]["languages"].values()
+        kappa = [row["kurtosis_eff"] for row in rows]
+        median = [row["kurtosis_layers"][1] for row in rows]
+        for name, key in (("clip", "own"), ("lloyd", "lloyd_max")):
+            n[f"rank_{name}"] = float(stats.spearmanr(kappa, [row[key] for row in rows]).statistic)
+        n["language_count"] = len(kappa)
+        n["rank_median"] = float(stats.spearmanr(kappa, median).statistic)
+    n["optimizer"] = [
+        json.loads(file.read_text(encoding="utf-8")) for file in sorted(BENCHMARKS.glob("clip-optimizer-*.json"))
+    ]
+    n["optimizer_device"] = n["optimizer"][0]["device"]
+    n["optimizer_seconds"] = max(row["seconds"] for result in n["optimizer"] for row in result["rows"])
+    n["optimizer_clips"] = max(row["clips"] for result in n["optimizer"] for row in result["rows"])
+    n["coverage"] = json.loads((BENCHMARKS / "clip-intervals.json").read_text(encoding="utf-8"))["rows"]
+    held = [row for row in n["coverage"] if row["intervals"] > row["samples"] / 2]
+    n["coverage_least"], n["coverage_most"] = (f(row["coverage"] for row in held) for f in (min, max))
     return n
 
 
@@ -437,6 +479,15 @@ def tables() -> dict[str, Callable[[dict[str, Any]], str]]:
         widths = [f"{b} bits, +-{w} %" for b in (4, 8) for w in (10, 5, 1)]
         return table(["law", *widths], rows)
 
+    def coverage(n: dict[str, Any]) -> str:
+        rows = [
+            [r["law"], str(r["bits"]), f"{r['n']:,}", f"{r['intervals']} of {r['samples']}",
+             f"{100 * r['coverage']:.1f} %", percent(r["half_width"])]
+            for r in n["coverage"]
+            if r["intervals"] > r["samples"] / 2
+        ]  # fmt: skip
+        return table(["law", "bits", "samples", "had an interval", "intervals that hold alpha*", "half width"], rows)
+
     def sharing(n: dict[str, Any]) -> str:
         rows = [[f"{r[0]}", *(f"{percent(r[i])} / {percent(r[i + 1])}" for i in (1, 3, 5))] for r in n["sharing"]]
         return table(["sigma ratio", "pooled law's clip", "mean of normalized errors", "minimax"], rows)
@@ -447,13 +498,15 @@ def tables() -> dict[str, Callable[[dict[str, Any]], str]]:
                 r[0],
                 f"{r[1]:.3f}",
                 f"{r[2]:.2f}",
-                *(f"{x:.5f}" for x in r[3:7]),
+                f"{r[3]:.5f}",
+                f"{(curve[1] + curve[2]) / 2:.5f}",
+                *(f"{x:.5f}" for x in r[4:7]),
                 f"{max(r[7], 0):.2f} dB",
                 f"{r[8]:.2f} dB",
             ]
-            for r in n["limits"]
+            for r, curve in zip(n["limits"], n["rate_distortion"], strict=True)
         ]
-        names = ["law", "entropy power", "Panter-Dite", "Shannon bound", "sigma^2 4^-4", "Lloyd-Max", "ours",
+        names = ["law", "entropy power", "Panter-Dite", "Shannon bound", "D(4)", "sigma^2 4^-4", "Lloyd-Max", "ours",
                  "over Lloyd-Max", "over Shannon"]  # fmt: skip
         return table(names, rows)
 
@@ -502,7 +555,8 @@ def tables() -> dict[str, Callable[[dict[str, Any]], str]]:
 
     return {
         "banner": banner, "max": max_steps, "optima": optima, "octav": octav_table, "rule": rule, "fits": fits,
-        "samples": samples, "sharing": sharing, "limits": limits, "kurtosis_bounds": kurtosis_bounds, "cost": cost,
+        "samples": samples, "coverage": coverage,
+        "sharing": sharing, "limits": limits, "kurtosis_bounds": kurtosis_bounds, "cost": cost,
         "profile": profile,
     }  # fmt: skip
 
