@@ -291,7 +291,10 @@ packages = [
 setup(
     packages=[*sorted(packages), "la_aciq.kernels"],
     package_dir={"": "python", "la_aciq.kernels": "kernels"},
-    package_data={"la_aciq": ["py.typed", "*.pyi", "ops/cuda_backends.json"], "la_aciq.kernels": ["tuned.json"]},
+    package_data={
+        "la_aciq": ["py.typed", "*.pyi", "ops/cuda_backends.json", "integrations/vllm/grafana.json"],
+        "la_aciq.kernels": ["tuned.json"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": BuildCore},
 )

@@ -34,6 +34,8 @@ import scipy.stats
 
 import la_aciq
 from la_aciq.bench import cpu_name, in_file_names, versions
+from la_aciq.checkpoint.folder import read_description, read_folder
+from la_aciq.tags import SINK, UND
 
 BEGINNINGS = [
     "The committee met on Tuesday, and nobody could say why the river had risen. ",
@@ -240,8 +242,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=30, help="of load (default: 30)")
     parser.add_argument("--output", type=Path, help="file to write (default: benchmarks/results/soak-<cpu>.json)")
     arguments = parser.parse_args(argv)
-    rows = json.loads((Path(arguments.model) / "config.json").read_text())["quantization_config"]["rows"]
-    languages = [row for row in rows if row not in ("und", "sink")]
+    quantization, _ = read_description(read_folder(arguments.model)[0]["quantization_config"])
+    languages = [entry for entry in quantization.state.entries if entry not in (UND, SINK)]
     device = cpu_name()
     output = arguments.output or Path(__file__).parent / "results" / f"soak-{in_file_names(device)}.json"
     with tempfile.TemporaryDirectory() as folder:

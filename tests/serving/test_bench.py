@@ -20,8 +20,8 @@ def texts(length):
 
 def test_prompts_are_tagged_and_never_asked_twice():
     warm_up, prompts = serve._prompts(TOKENIZER, texts(100), LOAD)
-    assert {language: len(found) for language, found in prompts.items()} == {"en": 6, "sw": 6, "mixed": 6}
-    everything = [*warm_up, *(request for found in prompts.values() for request in found)]
+    assert {language: len(requests) for language, requests in prompts.items()} == {"en": 6, "sw": 6, "mixed": 6}
+    everything = [*warm_up, *(request for requests in prompts.values() for request in requests)]
     assert len({tuple(request.prompt) for request in everything}) == len(everything)
     for request in everything:
         assert request.prompt_len == len(request.prompt) == 4

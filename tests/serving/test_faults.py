@@ -85,16 +85,16 @@ def test_under_full_load_memory_is_flat_and_no_output_is_wrong(server, answers):
     """The soak of `make soak` in short."""
     answers.update(asyncio.run(answers_of(server)))
     assert len(set(answers.values())) > 1
-    found = asyncio.run(soak.soak(server, LANGUAGES, SOAK_SECONDS))
-    assert found["wrong"] == found["failed"] == 0, found["first_wrong"]
-    assert found["memory"]["flat"], found["memory"]
+    result = asyncio.run(soak.soak(server, LANGUAGES, SOAK_SECONDS))
+    assert result["wrong"] == result["failed"] == 0, result["first_wrong"]
+    assert result["memory"]["flat"], result["memory"]
     # What the load was to bring about, it did.
-    assert found["prompts_told_apart_by_language"] >= 3
-    assert found["completed"] > 100
-    assert found["cancelled"] > 3
-    assert found["preemptions"] > 0
-    assert found["prefix_cache_hit_tokens"] > 0
-    assert found["completed_by_language"].keys() == {"none", *LANGUAGES}
+    assert result["prompts_told_apart_by_language"] >= 3
+    assert result["completed"] > 100
+    assert result["cancelled"] > 3
+    assert result["preemptions"] > 0
+    assert result["prefix_cache_hit_tokens"] > 0
+    assert result["completed_by_language"].keys() == {"none", *LANGUAGES}
 
 
 def check_killed(server, name):

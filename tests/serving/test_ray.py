@@ -48,16 +48,16 @@ def test_calibration_is_that_of_one_process(cluster, load, tmp_path):
         single = la_aciq.calibrate(model, TEXTS, tokenizer, progress=False, **SETTINGS)
     finally:
         torch.set_num_threads(threads)
-    found = la_aciq_ray.calibrate(load, TEXTS, workers=2, **SETTINGS)
+    divided = la_aciq_ray.calibrate(load, TEXTS, workers=2, **SETTINGS)
     single.save(tmp_path / "single")
-    found.save(tmp_path / "ray")
+    divided.save(tmp_path / "ray")
     name = "profile.safetensors"
     assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "single" / name).read_bytes()
-    assert (found.rows, found.layers, found.metadata) == (single.rows, single.layers, single.metadata)
-    assert list(found.second_moments) == list(single.second_moments)
+    assert (divided.entries, divided.layers, divided.metadata) == (single.entries, single.layers, single.metadata)
+    assert list(divided.second_moments) == list(single.second_moments)
     for site, matrix in single.second_moments.items():
         scale = np.sqrt(np.outer(matrix.diagonal(), matrix.diagonal()))
-        assert np.all(np.abs(found.second_moments[site] - matrix) <= 1e-6 * scale)
+        assert np.all(np.abs(divided.second_moments[site] - matrix) <= 1e-6 * scale)
 
 
 def test_errors_of_workers_are_those_of_calibrate(cluster, load):
@@ -94,14 +94,14 @@ def test_ray_serve(cluster, quantized, served_folder):
             except urllib.error.HTTPError as error:
                 return error.code, json.loads(error.read())
 
-        found = {}
+        generated = {}
         for tag in SENTENCES:
             status, answer = ask(vllm_xargs={"language": tag})
             assert status == 200
-            found[tag] = answer["choices"][0]["token_ids"]
-        assert len(set(map(tuple, found.values()))) == 3
+            generated[tag] = answer["choices"][0]["token_ids"]
+        assert len(set(map(tuple, generated.values()))) == 3
         ids = torch.tensor([answer["choices"][0]["prompt_token_ids"]])
-        for tag, tokens in found.items():
+        for tag, tokens in generated.items():
             with torch.no_grad(), la_aciq.language(tag):
                 assert tokens[0] == quantized(ids).logits[0, -1].argmax()
         status, answer = ask(vllm_xargs={"language": "klingon"})

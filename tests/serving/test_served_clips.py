@@ -1,6 +1,7 @@
 """Clips that follow what is served, in a real engine every step of which is a sample."""
 
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -9,38 +10,22 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these in .venv-vllm")
 
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 
 import la_aciq
-from la_aciq.checkpoint import save_quantized
-from la_aciq.checkpoint.folder import read_folder
-from la_aciq.clipping.adapt import AdaptationRule
+from la_aciq.checkpoint.folder import SCHEMA, read_folder
 from la_aciq.errors import LaAciqError
-from la_aciq.integrations.vllm import adapt
-from la_aciq.integrations.vllm.method import LaAciqConfig, _tensor_files
+from la_aciq.integrations.vllm import adapt, tail_sums
+from la_aciq.integrations.vllm.method import LaAciqVllmConfig, _tensor_files
 from la_aciq.ops import reference
 
 PROMPT = "The committee met on Tuesday, and nobody could say why the river had risen."
 TOKENS = 24
 
 
-@pytest.fixture(scope="module")
-def static(model, profile):
-    return la_aciq.quantize_model(model, profile, la_aciq.QuantConfig(clip="static"), progress=False)
-
-
-@pytest.fixture(scope="module")
-def llm(static, tmp_path_factory):
-    """An engine that does not adapt: `adapting` lets it, as --adapt does when a server starts."""
-    from byte_llama import byte_tokenizer
-
-    folder = tmp_path_factory.mktemp("static") / "model"
-    save_quantized(static, folder, byte_tokenizer())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LA_ACIQ_SAMPLE_STEPS", "1")
-        patch.setattr(adapt, "SAMPLES", 4)
-        patch.setattr(adapt, "RULE", AdaptationRule(minimum=256))
-        yield LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=192, max_num_seqs=8, block_size=32)
+@pytest.fixture
+def llm(static_llm):
+    return static_llm
 
 
 @pytest.fixture
@@ -59,19 +44,25 @@ def ask(llm, tag, prompt=PROMPT):
 
 
 def clips(config):
-    return [sums.clip.clone() for sums in config.tail_sums]
+    return [sums.clips.clone() for sums in config.tail_sums]
 
 
-def test_values_and_clipped_values_by_row(llm, engine, config, static):
-    """All tokens are counted once under their rows, and as many are clipped as float64 arithmetic finds."""
+def test_folders_of_both_schemas_are_served(config, served_folder):
+    """This engine has a folder of schema 2, that of test_engine.py one of the present schema."""
+    assert config.description["schema"] == 2
+    assert json.loads((served_folder / "config.json").read_text())["quantization_config"]["schema"] == SCHEMA
+
+
+def test_values_and_clipped_values_by_entry(llm, engine, config, static):
+    """All tokens are counted once under their entries, and as many are clipped as float64 arithmetic finds."""
     ask(llm, "sw")
     before = adapt.report(engine, config)
     llm.reset_prefix_cache()
     output = ask(llm, "sw")
-    change = {row: np.subtract(now, before[row]) for row, now in adapt.report(engine, config).items()}
+    change = {entry: np.subtract(now, before[entry]) for entry, now in adapt.report(engine, config).items()}
     tokens = len(output.prompt_token_ids) + TOKENS - 1  # the last one is not computed
     width = sum(sums.layer.in_features for sums in config.tail_sums)
-    assert {row: found[0] for row, found in change.items()} == {
+    assert {entry: counts[0] for entry, counts in change.items()} == {
         **dict.fromkeys(change, 0),
         "sw": (tokens - 1) * width,
         "sink": width,
@@ -80,13 +71,13 @@ def test_values_and_clipped_values_by_row(llm, engine, config, static):
     clipped = 0.0
     handles = []
     wanted = {sums.name for sums in config.tail_sums}
-    row = config.done.state.entries.index("sw")
+    entry = config.entries.index("sw")
 
     def count(layer, inputs):
         nonlocal clipped
-        x = (inputs[0][0, 1:] - layer.center[row]).double()
+        x = (inputs[0][0, 1:] - layer.center[entry]).double()
         rotated = reference.rotate(x, layer.signs, layer.block_size)
-        bound = layer.clip[row].double().repeat_interleave(64)[: x.shape[1]]
+        bound = layer.clips[entry].double().repeat_interleave(64)[: x.shape[1]]
         clipped += (rotated.abs() > bound).sum().item()
 
     for name, module in static.named_modules():
@@ -107,7 +98,7 @@ def test_without_adapt_nothing_moves(llm, config):
     for tag in ("en", "sw", "th"):
         ask(llm, tag, "\x01zzzz" * 20)
     assert all(torch.equal(one, other) for one, other in zip(before, clips(config), strict=True))
-    assert config.moves.moves == [0] * 5
+    assert config.clip_moves.counts == [0] * 5
     with pytest.raises(RuntimeError, match="calibrate"):
         config.tail_sums[0].move([1])
 
@@ -116,28 +107,27 @@ def test_the_clips_of_a_language_follow_it_and_no_others(llm, engine, config, pr
     """A language is served what no calibration text was like: its own clips move, and its cached blocks are not found
     again; the others' are, bit for bit, where they were. Then all are rolled back, and stay."""
     calibrated = clips(config)
-    rows = config.done.state.entries
-    th = rows.index("th")
+    th = config.entries.index("th")
     llm.reset_prefix_cache()
     assert [ask(llm, tag).num_cached_tokens for tag in ("th", "sw", "th", "sw")] == [0, 0, 64, 64]
     for sums in config.tail_sums:
         sums.calibrate(profile)
         sums.roll_back()  # forgets what was counted
-    config.moves.adapting = True
-    moves = list(config.moves.moves)
+    config.clip_moves.adapting = True
+    counts = list(config.clip_moves.counts)
     for i in range(12):
         ask(llm, "th", f"{i}\x01\x02" * 30)
     changed = [one != other for one, other in zip(calibrated, clips(config), strict=True)]
     assert all(change[th].any() for change in changed)
-    others = [row for row in range(len(rows)) if row != th]
+    others = [entry for entry in range(len(config.entries)) if entry != th]
     assert not any(change[others].any() for change in changed)
-    assert config.moves.moves[th] > moves[th]
-    assert [config.moves.moves[row] for row in others] == [moves[row] for row in others]
+    assert config.clip_moves.counts[th] > counts[th]
+    assert [config.clip_moves.counts[entry] for entry in others] == [counts[entry] for entry in others]
     for sums, start in zip(config.tail_sums, calibrated, strict=True):
-        ratio = sums.clip / start
-        assert ((ratio > 1 / adapt.RULE.span - 1e-6) & (ratio < adapt.RULE.span + 1e-6)).all()
+        ratio = sums.clips / start
+        assert ((ratio > 1 / tail_sums.RULE.span - 1e-6) & (ratio < tail_sums.RULE.span + 1e-6)).all()
     report = adapt.report(engine, config)
-    assert report["th"][2] == config.moves.moves[th]
+    assert report["th"][2] == config.clip_moves.counts[th]
     assert report["th"][3] != 1 == report["sw"][3]
     assert [ask(llm, tag).num_cached_tokens for tag in ("sw", "th")] == [64, 0]
 
@@ -158,9 +148,9 @@ def test_the_clips_of_a_language_follow_it_and_no_others(llm, engine, config, pr
     ],
 )
 def test_what_cannot_adapt(model, profile, changes, message):
-    done = la_aciq.quantize_model(model, profile, la_aciq.QuantConfig(**changes), progress=False).la_aciq
+    quantization = la_aciq.quantize_model(model, profile, la_aciq.QuantConfig(**changes), progress=False).la_aciq
     with pytest.raises(LaAciqError, match=message):
-        adapt.check_adaptable(done, profile)
+        tail_sums.check_adaptable(quantization, profile)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +160,7 @@ def test_what_cannot_adapt(model, profile, changes, message):
 def test_a_profile_of_something_else(static, profile, change, message):
     other = dataclasses.replace(profile, metadata=profile.metadata | change)
     with pytest.raises(LaAciqError, match=message):
-        adapt.check_adaptable(static.la_aciq, other)
+        tail_sums.check_adaptable(static.la_aciq, other)
 
 
 def test_tensors_replaced_while_they_are_loaded(served_folder, tmp_path):
@@ -183,7 +173,7 @@ def test_tensors_replaced_while_they_are_loaded(served_folder, tmp_path):
     description = read_folder(folder)[0]["quantization_config"]
 
     def loading():
-        config = LaAciqConfig(description)
+        config = LaAciqVllmConfig(description)
         config._folder, config._files = folder, _tensor_files(folder)
         return config
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import importlib.resources
 import json
 import os
 import re
@@ -14,7 +15,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from byte_llama import byte_tokenizer, sentences
@@ -111,8 +111,8 @@ def server(served_folder, tmp_path_factory):
 
 def test_the_curl_line_works(server):
     command = re.search(r"  (curl .*\n.*)\n", server.log.read_text())[1].replace("\\\n", " ")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
-    assert json.loads(done.stdout)["choices"][0]["text"]
+    completed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(completed.stdout)["choices"][0]["text"]
 
 
 def test_a_tag_per_request(server):
@@ -123,15 +123,15 @@ def test_a_tag_per_request(server):
 
 
 def test_the_other_endpoints_hand_the_tag_on(server):
-    own = {"model": server.model, "temperature": 0, "vllm_xargs": {"language": "sw"}}
-    chat = own | {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
+    body = {"model": server.model, "temperature": 0, "vllm_xargs": {"language": "sw"}}
+    chat = body | {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
     status, answer = server.post(chat, "/v1/chat/completions")
     assert status == 200, answer
     assert answer["choices"][0]["message"]["content"] == server.text("sw")
     status, answer = server.post(chat, "/v1/messages")
     assert status == 200, answer
     assert answer["content"][0]["text"] == server.text("sw")
-    status, answer = server.post(own | {"input": PROMPT, "max_output_tokens": 12}, "/v1/responses")
+    status, answer = server.post(body | {"input": PROMPT, "max_output_tokens": 12}, "/v1/responses")
     assert status == 200, answer
     assert answer["output"][0]["content"][0]["text"] == server.text("sw")
 
@@ -191,8 +191,8 @@ def test_fuzz_of_the_request_fields(server, tag, fields):
 
 def test_metrics_by_language(server):
     names = {
-        "sw": 'la_aciq_requests_total{row="sw"}',
-        "und": 'la_aciq_requests_total{row="und"}',
+        "sw": 'la_aciq_requests_total{entry="sw"}',
+        "und": 'la_aciq_requests_total{entry="und"}',
         "unknown": "la_aciq_unknown_language_requests_total",
         "invalid": "la_aciq_invalid_language_requests_total",
     }
@@ -216,7 +216,7 @@ def test_a_run_of_the_benchmark(server):
     load = bench.Load(num_prompts=6, input_len=16, output_len=3, max_concurrency=4)
     tokenizer = byte_tokenizer()
     _, prompts = bench._prompts(tokenizer, {tag: sentences(tag) * 9 for tag in ("sw", "th")}, load)
-    names = {tag: f'la_aciq_requests_total{{row="{tag}"}}' for tag in ("sw", "th")}
+    names = {tag: f'la_aciq_requests_total{{entry="{tag}"}}' for tag in ("sw", "th")}
     before = {tag: server.metric(name) for tag, name in names.items()}
     result = bench._run(bench.contender(server.model), server.address, tokenizer, prompts["mixed"], load)
     assert {tag: server.metric(name) - before[tag] for tag, name in names.items()} == {"sw": 3, "th": 3}
@@ -228,7 +228,7 @@ def test_a_run_of_the_benchmark(server):
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(server):
-    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    dashboard = json.loads((importlib.resources.files("la_aciq.integrations.vllm") / "grafana.json").read_text("utf-8"))
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     server.text("sw")
     with urllib.request.urlopen(server.address + "/metrics", timeout=30) as answer:
@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_served(served_folder, tmp_path, broken):
         config.unlink()
     elif broken == "edited":
         content = json.loads(config.read_text())
-        content["quantization_config"]["rows"][1] = "fr"
+        content["quantization_config"]["entries"][1] = "fr"
         config.write_text(json.dumps(content))
     elif broken == "other method":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": None}))
@@ -345,16 +345,16 @@ def test_a_folder_that_cannot_be_served(served_folder, tmp_path, broken):
         data = bytearray((folder / "model.safetensors").read_bytes())
         data[-1] ^= 1
         (folder / "model.safetensors").write_bytes(data)
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "la_aciq.cli", "serve", str(folder), "--port", "1"],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("la-aciq: error: ")
-    assert str(folder) in done.stderr or "quantization_config" in done.stderr or "tensors" in done.stderr
+    assert completed.returncode == 2
+    assert completed.stderr.strip().splitlines()[-1].startswith("la-aciq: error: ")
+    assert str(folder) in completed.stderr or "quantization_config" in completed.stderr or "tensors" in completed.stderr
 
 
 def test_a_table_that_does_not_match_the_model(served_folder, tmp_path):
@@ -365,13 +365,15 @@ def test_a_table_that_does_not_match_the_model(served_folder, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 320}))
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "la_aciq.cli", "serve", str(folder), "--port", str(free_port()), "--batch_invariant"],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert "shape" in done.stderr + done.stdout
-    assert done.stderr.strip().splitlines()[-1].startswith(f"la-aciq: error: the engine for {str(folder)!r} did not")
+    assert completed.returncode == 2, completed.stderr[-3000:]
+    assert "shape" in completed.stderr + completed.stdout
+    assert (
+        completed.stderr.strip().splitlines()[-1].startswith(f"la-aciq: error: the engine for {str(folder)!r} did not")
+    )

@@ -77,9 +77,9 @@ def test_two_processes_are_one_model(tmp_path):
 
 def test_blocks_of_the_rotation_that_two_processes_would_cut_are_refused(served_folder):
     """The largest power of two that divides K never divides K / 2."""
-    from la_aciq.integrations.vllm.method import LaAciqConfig, LanguageLinearMethod
+    from la_aciq.integrations.vllm.method import LaAciqVllmConfig, LanguageLinearMethod
 
-    config = LaAciqConfig(json.loads((served_folder / "config.json").read_text())["quantization_config"])
+    config = LaAciqVllmConfig(json.loads((served_folder / "config.json").read_text())["quantization_config"])
     method = LanguageLinearMethod(config, "model.layers.0.self_attn.o_proj")
     with pytest.raises(LaAciqError, match=r"each rank 64 of 128 inputs, which are no whole number of blocks"):
         method.create_weights(torch.nn.Module(), 64, [128], 128, 128, torch.float32)

@@ -1,8 +1,8 @@
-"""What it costs a decoding step that each request has a language of its own.
+"""Cost, in a decoding step, of requests in different languages.
 
-Two engines of the same model take turns: one as it is served, its requests in different languages; and one whose tables
-were reduced to the row of one language when it was loaded, so that nothing is written per step and nothing looked up
-per token. Each is a process of its own, which this module is when it is run: `python -m la_aciq.bench.data_plane`.
+Two engines of the same model take turns. One is as served, its requests in different languages. The tables of the other
+were reduced to the entry of one language when it was loaded: it writes no language ids in a step and looks none up.
+Each engine is a process that runs this module: `python -m la_aciq.bench.data_plane`.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..integrations.vllm.serve import ENVIRONMENT
+from ..integrations.vllm.settings import ENVIRONMENT
 
 _PROMPT = 32  # tokens
 _STEPS = 24  # timed in one round
@@ -25,9 +25,16 @@ _MIXED, _FIXED = "mixed", "fixed"
 def measure(folder: str, *, batches: Sequence[int] = (1, 8), rounds: int = 12, dtype: str = "auto") -> dict[str, Any]:
     """Decode with both engines in turns, for each number of requests at a time.
 
-    Returns JSON types: per number of requests the median step of each engine in ms, the median over the rounds of how
-    much longer the first engine's median step is, as a share of the second's, with the quartiles of that, and the share
-    of its step that the first one spends on writing rows.
+    Args:
+        folder: a quantized model.
+        batches: numbers of requests at a time.
+        rounds: turns of each engine.
+        dtype: of the engines, as vLLM takes it.
+
+    Returns:
+        JSON types. For each number of requests: the median step of each engine in ms; the cost, which is the relative
+        difference of the two median steps in a round, as the median over the rounds with its quartiles; and the share
+        of its step that the first engine spends on writing language ids.
     """
     environment = ENVIRONMENT | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-m", __name__, folder, dtype, str(max(batches))]
@@ -38,7 +45,7 @@ def measure(folder: str, *, batches: Sequence[int] = (1, 8), rounds: int = 12, d
         for kind in (_FIXED, _MIXED)
     }
     try:
-        found = []
+        costs = []
         for engine in engines.values():
             _answer(engine)  # that it is ready
         for batch in batches:
@@ -55,7 +62,7 @@ def measure(folder: str, *, batches: Sequence[int] = (1, 8), rounds: int = 12, d
                         writing += answer["writing"]
                 ratios.append(medians[_MIXED] / medians[_FIXED] - 1)
             low, _, high = statistics.quantiles(ratios, n=4)
-            found.append(
+            costs.append(
                 {
                     "requests": batch,
                     "step_ms": statistics.median(steps[_MIXED]) * 1e3,
@@ -66,7 +73,7 @@ def measure(folder: str, *, batches: Sequence[int] = (1, 8), rounds: int = 12, d
                     "writing": statistics.median(writing) / statistics.median(steps[_MIXED]),
                 }
             )
-        return {"rounds": rounds, "steps": _STEPS, "batches": found}
+        return {"rounds": rounds, "steps": _STEPS, "batches": costs}
     finally:
         for engine in engines.values():
             engine.kill()
@@ -76,7 +83,7 @@ def measure(folder: str, *, batches: Sequence[int] = (1, 8), rounds: int = 12, d
 def table(cost: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        "| requests at a time | step, ms | step with one fixed language, ms | cost | writing rows |",
+        "| requests at a time | step, ms | step with one fixed language, ms | cost | writing language ids |",
         "|--:|--:|--:|--:|--:|",
     ]
     for one in cost["batches"]:
@@ -105,24 +112,24 @@ def _answer(engine: Any) -> dict[str, Any]:
 # --- In an engine's process -----------------------------------------------------------------------------------------
 
 
-def _reduce_to_one_row(row: int) -> None:
-    """Make this process's vLLM load tables of one row, and look nothing up."""
+def _reduce_to_one_entry(entry: int) -> None:
+    """Make this process's vLLM load tables of one entry, and look no language id up."""
+    from ..integrations.vllm.language_ids import BatchLanguageIds
     from ..integrations.vllm.method import LanguageLinearMethod
-    from ..integrations.vllm.rows import ServedRows
 
     load = LanguageLinearMethod.process_weights_after_loading
 
-    def load_one_row(self: Any, layer: Any) -> None:
+    def load_one_entry(self: Any, layer: Any) -> None:
         load(self, layer)
-        made = layer.quantized
-        for name in ("clip", "center"):
-            if getattr(made, name) is not None:
-                setattr(made, name, getattr(made, name)[row : row + 1].clone())
-        if made.bias is not None and made.bias.ndim == 2:
-            made.bias = made.bias[row].clone()
+        quantized = layer.quantized
+        for name in ("clips", "center"):
+            if getattr(quantized, name) is not None:
+                setattr(quantized, name, getattr(quantized, name)[entry : entry + 1].clone())
+        if quantized.bias is not None and quantized.bias.ndim == 2:
+            quantized.bias = quantized.bias[entry].clone()
 
-    changed: Any = LanguageLinearMethod, ServedRows
-    changed[0].process_weights_after_loading = load_one_row
+    changed: Any = LanguageLinearMethod, BatchLanguageIds
+    changed[0].process_weights_after_loading = load_one_entry
     changed[1].begin = lambda *_: None
     changed[1].ids_for = lambda *_: None
 
@@ -132,26 +139,26 @@ def _engine(folder: str, dtype: str, most: int, kind: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if kind == _FIXED:
-        _reduce_to_one_row(1)
+        _reduce_to_one_entry(1)
     from vllm import LLM, SamplingParams
 
-    from ..integrations.vllm.rows import ServedRows
+    from ..integrations.vllm.language_ids import BatchLanguageIds
     from ..tags import SINK
 
     writing: list[float] = []
-    begin = ServedRows.begin
+    begin = BatchLanguageIds.begin
 
     def timed(*arguments: Any) -> None:
         start = time.perf_counter()
         begin(*arguments)
         writing.append(time.perf_counter() - start)
 
-    changed: Any = ServedRows
+    changed: Any = BatchLanguageIds
     changed.begin = timed
     llm = LLM(folder, dtype=dtype, max_model_len=256, max_num_seqs=most, enable_prefix_caching=False)
     engine: Any = llm.llm_engine
-    rows = engine.vllm_config.quant_config.done.state.entries
-    tags = [tag for tag in rows[1:] if tag != SINK]
+    entries = engine.vllm_config.quant_config.entries
+    tags = [entry for entry in entries[1:] if entry != SINK]
     prompt = {"prompt_token_ids": list(range(100, 100 + _PROMPT))}
     for line in itertools.chain(["1"], sys.stdin):  # the first answer says that it is ready
         writing.clear()

@@ -26,7 +26,7 @@ from typing import Any
 
 from ..checkpoint.folder import METHOD
 from ..errors import LaAciqError
-from ..integrations.vllm.serve import ENVIRONMENT
+from ..integrations.vllm.settings import ENVIRONMENT
 from . import cpu_name, data_plane, versions
 
 SCHEMA = 1

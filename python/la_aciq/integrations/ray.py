@@ -35,15 +35,24 @@ def calibrate(
     num_gpus: float = 0,
     **settings: Any,
 ) -> Profile:
-    """`la_aciq.calibrate` divided among Ray actors.
+    """Run `la_aciq.calibrate` divided among Ray actors.
 
-    load: makes the model and its tokenizer (or None), once in each worker. texts: as `la_aciq.calibrate` takes them.
-    workers: how many; more than languages are not started. num_cpus, num_gpus: Ray's resources of each. settings:
-    other keyword arguments of `la_aciq.calibrate`, but for `progress` and `resume`.
+    The entries of the profile are bit-identical to those of one process, where the workers compute as it does: the same
+    kind of device, as many threads (Ray gives a worker `num_cpus` threads). Second moments agree to float32 rounding.
 
-    Rows of the profile are those of one process bit for bit, where the workers compute as it does (the same kind of
-    device, as many threads; Ray gives a worker `num_cpus` of them); second moments to float32 rounding. Raises
-    `LaAciqError` as `la_aciq.calibrate` does.
+    Args:
+        load: makes the model and its tokenizer (or None), once in each worker.
+        texts: by language, as `la_aciq.calibrate` takes them.
+        workers: number of actors; at most one for each language is started.
+        num_cpus: Ray's CPUs for each worker.
+        num_gpus: Ray's GPUs for each worker.
+        settings: other keyword arguments of `la_aciq.calibrate`, except `progress` and `resume`.
+
+    Returns:
+        The profile.
+
+    Raises:
+        LaAciqError: as `la_aciq.calibrate` does, or workers is less than 1.
     """
     if workers < 1:
         raise LaAciqError(f"workers = {workers}; expected at least 1")
@@ -51,7 +60,7 @@ def calibrate(
     context = ray.data.DataContext.get_current()
     ordered, context.execution_options.preserve_order = context.execution_options.preserve_order, True
     try:
-        rows = (
+        records = (
             ray.data.from_items([{"share": share} for share in range(workers)], override_num_blocks=workers)
             .flat_map(
                 _Worker,
@@ -62,52 +71,52 @@ def calibrate(
             )
             .iter_rows()
         )
-        return _profile(rows)
+        return _profile(records)
     finally:
         context.execution_options.preserve_order = ordered
 
 
 class _Worker:
-    """An actor: what it measured of a share of the languages, in rows {"kind", "name", "data"}."""
+    """An actor that measures a share of the languages and yields records {"kind", "name", "data"}."""
 
     def __init__(self, load: Callable[[], tuple[Any, Any]], texts: Any, workers: int, settings: dict[str, Any]) -> None:
         self._load, self._texts, self._workers, self._settings = load, ray.get(texts), workers, settings
 
-    def __call__(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        share = int(row["share"])
+    def __call__(self, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        share = int(record["share"])
         try:
             model, tokenizer = self._load()
             calibration = Calibration(model, self._texts, tokenizer, **DEFAULTS | self._settings)
-            yield _row("metadata", "", json.dumps(calibration.metadata).encode())
+            yield _record("metadata", "", json.dumps(calibration.metadata).encode())
             for statistics in calibration.measured(calibration.languages[share :: self._workers], progress=False):
-                yield _row("language", statistics.tag, statistics.to_bytes())
+                yield _record("language", statistics.tag, statistics.to_bytes())
         except LaAciqError as error:
-            yield _row("error", "", str(error).encode())
+            yield _record("error", "", str(error).encode())
             return
         if calibration.second_moments is None:
             return
         for site in list(calibration.second_moments):
-            yield _row("second moments", site, triangle(calibration.second_moments.pop(site)).tobytes())
+            yield _record("second moments", site, triangle(calibration.second_moments.pop(site)).tobytes())
 
 
-def _row(kind: str, name: str, data: bytes) -> dict[str, Any]:
+def _record(kind: str, name: str, data: bytes) -> dict[str, Any]:
     return {"kind": kind, "name": name, "data": data}
 
 
-def _profile(rows: Iterator[Mapping[str, Any]]) -> Profile:
-    """The profile of what the workers measured."""
+def _profile(records: Iterator[Mapping[str, Any]]) -> Profile:
+    """Make the profile of the workers' records."""
     metadata: dict[str, Any] | None = None
     measured: dict[str, bytes] = {}
     sums: dict[str, Float32] = {}
-    for row in rows:
-        kind, name, data = row["kind"], row["name"], row["data"]
+    for record in records:
+        kind, name, data = record["kind"], record["name"], record["data"]
         if kind == "error":
             raise LaAciqError(data.decode())
         if kind == "metadata":
-            own = json.loads(data)
-            if metadata is not None and own != metadata:
+            of_worker = json.loads(data)
+            if metadata is not None and of_worker != metadata:
                 raise LaAciqError("workers loaded different models; expected the same in all of them")
-            metadata = own
+            metadata = of_worker
         elif kind == "language":
             measured[name] = data
         else:

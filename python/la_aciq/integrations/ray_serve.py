@@ -5,8 +5,8 @@
 
     serve.run(application("model", vllm_arguments=["--max-model-len", "4096"], num_replicas=2))
 
-Requests are those of `la-aciq serve`, language tag and all, and go to any replica: a replica has all languages. Ray's
-own `ray.serve.llm` asks for another version of vLLM than the plugin does.
+Requests and their language tags are those of `la-aciq serve`. A replica has all languages, so that a request may go to
+any replica. Ray's own `ray.serve.llm` requires another version of vLLM than the plugin does.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from typing import Any
 
 from ray import serve
 
-from .vllm.serve import prepared
+from .vllm.serve import prepare
 
-MAX_REQUESTS = 1024  # of a replica, at a time; more are refused with HTTP 503
+MAX_REQUESTS = 1024  # of a replica, at a time; further ones are refused with HTTP 503
 
 
 def application(
@@ -29,10 +29,17 @@ def application(
     batch_invariant: bool = False,
     **options: Any,
 ) -> Any:
-    """A Ray Serve application for a folder that `la-aciq quantize` wrote, which every machine must have at that path.
+    """Make a Ray Serve application of a quantized model.
 
-    vllm_arguments, detect, batch_invariant: as the options of `la-aciq serve`. options: of the deployment, such as
-    num_replicas or ray_actor_options={"num_gpus": 1}.
+    Args:
+        folder: that `la-aciq quantize` wrote; every machine must have it at this path.
+        vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "4096"].
+        detect: detect the language of requests without a tag.
+        batch_invariant: make outputs independent of the batch, bit for bit.
+        options: of the deployment, such as num_replicas or ray_actor_options={"num_gpus": 1}.
+
+    Returns:
+        The application, for `ray.serve.run`.
     """
     deployment: Any = Server
     return deployment.options(**options).bind(folder, list(vllm_arguments), detect, batch_invariant)
@@ -47,7 +54,7 @@ class Server:
     async def __init__(  # type: ignore[misc]
         self, folder: str, vllm_arguments: list[str], detect: bool, batch_invariant: bool
     ) -> None:
-        parsed, _ = prepared(
+        parsed, _ = prepare(
             folder,
             vllm_arguments,
             detect=detect,
@@ -71,7 +78,7 @@ class Server:
         return self._app
 
     async def check_health(self) -> None:
-        """Raises when the engine has died, upon which Ray starts another replica."""
+        """Raise an error when the engine has died; Ray then starts another replica."""
         await self._engine.check_health()
 
     async def __del__(self) -> None:

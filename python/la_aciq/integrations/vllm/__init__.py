@@ -1,27 +1,27 @@
-"""LA-ACIQ in vLLM: checkpoints that `la-aciq quantize` wrote, served with the clips of each request's language.
+"""LA-ACIQ in vLLM: serves checkpoints of `la-aciq quantize` with the clips of each request's language.
 
     llm = vllm.LLM("folder")
     llm.generate("Habari", SamplingParams(extra_args={"language": "sw"}))  # over HTTP: "vllm_xargs": {"language": "sw"}
 
-vLLM finds the package by its entry points, in each of its processes: `vllm.general_plugins` is `register`,
-`vllm.logits_processors` is `requests.LanguageProcessor`. Both leave other models alone. Per step, data flows so:
+vLLM loads the package through its entry points, in each of its processes: `vllm.general_plugins` calls `register`,
+`vllm.logits_processors` loads `requests.LanguageProcessor`. Neither changes how other models are served. In each step
+a language tag becomes a language id of every token:
 
-    tag -> row of the clip tables (`requests.ServedRows.slots`, by slot of vLLM's batch)
-        -> row of each token (`requests.ServedRows.tokens`) -> the layers' kernels (`method.LanguageLinearMethod`)
+    tag -> language id of the request, by slot of vLLM's batch (`requests.LanguageProcessor`)
+        -> language id of each token (`language_ids.BatchLanguageIds`) -> the layers' kernels (`method`)
 
-The two tables are tensors on the model's device, written in place before each forward pass and outside of CUDA graphs,
-which therefore read the rows of the running step.
+The language ids are tensors on the model's device. The plugin writes them in place before each forward pass and outside
+of CUDA graphs, so that a graph reads the ids of the running step.
 """
 
 
 def register() -> None:
-    """Tell this process's vLLM of the quantization method "la_aciq", and put the language of each request into its key
-    of the prefix cache; again is nothing.
-    """
-    from . import method, requests
+    """Register the quantization method "la_aciq" and the hooks in this process's vLLM. Idempotent."""
+    from .engine_hooks import install
+    from .method import register_method
 
-    method.register()
-    requests.register()
+    register_method()
+    install()
 
 
 __all__ = ["register"]

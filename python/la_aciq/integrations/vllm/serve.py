@@ -20,22 +20,11 @@ from ...checkpoint.folder import check_tensors, read_description, read_folder
 from ...errors import LaAciqError
 from ...profile import Profile
 from ...tags import SINK, UND
+from .detection import detect_language
+from .settings import ADAPT, BATCH_INVARIANT, DETECT, ENVIRONMENT
+from .tail_sums import check_adaptable
 
-BATCH_INVARIANT = "LA_ACIQ_BATCH_INVARIANT"  # environment: "1" for the same bits whatever the batch, on a CPU, slower
-ADAPT = "LA_ACIQ_ADAPT"  # environment: the profile folder that static clips move from, with what is served
-SAMPLE_STEPS = "LA_ACIQ_SAMPLE_STEPS"  # environment: static clips: one step in so many is sampled (64); 0: none
-DETECT = "LA_ACIQ_DETECT_LANGUAGE"  # environment: "1" detects the language of requests that name none
-
-_MIDDLEWARE = "la_aciq.integrations.vllm.http.Operations"
-
-ENVIRONMENT = {  # of vLLM's processes, where the user's does not say otherwise
-    "HF_HUB_OFFLINE": "1",  # the model is a folder
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner whose batch the plugin follows
-    "VLLM_USE_RUST_FRONTEND": "0",  # the server whose requests it checks
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
+_MIDDLEWARE = "la_aciq.integrations.vllm.middleware.Operations"
 
 
 def run(
@@ -49,9 +38,23 @@ def run(
     max_requests: int,
     vllm_arguments: Sequence[str],
 ) -> None:
-    """Serve until Ctrl-C; SIGUSR1 takes the checkpoint's clips again. What is not said here is of `prepared`."""
+    """Serve a model until Ctrl-C; SIGUSR1 restores the checkpoint's clips.
+
+    Args:
+        folder: that `la-aciq quantize` wrote.
+        host: address that the server listens at.
+        port: of the server.
+        detect: detect the language of requests without a tag.
+        batch_invariant: make outputs independent of the batch, bit for bit.
+        adapt: as in `prepare`.
+        max_requests: as in `prepare`.
+        vllm_arguments: as in `prepare`.
+
+    Raises:
+        LaAciqError: the folder cannot be served, or the engine does not start or dies.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the server is up
-    parsed, rows = prepared(
+    parsed, entries = prepare(
         folder,
         ["--host", host, "--port", str(port), "--middleware", _MIDDLEWARE, *vllm_arguments],
         detect=detect,
@@ -62,16 +65,16 @@ def run(
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
-    languages = [row for row in rows if row not in (UND, SINK)]
+    languages = [entry for entry in entries if entry not in (UND, SINK)]
     address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{parsed.port}"
-    print(f"Loading {folder} (rows of the tables: {', '.join(rows)})", flush=True)
+    print(f"Loading {folder} (entries of the tables: {', '.join(entries)})", flush=True)
     threading.Thread(
         target=_announce, args=(address, parsed.served_model_name or folder, languages), daemon=True
     ).start()
     stops: list[Any] = []
 
     class Loop(uvloop.Loop):
-        """Notes that the server was told to stop: it also ends, and says nothing, when its engine has died."""
+        """Notes the signals that stop the server, because it ends without a message when its engine has died too."""
 
         def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
             def noted() -> None:
@@ -93,7 +96,7 @@ def run(
     print("la-aciq: stopped", flush=True)
 
 
-def prepared(
+def prepare(
     folder: str,
     vllm_arguments: Sequence[str],
     *,
@@ -102,11 +105,24 @@ def prepared(
     adapt: str | None,
     max_requests: int,
 ) -> tuple[Any, tuple[str, ...]]:
-    """Check the folder, set up this process for vLLM, which must not have been imported before, and parse the options
-    of vLLM's server: the parsed options, and the rows of the model's tables.
+    """Check the folder, set up this process for vLLM, and parse the options of vLLM's server.
 
-    vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "2048"]. adapt: the profile folder that
-    the clips move from; None: they do not move. max_requests: more at a time are refused with HTTP 503.
+    vLLM must not have been imported before.
+
+    Args:
+        folder: that `la-aciq quantize` wrote.
+        vllm_arguments: options of vLLM's own server, such as ["--max-model-len", "2048"].
+        detect: detect the language of requests without a tag.
+        batch_invariant: make outputs independent of the batch, bit for bit.
+        adapt: the profile folder that the clips start from; None: the clips do not move.
+        max_requests: requests at a time; further ones are refused with HTTP 503.
+
+    Returns:
+        The parsed options, and the entries of the model's tables.
+
+    Raises:
+        LaAciqError: vLLM or a detector is not installed, the folder is no quantized model or was edited, or its clips
+            cannot move.
     """
     if importlib.util.find_spec("vllm") is None:
         raise LaAciqError(
@@ -114,9 +130,9 @@ def prepared(
         )
     config, sha256 = read_folder(folder)
     check_tensors(folder, sha256)
-    # The dtype the model was saved in: vLLM would take bfloat16 for float32.
+    # The dtype of the checkpoint: vLLM would replace float32 by bfloat16.
     dtype = config.get("dtype") or "auto"
-    done, _ = read_description(config["quantization_config"])
+    quantization, _ = read_description(config["quantization_config"])
     arguments = ["--model", folder, "--dtype", dtype, "--max-num-queued-reqs", str(max_requests), *vllm_arguments]
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -124,15 +140,11 @@ def prepared(
         os.environ |= {BATCH_INVARIANT: "1", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
         arguments.append("--enforce-eager")
     if adapt is not None:
-        from .adapt import check_adaptable
-
-        check_adaptable(done, Profile.load(adapt))
+        check_adaptable(quantization, Profile.load(adapt))
         os.environ[ADAPT] = str(Path(adapt).absolute())
     if detect:
         os.environ[DETECT] = "1"
-        from .requests import detected
-
-        detected("Is there a detector?")  # else every request would say that there is none
+        detect_language("Is a detector installed?")  # fails here instead of in every request
 
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -141,11 +153,11 @@ def prepared(
     cli_env_setup()
     parsed = make_arg_parser(FlexibleArgumentParser(prog="la-aciq serve MODEL --")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
-    return parsed, tuple(config["quantization_config"]["rows"])
+    return parsed, quantization.state.entries
 
 
 def _announce(address: str, model: str | list[str], languages: Sequence[str]) -> None:
-    """Say where the server is and how to ask it something, once it answers."""
+    """Print the server's address and a request to try, once it answers."""
     while True:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
             break

@@ -1,14 +1,14 @@
-"""What the server does beside answering requests: it asks the engine for what /metrics says of the clips, and on
-SIGUSR1 it takes the checkpoint's clips again.
+"""What the server does beside answering requests: before it answers /metrics, it asks the engine about the clips; on
+SIGUSR1 it restores the checkpoint's clips.
 
-A signal, because whoever may send one to the server may stop it too: no request of a client can change clips.
+SIGUSR1 is a signal, because whoever may send one to the server may stop it too: no client's request can change clips.
 """
 
 import asyncio
 import signal
 from typing import Any
 
-from . import metrics
+from .metrics import CLIPS
 
 _SECONDS = 1.0  # that /metrics waits for an engine in the middle of a long step
 
@@ -30,16 +30,16 @@ class Operations:
 
 
 async def _refresh(engine: Any) -> None:
-    asked = asyncio.ensure_future(_ask(engine, "la_aciq_report"))
-    done, _ = await asyncio.wait([asked], timeout=_SECONDS)
-    # An engine that is late or gone leaves the numbers as they were; its state has metrics of vLLM's.
-    if done and asked.exception() is None:
-        metrics.CLIPS.rows = asked.result()
+    report = asyncio.ensure_future(_ask(engine, "la_aciq_report"))
+    answered, _ = await asyncio.wait([report], timeout=_SECONDS)
+    # An engine that is late or gone leaves the numbers as they were; vLLM's own metrics tell of its state.
+    if answered and report.exception() is None:
+        CLIPS.by_entry = report.result()
 
 
 async def _roll_back(engine: Any) -> None:
-    rows = await _ask(engine, "la_aciq_roll_back")
-    print(f"la-aciq: the checkpoint's clips are served, and do not move; others had {', '.join(rows) or 'no rows'}")
+    entries = await _ask(engine, "la_aciq_roll_back")
+    print(f"la-aciq: the checkpoint's clips are served, and do not move; others had {', '.join(entries) or 'no entry'}")
 
 
 async def _ask(engine: Any, method: str) -> Any:
