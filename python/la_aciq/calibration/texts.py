@@ -174,7 +174,7 @@ def check_ids(model: Any, texts: Mapping[str, TokenizedText], seqlen: int) -> No
         LaAciqError: a window is longer than the model's positions, or a token id is not in its vocabulary.
     """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and seqlen > positions:
+    if positions is not None and 0 < positions < seqlen:  # XLNet has -1 for any number
         raise LaAciqError(f"seqlen = {seqlen} is longer than the {positions} positions of {type(model).__name__}")
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     vocabulary = getattr(embeddings, "num_embeddings", None)

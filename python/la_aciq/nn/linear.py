@@ -115,6 +115,7 @@ class LanguageAwareLinear(LanguageAwareModule):
             )
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = dtype or torch.get_default_dtype()
+        self.trained_bias = bias  # with centers there is a bias in any case
         self.block_size = rotation.block_size(in_features) if config.rotate else 0
         weight_groups = -(-in_features // config.group_size) if config.group_size else 1
 

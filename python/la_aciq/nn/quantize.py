@@ -26,6 +26,7 @@ from .generate import add_language_to_generate
 from .joined import JoinedLayers
 from .kv import KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
+from .padding import keep_zero_rows
 from .weights import Rounding
 
 # Called with every model that is quantized or loaded: integrations prepare it for what they do with models.
@@ -267,6 +268,7 @@ def adopt(model: nn.Module, quantization: Quantization) -> None:
         layers = [model.get_submodule(name) for name in names]
         if len({layer.bias is None or layer.bias.ndim for layer in layers}) == 1:
             JoinedLayers(layers)
+    keep_zero_rows(model)
     if quantization.config.kv < 16:
         from .cache import CacheMaker
 
