@@ -484,7 +484,8 @@ def test_any_strides(ops, dtype, k):
         x = x.cuda()  # so that what arrives there is the view itself
     table, signs = clips(3, 1), random_signs(k)
     language_ids = torch.tensor([0, 2, 1, 0], dtype=torch.int32)
-    weight, weight_clips = torch.randint(0, 256, (5, k // 2), dtype=torch.uint8), clips(5, 1)
+    codes = torch.randint(0, 256, (5, k // 2), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    weight, weight_clips = codes, clips(5, 1)
     calls = {
         "moments": lambda v: ops.moments(v, language_ids, 3),
         "moments of all": lambda v: ops.moments(v),
@@ -495,8 +496,11 @@ def test_any_strides(ops, dtype, k):
     }
     for name, call in calls.items():
         expected = call(x)
-        # Paths for other alignments add in another order; that of linear has weights rounded to the dtype of x.
+        # Paths for other alignments add in another order; that of linear has weights rounded to the dtype of x, by
+        # 2^-9 of each of the k products, of which none is larger than a clip times the largest |x|.
         bound = 1e-5 if dtype == torch.float32 or name not in ("rotate", "linear") else 3e-2
+        if name == "linear" and dtype != torch.float32:
+            bound = EPSILON[dtype] * k * float(weight_clips.max() * x.abs().max())
         for kind, view in views(x):
             assert torch.equal(view, x)
             for got, wanted in zip(call(view), expected, strict=True):

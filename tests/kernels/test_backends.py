@@ -156,7 +156,7 @@ def test_kernels_that_were_never_verified_on_a_gpu_are_said_to_be(available, mon
 
 
 def test_the_warning_about_cuda_is_given_when_a_process_with_a_gpu_imports_the_operations():
-    program = "import torch; torch.cuda.device_count = lambda: 1; from la_aciq import ops"
+    program = "import torch; torch.cuda.device_count = lambda: 1; import la_aciq; la_aciq.ops.register()"
     environment = {name: value for name, value in os.environ.items() if name != "LA_ACIQ_BACKEND"}
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -142,6 +142,9 @@ def source_clip(
         codebook: `midrise` or `midtread`, what the fitted rules are for.
         objective: `exact` or `aciq`, likewise.
 
+    Returns:
+        The clip, in units of X.
+
     Raises:
         ValueError: the law is a constant, or an argument is not among its choices.
     """

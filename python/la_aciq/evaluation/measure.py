@@ -105,8 +105,8 @@ def evaluate_configurations(
 ) -> Report:
     """Measure several configurations of one model; the reference is the model as it is, evaluated once.
 
-    At most two quantized copies are in memory, with their equal weights once. Texts, token ids, profiles and configurations
-    are checked before the model runs.
+    At most two quantized copies are in memory, with their equal weights once. Texts, token ids, profiles and
+    configurations are checked before the model runs.
 
     Args:
         model: the unquantized model.

@@ -58,8 +58,13 @@ class LanguageAwareExperts(nn.Module):
 
         Args:
             experts: with parameters `gate_up_proj` [E, 2 I, K] and `down_proj` [E, K, I], of any float dtype.
-            config, state, seed, name: as in `LanguageAwareLinear.from_linear`.
-            clips, centers, second_moments: by the name of the weight, "gate_up_proj" and "down_proj", as
+            config: as in `LanguageAwareLinear.from_linear`.
+            state: as in `LanguageAwareLinear.from_linear`.
+            seed: as in `LanguageAwareLinear.from_linear`.
+            name: as in `LanguageAwareLinear.from_linear`.
+            clips: by the name of the weight, "gate_up_proj" and "down_proj", as
+            centers: by the name of the weight, "gate_up_proj" and "down_proj", as
+            second_moments: by the name of the weight, "gate_up_proj" and "down_proj", as
                 `LanguageAwareLinear.from_linear` takes each.
             like: these experts as they were quantized before.
 

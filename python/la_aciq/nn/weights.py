@@ -193,7 +193,10 @@ def feedback(
     This module's text says how. Time and memory: about 3 N K^2 multiplications and 6 float64 matrices [K, K].
 
     Args:
-        weight, second_moments, group_size, codebook: as in `quantize_weight`.
+        weight: as in `quantize_weight`.
+        second_moments: as in `quantize_weight`.
+        group_size: as in `quantize_weight`.
+        codebook: as in `quantize_weight`.
 
     Returns:
         The values and the clips, on the weight's device.

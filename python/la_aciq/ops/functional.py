@@ -29,6 +29,7 @@ from typing import Any, ParamSpec, TypeVar, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._deprecated import renamed_arguments
 from ..choices import ACTIVATION_CLIPS, CODEBOOKS, STATISTICS, ActivationClip, Codebook, Statistic
@@ -105,7 +106,7 @@ def _names_misfits(function: Callable[P, R]) -> Callable[P, R]:
         if not old_names.isdisjoint(kwargs):
             old = {name: value for name, value in kwargs.items() if name in old_names}
             new = {name: value for name, value in kwargs.items() if name not in old_names}
-            return named(*args, **renamed_arguments(function.__name__, old, renamed, new))
+            return named(*args, **renamed_arguments(function.__name__, old, renamed, new, warn=not is_compiling()))
         try:
             return function(*args, **kwargs)
         except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -225,7 +226,8 @@ def quantize(
         group_size: Elements along K that share a clip, an even number; None for the whole row.
         codebook: "midrise", values (q - 7.5) step with ends exactly +-clip, or "midtread", values (q - 8) step with an
             exact zero; step = 2 clip / 15.
-        signs, block_size: Quantize rotate(x, signs, block_size) instead of x; see `rotate`.
+        signs: Quantize rotate(x, signs, block_size) instead of x; see `rotate`.
+        block_size: Of that rotation.
         tail_sums: Return sums over each entry and group too.
 
     Returns:
@@ -270,7 +272,8 @@ def quantize_dynamic(
         group_size: Elements along K that share a clip, an even number; None for the whole row.
         statistic: "rms" or "absmax".
         codebook: "midrise" or "midtread", as in `quantize`.
-        signs, block_size: Quantize rotate(x, signs, block_size) instead of x; see `rotate`.
+        signs: Quantize rotate(x, signs, block_size) instead of x; see `rotate`.
+        block_size: Of that rotation.
 
     Returns:
         Codes, uint8 [..., ceil(K / 2)], and row_clips, float32 [..., groups], for `dequantize`. A group of zeros has
@@ -420,7 +423,8 @@ def linear(
         bias: A floating-point tensor [N].
         group_size: Elements along K of the weight that share a clip, an even number; None for the whole row.
         weight_codebook: "midrise" or "midtread", as in `quantize`.
-        signs, block_size: Rotate x first (see `rotate`); the weight was rotated with the same signs and block.
+        signs: Rotate x first (see `rotate`); the weight was rotated with the same signs and block.
+        block_size: Of that rotation.
         activation_bits: 16 leaves x as it is; 8 or 4 rounds it to that codebook first.
         activation_clip: "static": clips is a table of clips. "rms" or "absmax": clips is a table of factors on that
             statistic of each row's groups.
@@ -551,7 +555,13 @@ def linear_unchecked(
     The ids come from a `LanguageState`, which has checked them. Checks would take a fifth of a small layer's time.
 
     Args:
-        x, weight, weight_clip, bias, signs, clips, language_ids: As in `linear`; clips is [num_entries, groups].
+        x: As in `linear`.
+        weight: As in `linear`.
+        weight_clip: As in `linear`.
+        bias: As in `linear`.
+        signs: As in `linear`.
+        clips: As in `linear`, [num_entries, groups].
+        language_ids: As in `linear`.
         options: The settings, from `linear_options`.
 
     Returns:
@@ -582,8 +592,13 @@ def linear_options(
     tests them one by one, because a comprehension takes several times as long.
 
     Args:
-        group_size, weight_codebook, block_size: As in `linear`; 0 stands for None.
-        activation_bits, activation_clip, activation_group_size, activation_codebook: As in `linear`; 0 stands for None.
+        group_size: As in `linear`; 0 stands for None.
+        weight_codebook: As in `linear`; 0 stands for None.
+        block_size: As in `linear`; 0 stands for None.
+        activation_bits: As in `linear`; 0 stands for None.
+        activation_clip: As in `linear`; 0 stands for None.
+        activation_group_size: As in `linear`; 0 stands for None.
+        activation_codebook: As in `linear`; 0 stands for None.
 
     Returns:
         Keyword arguments of the operator.
