@@ -98,11 +98,14 @@ def test_under_full_load_memory_is_flat_and_no_output_is_wrong(server, answers):
 
 
 def check_killed(server, name):
-    """Requests that were under way fail, all of them and soon; the server says why and ends, with all its processes."""
+    """Requests that were under way fail, and soon; the server says why and ends, with all its processes.
+
+    Answers of the first batch may have arrived whole before the kill; those that waited behind it cannot.
+    """
     begun = time.monotonic()
     outcomes = asyncio.run(kill_under_load(server, name))
     assert time.monotonic() - begun < 60
-    assert "complete" not in outcomes
+    assert outcomes.count("complete") <= soak.SEQUENCES < len(outcomes)
     assert server.process.wait(60) == 2
     assert "la-aciq: error: the engine died" in server.log.read_text()
     deadline = time.monotonic() + 30

@@ -87,9 +87,10 @@ class _Worker:
         try:
             model, tokenizer = self._load()
             calibration = Calibration(model, self._texts, tokenizer, **DEFAULTS | self._settings)
-            yield _record("metadata", "", json.dumps(calibration.metadata).encode())
             for statistics in calibration.measured(calibration.languages[share :: self._workers], progress=False):
                 yield _record("language", statistics.tag, statistics.to_bytes())
+            # After measuring, which finds the layouts of the layers' inputs.
+            yield _record("metadata", "", json.dumps(calibration.metadata).encode())
         except LaAciqError as error:
             yield _record("error", "", str(error).encode())
             return
