@@ -400,3 +400,11 @@ class TestSecondMoments:
         resumed = calibrated(resume=tmp_path / "part")
         for name, matrix in profile.second_moments.items():
             np.testing.assert_array_equal(resumed.second_moments[name], matrix)
+
+
+def test_a_model_whose_first_pass_fails_is_refused_by_name():
+    model = byte_llama()
+    model.model.register_forward_pre_hook(lambda *_: {}["no such layer"])
+    texts = {"en": np.arange(256) % 60}
+    with pytest.raises(LaAciqError, match=r"LlamaForCausalLM cannot be calibrated: its first forward pass.*KeyError"):
+        la_aciq.calibrate(model, texts, seqlen=64, tokens=128, group_size=16, progress=False)

@@ -156,6 +156,7 @@ class Calibration:
         self._device = next(model.parameters()).device
         self._collector = _Collector(model, group_size, seed if rotate else None, ignore, second_moments)
         self._center = center
+        self._name = type(model).__name__
         self.languages = tuple(self._readings)
         self.second_moments = self._collector.second_moments if second_moments else None
 
@@ -190,7 +191,16 @@ class Calibration:
             def read(tag: str) -> None:
                 for call in self._readings[tag].calls:
                     arguments = {name: value.to(self._device) for name, value in call.items()}
-                    network(**arguments, **collector.cache(network))
+                    try:
+                        network(**arguments, **collector.cache(network))
+                    except Exception as error:
+                        if isinstance(error, LaAciqError) or bar.n > initial:
+                            raise
+                        reason = str(error).strip().partition("\n")[0]
+                        raise LaAciqError(
+                            f"{self._name} cannot be calibrated: its first forward pass, with {', '.join(arguments)}, "
+                            f"fails: {type(error).__name__}: {reason}"
+                        ) from error
                     bar.update(_positions(call))
 
             for tag in tags:

@@ -13,6 +13,7 @@ A layer whose calls have several layouts, or another one, has none and is left a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
 from typing import Any
 
@@ -60,9 +61,10 @@ class LayoutDetector:
             module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in self._modules.items()
         ]
         try:
-            return call()
-        finally:
+            output = call()
             self._passes.append(inputs)
+            return output
+        finally:
             for handle in handles:
                 handle.remove()
 
@@ -201,5 +203,6 @@ def detect_layouts(
         output = detector.run(lambda: network(**prompt, use_cache=True))
         past = next((name for name in PAST if getattr(output, name, None) is not None), None)
         if past is not None:
-            detector.run(lambda: network(**token, **{past: output[past]}, use_cache=True))
+            with suppress(Exception):  # some models want all tokens again beside the cache, or fail with one
+                detector.run(lambda: network(**token, **{past: output[past]}, use_cache=True))
     return detector.layouts()
