@@ -41,12 +41,12 @@ TESTS = (
     "tests/disparity",
     "tests/profile",
     "tests/ops/test_reference.py",
-    "tests/ops/test_integration.py",
+    "tests/ops/test_old_names.py",
     "tests/nn/test_config.py",
     "tests/test_tags.py",
     "tests/test_files.py",
 )
-TEST_PACKAGES = ("pytest", "pytest-benchmark", "hypothesis", "mpmath", "transformers>=5.19,<6", "accelerate", "gguf")
+TEST_PACKAGES = ("pytest", "pytest-benchmark", "hypothesis", "mpmath", "transformers>=5.19,<5.24", "accelerate", "gguf")
 
 TRIAL = """
 import json, sys, warnings
@@ -158,13 +158,9 @@ def test(trial: Path, source: Path, install: bool) -> dict[str, int]:
     """Numbers of tests by outcome, of `TESTS` against the wheel installed in the trial's environment."""
     if install:
         run(trial, "-m", "pip", "install", "--quiet", *TEST_PACKAGES, cwd=source)
-    # The unpacked source has the tests; its own copy of the package must not be what is tested.
-    (source / "python").rename(source / "python-not-tested")
-    try:
-        command = (trial, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
-        said = run(*command, cwd=source, capture=True, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
-    finally:
-        (source / "python-not-tested").rename(source / "python")
+    # pytest finds the tests in the unpacked source, and the package where the wheel put it: python/ is not on the path.
+    command = (trial, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+    said = run(*command, cwd=source, capture=True, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|failed|errors?)", said)}
     return {"passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0)}
 
