@@ -47,7 +47,7 @@ def test_language_ids_of_tokens(steps, padding, sink):
     starts = torch.tensor(np.cumsum([0] + [count for count, _, _ in steps]), dtype=torch.int32)
     lengths = torch.tensor([count + before for count, before, _ in steps], dtype=torch.int32)
     ids.token_language_ids.fill_(-1)
-    ids.begin(starts, lengths, len(expected) + padding, max(count for count, _, _ in steps))
+    ids.begin(starts, lengths, len(expected) + padding)
     assert ids.token_language_ids[: len(expected)].tolist() == expected
     # Padding of a graph may have any id that exists; what lies behind is not touched.
     assert set(ids.token_language_ids[len(expected) : len(expected) + padding].tolist()) <= set(range(len(ids.entries)))
@@ -60,7 +60,7 @@ def test_language_ids_of_tokens(steps, padding, sink):
 def test_inputs_whose_rows_are_not_the_tokens_of_the_step_are_refused(shape):
     """As those of transformers' layout [1, tokens, K], or of a layer that sees the last tokens only."""
     ids = language_ids()
-    ids.begin(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([9], dtype=torch.int32), 4, 4)
+    ids.begin(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([9], dtype=torch.int32), 4)
     assert ids.ids_for(torch.zeros(4, 8)).shape == (4,)
     with pytest.raises(RuntimeError, match="language of each of its rows is unknown"):
         ids.ids_for(torch.zeros(shape))
@@ -108,7 +108,7 @@ def test_tensors_stay_where_they_are():
     addresses = ids.slot_ids.data_ptr(), ids.token_language_ids.data_ptr()
     ids.host_slot_ids[0] = 2
     ids.publish()
-    ids.begin(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([9], dtype=torch.int32), 4, 4)
+    ids.begin(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([9], dtype=torch.int32), 4)
     assert (ids.slot_ids.data_ptr(), ids.token_language_ids.data_ptr()) == addresses
     assert ids.token_language_ids[:4].tolist() == [2] * 4
 

@@ -17,7 +17,7 @@ class BatchLanguageIds(LanguageState):
         slot_ids: the same as an int32 tensor on the device, written by `publish`.
         token_language_ids: int32 [tokens of the largest step], the language id of each token, written by `begin`.
             Both tensors are written in place and keep their addresses, because CUDA graphs hold on to those.
-        count: tokens of the running step, without padding.
+        count: tokens of the running step.
         sampling: whether the running step is a sample (`adapt`).
         sample_steps: one step in this many is a sample; 0: none is.
     """
@@ -41,7 +41,7 @@ class BatchLanguageIds(LanguageState):
         # From a new tensor: nothing else writes to it while the copy may still be under way.
         self.slot_ids.copy_(torch.tensor(self.host_slot_ids, dtype=torch.int32))
 
-    def begin(self, starts: torch.Tensor, lengths: torch.Tensor, count: int, longest: int) -> None:
+    def begin(self, starts: torch.Tensor, lengths: torch.Tensor, count: int) -> None:
         """Write `token_language_ids` for a step, without waiting for the device.
 
         A token has the language id of its request. The first token of a sequence (position 0) has the id of the
@@ -51,19 +51,12 @@ class BatchLanguageIds(LanguageState):
         Args:
             starts: int32 [requests + 1], the index of each request's first token in the step.
             lengths: int32 [>= requests], tokens of each request up to the end of the step.
-            count: tokens of the step.
-            longest: the largest number of tokens that a request has in the step.
+            count: tokens of the step, with or without those that fill up a graph.
         """
         self._steps += 1
         self.sampling = self.sample_steps > 0 and self._steps % self.sample_steps == 0
         self.count = count
         requests = starts.shape[0] - 1
-        if longest == 1 and requests == count:  # one token each: decoding
-            ids = self.token_language_ids[:count]
-            ids.copy_(self.slot_ids[:count])
-            if self._sink_id is not None:
-                ids.masked_fill_(lengths[:count] == 1, self._sink_id)
-            return
         order = self._order[:count]
         request = torch.bucketize(order, starts[1:], right=True).clamp_(max=requests - 1)
         ids = self.slot_ids[request]

@@ -37,9 +37,7 @@ def _write_language_ids() -> None:
         config = served_config(vllm_config)
         if config is not None and config.language_ids is not None and attn_metadata:
             metadata = next(iter(attn_metadata.values()))
-            config.language_ids.begin(
-                metadata.query_start_loc, metadata.seq_lens, metadata.num_actual_tokens, metadata.max_query_len
-            )
+            config.language_ids.begin(metadata.query_start_loc, metadata.seq_lens, metadata.num_actual_tokens)
         result: dict[str, Any] = original(*args, attn_metadata=attn_metadata, vllm_config=vllm_config, **kwargs)
         return result
 
