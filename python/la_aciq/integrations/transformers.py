@@ -73,7 +73,17 @@ class LaAciqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
 
     @classmethod
     def of(cls, description: dict[str, Any]) -> "LaAciqConfig":
-        """The configuration of a model that is quantized already; raises `LaAciqError` for an inconsistent one."""
+        """Make the configuration of a model that is quantized already.
+
+        Args:
+            description: How the model was quantized, as `quantization_config` in its config.json has it.
+
+        Returns:
+            The configuration, without a profile.
+
+        Raises:
+            LaAciqError: The description is inconsistent, or of a version that this release does not read.
+        """
         quantization, _ = read_description(description)
         config = cls.__new__(cls)
         config.quant_method, config.profile = METHOD, None
@@ -288,6 +298,10 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
     """Give a quantized model of transformers the attributes of one that transformers has quantized.
 
     By them `save_pretrained` writes it as a quantized one, and `Trainer` and `half()` refuse it.
+
+    Args:
+        model: The model, which is changed; one that is not of transformers is left as it is.
+        quantization: How it was quantized.
     """
     from transformers import PreTrainedModel
 

@@ -67,7 +67,15 @@ class LanguageAwareCache(DynamicCache):  # type: ignore[misc]  # transformers ha
 
     @classmethod
     def take_over(cls, cache: DynamicCache, model: nn.Module) -> None:
-        """Make an empty DynamicCache a LanguageAwareCache in place: whoever made it goes on using that object."""
+        """Make an empty DynamicCache a LanguageAwareCache in place: whoever made it goes on using that object.
+
+        Args:
+            cache: The cache, which holds no tokens yet.
+            model: A model quantized with `QuantConfig(kv=4)`.
+
+        Raises:
+            LaAciqError: The model has no INT4 cache.
+        """
         marks = {name: value for name, value in vars(cache).items() if name == "_is_user_defined"}
         cache.__class__ = cls
         cache.__dict__ = vars(cls(model)) | marks

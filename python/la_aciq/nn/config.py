@@ -173,11 +173,26 @@ class QuantConfig:
         return self.sharing == "language" and (centers or clips)
 
     def groups(self, k: int) -> int:
-        """The columns of the clip table of a layer with k inputs."""
+        """The number of groups of a layer's input that have a clip of their own.
+
+        Args:
+            k: The layer's input features K.
+
+        Returns:
+            The columns of its clip table.
+        """
         return -(-k // self.activation_group_size) if self.activation_group_size else 1
 
     def ignores(self, name: str, head: str | None = None) -> bool:
-        """Whether a layer of this full name is left alone; head is the output head's name (`is_ignored`)."""
+        """Whether a layer is left alone by `ignore`.
+
+        Args:
+            name: The layer's full name.
+            head: The name of the model's output head, which "lm_head" in `ignore` also names; None without one.
+
+        Returns:
+            True where a pattern names the layer by its full name, its last component, or as a shell pattern.
+        """
         return is_ignored(name, self.ignore, head)
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,7 +201,13 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
-        """The configuration of a mapping of field names to values.
+        """Make a configuration of a mapping, such as `to_dict` gives.
+
+        Args:
+            values: By the names of fields their values, of JSON types; fields that are absent have their defaults.
+
+        Returns:
+            The configuration.
 
         Raises:
             LaAciqError: an unknown name, or a value that the field cannot have.

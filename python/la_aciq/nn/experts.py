@@ -28,7 +28,16 @@ class LanguageAwareExperts(nn.Module):
 
     @classmethod
     def empty(cls, experts: Any, config: QuantConfig, state: LanguageState) -> "LanguageAwareExperts":
-        """Experts of the shapes of trained ones, on the meta device, for a checkpoint to fill."""
+        """Make empty experts of the shapes of trained ones, for a checkpoint to fill.
+
+        Args:
+            experts: as in `from_experts`; only shapes and dtypes are read.
+            config: how the layers are quantized.
+            state: the model's language ids.
+
+        Returns:
+            The experts, on the meta device.
+        """
         quantized = cls(experts.act_fn, state)
         for index in range(len(experts.gate_up_proj)):
             for name in EXPERT_WEIGHTS:

@@ -100,16 +100,37 @@ class LanguageState:
         return self._entries.unserved
 
     def entry(self, tag: str) -> int:
-        """The entry that serves a canonical BCP-47 tag, 0 (`und`) when no entry's language is close to it."""
+        """The number of the entry that serves a language.
+
+        Args:
+            tag: A canonical BCP-47 tag, such as "pt-BR".
+
+        Returns:
+            The index in `entries`; 0 (`und`) when no entry's language is close to the tag's.
+        """
         return self._entries.entry(tag)
 
     def row(self, tag: str) -> int:
-        """The old name of `entry`."""
+        """The old name of `entry`; gives a DeprecationWarning.
+
+        Args:
+            tag: A canonical BCP-47 tag.
+
+        Returns:
+            What `entry` returns.
+        """
         warn_renamed("LanguageState.row", "LanguageState.entry")
         return self.entry(tag)
 
     def copied_with(self, memo: dict[int, Any]) -> bool:
-        """Whether a copy in progress is that of the model, or of a part that has its passes; not of a layer alone."""
+        """Whether a copy in progress is that of the model, or of a part that has its passes; not of a layer alone.
+
+        Args:
+            memo: That of `copy.deepcopy`: by id the objects that are copied already.
+
+        Returns:
+            True where a module that `attach` hooked is being copied, and where none is hooked.
+        """
         return not self._hooked or any(id(module) in memo for module in self._hooked)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LanguageState":
@@ -194,16 +215,24 @@ class LanguageState:
         return None if self._memory is None else self._memory[1]
 
     def ids_for(self, x: torch.Tensor, layout: str | None = None) -> torch.Tensor | None:
-        """The language ids (int32) for a layer's input x [..., K]: they match x's leading dimensions from the left.
+        """The language ids for a layer's input in the running pass.
 
-        None, the pooled entry, outside a forward pass of the model. With a layout (nn/layout.py), x has that. Without,
-        x has the pass's [batch, tokens] positions, the
-        same positions flattened, only the last ones of each row (a head under `logits_to_keep`), those of the encoder
-        that a decoder's cross-attention reads, or one row for each of the batch (a pooler, a classifier's head), which
-        reads its language's entry whichever token it was.
+        Without a layout, x has the pass's [batch, tokens] positions, the same positions flattened, only the last ones
+        of each row (a head under `logits_to_keep`), those of the encoder that a decoder's cross-attention reads, or one
+        row for each of the batch (a pooler, a classifier's head), which reads its language's entry whichever token it
+        was.
+
+        Args:
+            x: The input [..., K], of any dtype.
+            layout: The layer's layout (nn/layout.py); None: x's shape tells.
+
+        Returns:
+            int32 ids that match x's leading dimensions from the left, on x's device; None, the pooled entry, outside of
+            a forward pass of the model and for the layout "none".
 
         Raises:
-            RuntimeError: x has another shape, because it cannot be known which token is whose.
+            RuntimeError: Without a layout, x has another shape: it is not known which token is whose.
+            LaAciqError: x does not have the layout.
         """
         ids = self._ids
         if ids is None:
@@ -243,7 +272,20 @@ class LanguageState:
 
     @contextmanager
     def picked(self, x: torch.Tensor, tokens: torch.Tensor, layout: str | None = None) -> Iterator[None]:
-        """Inside, layers read rows x[tokens] of a layer's input x [T, K] (int64 [n]), as experts do."""
+        """Inside, layers read some rows of a layer's input, as experts do.
+
+        Args:
+            x: The input of all experts [T, K].
+            tokens: The rows of x that are read inside, int64 [n].
+            layout: x's, as `ids_for` takes it.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RuntimeError: As `ids_for`.
+            LaAciqError: As `ids_for`.
+        """
         before, memory = self._ids, self._memory
         ids = self.ids_for(x, layout)
         self._ids, self._memory = None if ids is None else ids[tokens], None
@@ -321,7 +363,14 @@ class LanguageState:
         return None if cache is None else (args, kwargs | {"past_key_values": cache})
 
     def batch_ids(self, batch: int, device: torch.device) -> torch.Tensor:
-        """The language id of each row of the running pass's batch, int32 [batch]; `und` outside of a pass.
+        """The language id of each row of the running pass's batch.
+
+        Args:
+            batch: The number of rows.
+            device: Of the result.
+
+        Returns:
+            int32 [batch]; `und` outside of a pass.
 
         Raises:
             LaAciqError: The running pass has another batch.
@@ -332,7 +381,10 @@ class LanguageState:
         return torch.tensor(entries, dtype=torch.int32, device=device)
 
     def check_batch_ids(self, ids: torch.Tensor) -> None:
-        """Compare ids [batch] with the running pass's, on the CPU, where reading them is free.
+        """Compare ids with those of the running pass, on the CPU, where reading them is free.
+
+        Args:
+            ids: The language id of each row of the batch, int32 [batch].
 
         Raises:
             LaAciqError: They differ.
@@ -344,8 +396,15 @@ class LanguageState:
             )
 
     def starts_of_batch(self, batch: int, device: torch.device) -> torch.Tensor | None:
-        """Where among the running pass's tokens each sequence begins, int64 [batch]: the number of tokens where it does
-        not. None where all begin with the first token, and outside of a pass.
+        """Where among the running pass's tokens each sequence begins.
+
+        Args:
+            batch: The number of rows.
+            device: Of the result.
+
+        Returns:
+            int64 [batch]: the place of the first token, or the number of tokens where no sequence begins. None where
+            all sequences begin with the first token, and outside of a pass.
 
         Raises:
             LaAciqError: More than one sequence begins in a row of the batch.

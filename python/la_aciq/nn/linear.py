@@ -426,7 +426,22 @@ class LanguageAwareLinear(LanguageAwareModule):
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_clip: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """What `forward` does, with these weights: the layer's own, or joined ones of layers that share its input."""
+        """What `forward` does, with these weights: the layer's own, or joined ones of layers that share its input.
+
+        Args:
+            x: The input [..., K], float32, bfloat16 or float16.
+            weight: Codes, uint8 [N, ceil(K / 2)] or repacked int32 [N / 16, K / 8, 16]; with 16-bit weights [N, K] of
+                the layer's dtype.
+            weight_clip: float32 [N, groups]; None with 16-bit weights.
+            bias: [N], with centers [entries, N], of the layer's dtype; or None.
+
+        Returns:
+            The output [..., N], in x's dtype.
+
+        Raises:
+            RuntimeError: It is not known which token a row of x belongs to (`LanguageState.ids_for`).
+            LaAciqError: x does not have the layer's layout.
+        """
         clips, center = self._buffers["clips"], self._buffers["center"]
         table = bias if bias is not None and bias.ndim == 2 else None
         entry = None if torch.compiler.is_compiling() or self.layout == "none" else self.state.common_entry

@@ -342,8 +342,15 @@ def check_unquantized(model: nn.Module) -> None:
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Stored bits per weight of the replaced layers, the weights' clips and the tables of centers and their biases
-    included; the bits of the parameters' dtype when there are none.
+    """Stored bits per weight of a model's quantized layers.
+
+    Codes, the weights' clips and the tables of centers and of their biases are counted.
+
+    Args:
+        model: A quantized model, or one that is not.
+
+    Returns:
+        The bits per weight; those of the parameters' dtype where no layer is quantized.
     """
     bits = weights = 0
     for module in model.modules():

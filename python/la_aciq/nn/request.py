@@ -30,6 +30,9 @@ def language(tag: str) -> Iterator[None]:
         tag: A BCP-47 tag such as "sw" or "pt-BR". A language that the model has no entry for is served by the pooled
             entry `und`, and counted in `LanguageState.unserved`.
 
+    Yields:
+        Nothing.
+
     Raises:
         LaAciqError: The tag is not BCP-47.
     """
@@ -46,6 +49,9 @@ def languages(tags: Sequence[str]) -> Iterator[None]:
 
     Args:
         tags: BCP-47 tags, one per row of the batch.
+
+    Yields:
+        Nothing.
 
     Raises:
         LaAciqError: A tag is not BCP-47.
