@@ -44,7 +44,7 @@ TARGET_S = 1.0
 
 
 def made_up_profile(layers: int = LAYERS, languages: int = LANGUAGES) -> SimpleNamespace:
-    """What `clipping.table` reads of a profile: rows, languages, sites with one group each, and layers."""
+    """What `clipping.table` reads of a profile: entries, languages, sites with one group each, and layers."""
     rng = np.random.default_rng(0)
     rows = ("und", *(f"l{i}" for i in range(languages)), "sink")
     edges = np.concatenate([[0.0], *[2.0**e * (1 + np.arange(8) / 8) for e in range(-16, 16)], [2.0**16]])

@@ -35,4 +35,4 @@ ids = tokenizer("The committee met on Tuesday.", return_tensors="pt")["input_ids
 with torch.no_grad(), la_aciq.language("en"):
     difference = (loaded(input_ids=ids).logits - int4(input_ids=ids).logits).abs().max()
 print(f"largest difference of a logit: {float(difference):.1e}")
-print("languages of the table:", ", ".join(load_table(f"{folder}/la_aciq/clip_table.safetensors").rows))
+print("languages of the table:", ", ".join(load_table(f"{folder}/la_aciq/clip_table.safetensors").entries))

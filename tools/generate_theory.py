@@ -401,9 +401,9 @@ def summarize_profile(folder: str) -> dict[str, Any]:
         languages[language] = {
             "kurtosis_eff": laws[language].kurtosis,
             "kurtosis_layers": [float(q) for q in np.nanquantile(own_kurtosis, [0.0, 0.5, 1.0])],
-            "shape": float(np.median([table.shape[layer][row, 0] for layer in layers])),
+            "shape": float(np.median([table.clip_factors[layer][row, 0] for layer in layers])),
             "shared": float(bounds.shared[i]),
-            "own": float(bounds.own[i]),
+            "own": float(bounds.separate[i]),
             "shannon": limit[language].shannon,
             "lloyd_max": limit[language].lloyd_max,
             "quantizer": limit[language].quantizer,
@@ -415,11 +415,11 @@ def summarize_profile(folder: str) -> dict[str, Any]:
         "layer_inputs": len(inputs),
         "languages": languages,
         "shared_gap": bounds.shared_gap,
-        "own_gap": bounds.own_gap,
+        "own_gap": bounds.separate_gap,
         "total_variation": bounds.total_variation,
         "cells": bounds.cells,
         "wasserstein_shared": bounds.wasserstein_shared,
-        "wasserstein_own": bounds.wasserstein_own,
+        "wasserstein_own": bounds.wasserstein_separate,
         "regret": {kind: max(row.values()) for kind, row in regret.as_dict().items()},
     }
 

@@ -197,7 +197,7 @@ class Lab:
     def row(self, profile: Profile, clips: clipping.ClipTable, tag: str, center: str | None = None, **how: Any) -> Row:
         """The clips of a row of the table, with the centers of the same row or of another."""
         place, sink = profile.entries.index(tag), profile.entries.index(SINK)
-        alpha = {site: torch.from_numpy(clips.alpha[site]) for site in profile.centers}
+        alpha = {site: torch.from_numpy(clips.clips[site]) for site in profile.centers}
         return Row(
             {site: own[place] for site, own in alpha.items()},
             {site: own[sink] for site, own in alpha.items()},
@@ -429,7 +429,7 @@ def follow(lab: Lab, tag: str, english: bool) -> tuple[Row, dict[str, Tensor]]:
         clipped, total = (a[:1] for a in stats.tail_sums(np.broadcast_to(alpha, stats.moments.shape)))
         sums = np.stack([stats.moments.count[:1], clipped, total], axis=-1)
         wide = clip.double().numpy()[None]
-        now[site] = dataclasses.replace(adapt.start(alpha, sums), alpha=wide, calibrated=wide.copy())
+        now[site] = dataclasses.replace(adapt.start(alpha, sums), clips=wide, calibrated=wide.copy())
     simulated = lab.simulated
     totals = {site: torch.zeros_like(center) for site, center in row.centers.items()}
     tokens = 0
@@ -440,7 +440,7 @@ def follow(lab: Lab, tag: str, english: bool) -> tuple[Row, dict[str, Tensor]]:
             now[site] = adapt.update(now[site], own.tails.numpy()[None])
             totals[site] += own.total
         tokens += len(window.ids) - 1
-        row = dataclasses.replace(row, clips={site: torch.from_numpy(a.alpha[0]).float() for site, a in now.items()})
+        row = dataclasses.replace(row, clips={site: torch.from_numpy(a.clips[0]).float() for site, a in now.items()})
     simulated.watched = None
     lab.followed[tag, english] = row, {site: total / tokens for site, total in totals.items()}
     return lab.followed[tag, english]

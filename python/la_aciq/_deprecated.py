@@ -1,8 +1,13 @@
 """Names of 0.1 that moved or were renamed in 0.2. They work until 0.3, with a DeprecationWarning."""
 
+import functools
 import importlib
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Class = TypeVar("_Class", bound=type)
 
 # (package, name in it): the module that has it now, and its name there.
 _MOVED = {
@@ -55,6 +60,59 @@ def renamed_arguments(
             warn_renamed(f"{function}({name}=...)", f"{function}({new}=...)", stacklevel=4)
         result[new] = value
     return result
+
+
+def old_arguments(**renamed: str) -> Callable[[_Function], _Function]:
+    """Decorator of functions that accepts the old names of arguments, with a DeprecationWarning.
+
+    For functions that are called rarely: it costs each call a function. `renamed_arguments` costs nothing.
+
+    Args:
+        **renamed: by old name the new one.
+
+    Returns:
+        The decorator. The function raises TypeError where both names are given.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        name = function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def call(*args: Any, **arguments: Any) -> Any:
+            old = {key: arguments.pop(key) for key in [key for key in arguments if key in renamed]}
+            if old:
+                arguments = renamed_arguments(name, old, renamed, arguments)
+            return function(*args, **arguments)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def old_fields(**renamed: str) -> Callable[[_Class], _Class]:
+    """Decorator of dataclasses that accepts the old names of fields, as arguments and as attributes.
+
+    Args:
+        **renamed: by old name the new one.
+
+    Returns:
+        The decorator.
+    """
+
+    def decorate(cls: _Class) -> _Class:
+        def attribute(old: str, new: str) -> property:
+            def read(self: Any) -> Any:
+                warn_renamed(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}")
+                return getattr(self, new)
+
+            return property(read, doc=f"The old name of `{new}`.")
+
+        setattr(cls, "__init__", old_arguments(**renamed)(getattr(cls, "__init__")))  # noqa: B009, B010
+        for old, new in renamed.items():
+            setattr(cls, old, attribute(old, new))
+        return cls
+
+    return decorate
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:

@@ -22,36 +22,38 @@ def profile():
     }
     made = synthetic_profile(languages, normal(40.0), values=30_000)
     layers = {"layers.q_proj": SITES[0], "layers.v_proj": SITES[0], "layers.down_proj": SITES[1]}
-    return Profile(made.rows, made.sites, layers)
+    return Profile(made.entries, made.sites, layers)
 
 
 def histogram_of(profile, site, row, group):
     return profile.sites[site].moments.histogram[profile.entries.index(row), group]
 
 
-def test_every_layer_row_and_group_has_its_own_clip(profile):
+def test_every_layer_entry_and_group_has_its_own_clip(profile):
     table = clipping.table(profile)
-    assert table.rows == ("und", "en", "sw", "pt-BR", "sink")
-    assert set(table.alpha) == {"layers.q_proj", "layers.v_proj", "layers.down_proj", SITES[2]}
+    assert table.entries == ("und", "en", "sw", "pt-BR", "sink")
+    assert set(table.clips) == {"layers.q_proj", "layers.v_proj", "layers.down_proj", SITES[2]}
     for layer, site in [("layers.q_proj", SITES[0]), ("layers.down_proj", SITES[1]), (SITES[2], SITES[2])]:
-        assert table.alpha[layer].shape == (5, 2)
+        assert table.clips[layer].shape == (5, 2)
         for row in ("en", "sw", "pt-BR", "sink"):
             for group in range(2):
                 expected = float(clipping.optimal_histogram(histogram_of(profile, site, row, group))[0])
-                ours = table.alpha[layer][table.row(row), group]
+                ours = table.clips[layer][table.entry(row), group]
                 # Languages are drawn toward `und` with the weight of 1024 values; a token class is not.
                 assert ours == pytest.approx(expected, rel=1e-5 if row == "sink" else 0.06)
-    np.testing.assert_array_equal(table.alpha["layers.q_proj"], table.alpha["layers.v_proj"])
+    np.testing.assert_array_equal(table.clips["layers.q_proj"], table.clips["layers.v_proj"])
 
 
-def test_shape_is_the_clip_over_the_rms(profile):
+def test_factors_are_the_clip_over_the_rms(profile):
     table = clipping.table(profile)
     rms = np.repeat(list(SIGMA.values()), 2).reshape(3, 2)
-    np.testing.assert_allclose(table.alpha["layers.q_proj"][1:4] / table.shape["layers.q_proj"][1:4], rms, rtol=0.05)
-    assert table.shape["layers.q_proj"][1, 0] == pytest.approx(2.51, abs=0.1)
+    np.testing.assert_allclose(
+        table.clips["layers.q_proj"][1:4] / table.clip_factors["layers.q_proj"][1:4], rms, rtol=0.05
+    )
+    assert table.clip_factors["layers.q_proj"][1, 0] == pytest.approx(2.51, abs=0.1)
 
 
-def test_shared_rows_minimize_the_language_objective(profile):
+def test_shared_clips_minimize_the_language_objective(profile):
     grid = np.geomspace(0.5, 12, 3000)
     rows = [profile.entries.index(tag) for tag in SIGMA]
     for kind in ("mean", "minimax", "variance"):
@@ -61,44 +63,44 @@ def test_shared_rows_minimize_the_language_objective(profile):
             power = np.array([[float(clipping.Empirical.from_histogram(h).power)] for h in histogram])
             errors = clipping.histogram_mse(histogram[:, None], grid) / power
             value = {"mean": errors.mean(0), "minimax": errors.max(0), "variance": errors.mean(0) + errors.var(0)}[kind]
-            shared = float(table.alpha["layers.q_proj"][0, group])
+            shared = float(table.clips["layers.q_proj"][0, group])
             at = clipping.histogram_mse(histogram, shared) / power[:, 0]
             got = {"mean": at.mean(), "minimax": at.max(), "variance": at.mean() + at.var()}[kind]
             assert got <= value.min() * (1 + 1e-4)
     weighted = clipping.table(profile, language_objective="weighted", language_weights={"pt-BR": 2.0})
     own = clipping.table(profile)
-    np.testing.assert_allclose(weighted.alpha["layers.q_proj"][0], own.alpha["layers.q_proj"][3], rtol=0.04)
+    np.testing.assert_allclose(weighted.clips["layers.q_proj"][0], own.clips["layers.q_proj"][3], rtol=0.04)
 
 
 def test_pooled_sharing_gives_languages_the_und_clip_and_sink_its_own(profile):
     own, pooled = clipping.table(profile), clipping.table(profile, sharing="pooled")
-    for layer in pooled.alpha:
-        np.testing.assert_array_equal(pooled.alpha[layer][1:4], np.repeat(pooled.alpha[layer][:1], 3, axis=0))
-        np.testing.assert_array_equal(pooled.alpha[layer][[0, 4]], own.alpha[layer][[0, 4]])
+    for layer in pooled.clips:
+        np.testing.assert_array_equal(pooled.clips[layer][1:4], np.repeat(pooled.clips[layer][:1], 3, axis=0))
+        np.testing.assert_array_equal(pooled.clips[layer][[0, 4]], own.clips[layer][[0, 4]])
         # The dynamic operation multiplies a row's own rms, so the factors differ.
-        assert np.ptp(pooled.shape[layer][1:4, 0]) > 0.5
+        assert np.ptp(pooled.clip_factors[layer][1:4, 0]) > 0.5
     assert np.all(pooled.shrinkage["layers.q_proj"][1:4] == 1)
 
 
 def test_granularities(profile):
     layer = clipping.table(profile, granularity="layer")
     for name, site in [("layers.q_proj", SITES[0]), ("layers.down_proj", SITES[1])]:
-        assert np.all(layer.alpha[name] == layer.alpha[name][:, :1])
+        assert np.all(layer.clips[name] == layer.clips[name][:, :1])
         summed = profile.sites[site].moments.histogram.sum(1)
         expected = clipping.optimal_histogram(summed)[0]
-        np.testing.assert_allclose(layer.alpha[name][1:, 0], expected[1:], rtol=0.03)
+        np.testing.assert_allclose(layer.clips[name][1:, 0], expected[1:], rtol=0.03)
     model = clipping.table(profile, granularity="model")
-    assert np.all(model.alpha["layers.q_proj"] == model.alpha["layers.down_proj"])
-    assert not np.any(model.alpha["layers.q_proj"] == model.alpha[SITES[2]])  # keys are another quantizer
+    assert np.all(model.clips["layers.q_proj"] == model.clips["layers.down_proj"])
+    assert not np.any(model.clips["layers.q_proj"] == model.clips[SITES[2]])  # keys are another quantizer
     total = sum(profile.sites[site].moments.histogram.sum(1) for site in SITES[:2])
-    np.testing.assert_allclose(model.alpha["layers.q_proj"][1:, 0], clipping.optimal_histogram(total)[0][1:], rtol=0.03)
+    np.testing.assert_allclose(model.clips["layers.q_proj"][1:, 0], clipping.optimal_histogram(total)[0][1:], rtol=0.03)
 
 
 def test_models_and_codebooks_reach_the_solver(profile):
     for bits, codebook, objective in ((2, "midtread", "exact"), (8, "midrise", "in_range"), (4, "midrise", "aciq")):
         table = clipping.table(profile, bits, codebook, objective)
         expected = clipping.optimal_histogram(histogram_of(profile, SITES[1], "sink", 1), bits, codebook, objective)[0]
-        assert table.alpha["layers.down_proj"][4, 1] == pytest.approx(float(expected), rel=1e-6)
+        assert table.clips["layers.down_proj"][4, 1] == pytest.approx(float(expected), rel=1e-6)
 
 
 def with_row(profile, row, samples):
@@ -117,18 +119,18 @@ def with_row(profile, row, samples):
 def test_small_samples_are_shrunk_toward_und(profile):
     few = np.random.default_rng(0).normal(0, 0.05, PRIOR_SAMPLES)
     table = clipping.table(with_row(profile, "sw", few))
-    layer, row = "layers.q_proj", table.row("sw")
+    layer, row = "layers.q_proj", table.entry("sw")
     assert table.shrinkage[layer][row] == pytest.approx(0.5)
-    assert table.shrinkage[layer][table.row("en")] == pytest.approx(PRIOR_SAMPLES / (PRIOR_SAMPLES + 30_000))
+    assert table.shrinkage[layer][table.entry("en")] == pytest.approx(PRIOR_SAMPLES / (PRIOR_SAMPLES + 30_000))
     assert table.shrinkage[layer][0] == pytest.approx(0)
     own = float(clipping.optimal_histogram(log_histogram(few))[0])
-    np.testing.assert_allclose(table.alpha[layer][row], np.sqrt(own * table.alpha[layer][0]), rtol=1e-5)
+    np.testing.assert_allclose(table.clips[layer][row], np.sqrt(own * table.clips[layer][0]), rtol=1e-5)
     empty = clipping.table(with_row(profile, "sw", None))
-    np.testing.assert_array_equal(empty.alpha[layer][row], empty.alpha[layer][0])
+    np.testing.assert_array_equal(empty.clips[layer][row], empty.clips[layer][0])
     np.testing.assert_array_equal(empty.shrinkage[layer][row], 1)
     no_sink = clipping.table(with_row(profile, "sink", None))
-    np.testing.assert_array_equal(no_sink.alpha[layer][4], no_sink.alpha[layer][0])
-    assert np.isfinite(no_sink.shape[layer]).all()
+    np.testing.assert_array_equal(no_sink.clips[layer][4], no_sink.clips[layer][0])
+    assert np.isfinite(no_sink.clip_factors[layer]).all()
 
 
 def test_zero_channels_get_finite_clips(profile):
@@ -136,7 +138,7 @@ def test_zero_channels_get_finite_clips(profile):
     for row in profile.entries:
         dead = with_row(dead, row, np.zeros(1000))
     table = clipping.table(dead)
-    for values in (*table.alpha.values(), *table.shape.values()):
+    for values in (*table.clips.values(), *table.clip_factors.values()):
         assert np.all(np.isfinite(values) & (values > 0))
 
 
@@ -152,9 +154,9 @@ def test_checkpoint_round_trip(profile):
     table = clipping.table(profile, granularity="layer", language_objective="minimax")
     arrays, metadata = table.to_arrays()
     again = ClipTable.from_arrays(arrays, json.loads(json.dumps(metadata)))
-    assert again.rows == table.rows
+    assert again.entries == table.entries
     assert again.language_objective == "minimax"
-    for field in ("alpha", "shape", "shrinkage"):
+    for field in ("clips", "clip_factors", "shrinkage"):
         for layer, values in getattr(table, field).items():
             np.testing.assert_array_equal(getattr(again, field)[layer], values)
 
@@ -162,9 +164,9 @@ def test_checkpoint_round_trip(profile):
 @pytest.mark.parametrize(
     ("tag", "row"), [("en", "en"), ("pt", "pt-BR"), ("en-GB", "en"), ("ja", "und"), ("und", "und"), ("sink", "sink")]
 )
-def test_rows_are_matched_by_tag(profile, tag, row):
+def test_entries_are_matched_by_tag(profile, tag, row):
     table = clipping.table(profile)
-    assert table.rows[table.row(tag)] == row
+    assert table.entries[table.entry(tag)] == row
 
 
 def test_damaged_tables_are_refused(profile):
@@ -178,20 +180,21 @@ def test_damaged_tables_are_refused(profile):
 
     for value in (np.nan, np.inf, 0.0, -1.0):
         with pytest.raises(
-            ValueError, match=r"alpha of layer 'layers.q_proj' must be finite and positive, got .* for 'sw', group 1"
+            ValueError,
+            match=r"clips of layer 'layers.q_proj': expected finite and positive values, got .* for 'sw', group 1",
         ):
             ClipTable.from_arrays(altered(value), metadata)
-    with pytest.raises(ValueError, match=r"must be float32 \[5, groups\], got float64"):
+    with pytest.raises(ValueError, match=r"expected float32 \[5, groups\], got float64"):
         ClipTable.from_arrays({**arrays, name: arrays[name].astype(np.float64)}, metadata)
-    with pytest.raises(ValueError, match=r"must be float32 \[5, groups\], got float32 \[4, 2\]"):
+    with pytest.raises(ValueError, match=r"expected float32 \[5, groups\], got float32 \[4, 2\]"):
         ClipTable.from_arrays({**arrays, name: arrays[name][:4]}, metadata)
-    with pytest.raises(ValueError, match="must name the same layers"):
+    with pytest.raises(ValueError, match="expected arrays of the same layers"):
         ClipTable.from_arrays({k: v for k, v in arrays.items() if k != name}, metadata)
-    with pytest.raises(ValueError, match="must be named alpha/, shape/ or shrinkage/"):
+    with pytest.raises(ValueError, match="expected names of alpha/, shape/ or shrinkage/"):
         ClipTable.from_arrays({**arrays, "weights": arrays[name]}, metadata)
-    with pytest.raises(ValueError, match="metadata of a clip table must have 'bits'"):
+    with pytest.raises(ValueError, match="metadata: expected 'bits'"):
         ClipTable.from_arrays(arrays, {k: v for k, v in metadata.items() if k != "bits"})
-    with pytest.raises(ValueError, match="rows must start with 'und'"):
+    with pytest.raises(ValueError, match="entries: expected 'und' first"):
         ClipTable.from_arrays(arrays, {**metadata, "rows": ["en", "und", "sw", "pt-BR", "sink"]})
 
 
@@ -228,10 +231,10 @@ def test_the_pooled_clip_makes_room_for_the_distance_between_centers(profile):
     pooled = clipping.table(made, sharing="pooled")
     power = np.mean([s**2 for s in SIGMA.values()])
     wider = np.sqrt(1 + np.mean([4.0, 4.0, 0.0]) / power)
-    before = without.alpha["layers.q_proj"]
-    np.testing.assert_allclose(own.alpha["layers.q_proj"][0], before[0] * [wider, 1], rtol=0.02)
-    np.testing.assert_allclose(pooled.alpha["layers.q_proj"][:4], np.tile(before[0] * [wider, 1], (4, 1)), rtol=0.02)
-    np.testing.assert_array_equal(own.alpha["layers.q_proj"][1:], before[1:])
+    before = without.clips["layers.q_proj"]
+    np.testing.assert_allclose(own.clips["layers.q_proj"][0], before[0] * [wider, 1], rtol=0.02)
+    np.testing.assert_allclose(pooled.clips["layers.q_proj"][:4], np.tile(before[0] * [wider, 1], (4, 1)), rtol=0.02)
+    np.testing.assert_array_equal(own.clips["layers.q_proj"][1:], before[1:])
 
 
 def test_the_disparity_weighted_error_narrows_the_gap_by_its_penalty():
@@ -242,7 +245,7 @@ def test_the_disparity_weighted_error_narrows_the_gap_by_its_penalty():
     profile = synthetic_profile(draws, normal(9), values=100_000)
 
     def errors(**arguments):
-        clips = clipping.table(profile, sharing="pooled", **arguments).alpha["a.q_proj"][0, 0]
+        clips = clipping.table(profile, sharing="pooled", **arguments).clips["a.q_proj"][0, 0]
         return np.array([clipping.mse(clipping.Gaussian(s), clips) / s**2 for s in (1, 1.6)])
 
     under = {p: errors(language_objective="variance", penalty=p) for p in (0.0, 100.0, 1e5)}

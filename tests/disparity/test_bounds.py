@@ -130,14 +130,14 @@ def test_deployment_bounds_hold_and_are_ordered():
         found = deployment_bounds(profile, 4, codebook)
         assert found.languages == ("en", "sw", "th")
         assert 0 < found.shared_gap <= min(found.total_variation, found.cells, found.wasserstein_shared)
-        assert 0 < found.own_gap <= found.wasserstein_own
+        assert 0 < found.separate_gap <= found.wasserstein_separate
     # The errors themselves, from the samples' laws.
-    own = deployment_bounds(profile).own
+    own = deployment_bounds(profile).separate
     expected = [(float(optimal(Gaussian()).normalized_mse) + float(optimal(StudentT(20)).normalized_mse)) / 2]
     assert own[0] == pytest.approx(expected[0], rel=0.05)
     same = dict.fromkeys(("en", "sw"), draws["en"])
     close = deployment_bounds(synthetic_profile(same, normal(5), values=40_000))
-    assert close.wasserstein_own < 0.6 * found.wasserstein_own
+    assert close.wasserstein_separate < 0.6 * found.wasserstein_separate
 
 
 @pytest.mark.parametrize("codebook", ["midrise", "midtread"])

@@ -47,7 +47,7 @@ def test_groups_are_added_as_normalized_errors():
     errors = np.stack([[histogram_mse(h, grid, 4, "midtread") for h in row] for row in histogram]) / power[..., None]
     best = errors[..., :].mean(0).argmin(-1)
     common = np.take_along_axis(errors, np.broadcast_to(best, (2, 3))[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(found.own[0], own.mean(1), rtol=1e-3)
+    np.testing.assert_allclose(found.separate[0], own.mean(1), rtol=1e-3)
     np.testing.assert_allclose(found.shared[0], common.mean(1), rtol=1e-3)
 
 

@@ -77,8 +77,8 @@ def test_transformers_loads_it_and_gives_the_same_logits(tmp_path, dtype, tie):
         torch.testing.assert_close(logits(loaded), logits(quantized), rtol=1e-4, atol=1e-4)
 
     again = load_table(tmp_path / "ct" / "la_aciq" / "clip_table.safetensors")
-    assert again.rows == table.rows
-    assert all(np.array_equal(again.alpha[name], alpha) for name, alpha in table.alpha.items())
+    assert again.entries == table.entries
+    assert all(np.array_equal(again.clips[name], clips) for name, clips in table.clips.items())
 
 
 def test_the_packages_own_unpacking(tmp_path):

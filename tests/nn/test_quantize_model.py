@@ -85,20 +85,20 @@ def test_clips_are_the_tables(model, profile):
     table = clipping.table(profile, bits=4)
     out = quantized(model, profile, kv=4, kv_clip="static")
     name = "model.layers.1.mlp.down_proj"
-    np.testing.assert_array_equal(out.get_submodule(name).clips.numpy(), table.alpha[name])
+    np.testing.assert_array_equal(out.get_submodule(name).clips.numpy(), table.clips[name])
     key = "model.layers.1.self_attn.k_proj"
-    np.testing.assert_array_equal(out.get_submodule(key).clips.numpy(), table.alpha[key])
-    cache = np.concatenate([table.alpha["cache.1.key"], table.alpha["cache.1.value"]], axis=1)
+    np.testing.assert_array_equal(out.get_submodule(key).clips.numpy(), table.clips[key])
+    cache = np.concatenate([table.clips["cache.1.key"], table.clips["cache.1.value"]], axis=1)
     np.testing.assert_array_equal(out.get_buffer("la_aciq_cache.1_clip").numpy(), cache)
     assert out.la_aciq.cache == {"0": 4, "1": 4}
     dynamic = quantized(model, profile, clip="rms", sharing="pooled")
-    shape = clipping.table(profile, bits=4, sharing="pooled").shape[name]
+    shape = clipping.table(profile, bits=4, sharing="pooled").clip_factors[name]
     np.testing.assert_array_equal(dynamic.get_submodule(name).clips.numpy(), shape[[0, -1]])
     token = quantized(model, profile, clip="rms", granularity="token")
-    layer = clipping.table(profile, bits=4, granularity="layer").shape[name]
+    layer = clipping.table(profile, bits=4, granularity="layer").clip_factors[name]
     np.testing.assert_array_equal(token.get_submodule(name).clips.numpy(), layer[:, :1])
     eight = quantized(model, profile, activations=8)
-    np.testing.assert_array_equal(eight.get_submodule(name).clips.numpy(), clipping.table(profile, bits=8).alpha[name])
+    np.testing.assert_array_equal(eight.get_submodule(name).clips.numpy(), clipping.table(profile, bits=8).clips[name])
     assert bool((quantized(model, profile, clip="absmax").get_submodule(name).clips == 0.9).all())
 
 
@@ -328,7 +328,7 @@ def test_pooled_tables_have_one_row_for_all_languages(model, profile):
     name = "model.layers.0.self_attn.q_proj"
     layer, table = out.get_submodule(name), clipping.table(profile, bits=4, sharing="pooled")
     for row, place in enumerate([0, -1]):  # of the profile's rows
-        np.testing.assert_array_equal(layer.clips[row].numpy(), table.alpha[name][place])
+        np.testing.assert_array_equal(layer.clips[row].numpy(), table.clips[name][place])
     np.testing.assert_array_equal(layer.center[0].numpy(), profile.centers[profile.layers[name]][0])
     assert {len(layer.bias), len(layer.center), len(out.get_buffer("la_aciq_cache.1_clip"))} == {2}
     together = logits(out, IDS)
@@ -596,7 +596,7 @@ def test_the_language_objective_chooses_the_shared_clips(model, profile, tmp_pat
     different = 0
     for name in out.la_aciq.layers:
         layer = out.get_submodule(name)
-        np.testing.assert_array_equal(layer.clips[0].numpy(), table.alpha[name][0])
+        np.testing.assert_array_equal(layer.clips[0].numpy(), table.clips[name][0])
         different += not torch.equal(layer.clips[0], usual.get_submodule(name).clips[0])
     assert different
     la_aciq.save_quantized(out, tmp_path / "int4")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .._deprecated import old_arguments, old_fields
 from .checks import Array, number, real_array
 
 
@@ -29,7 +30,7 @@ from .checks import Array, number, real_array
 class AdaptationRule:
     """How far and how fast clips may move.
 
-    minimum: values of a row and group that a step of its clip needs. damping: the share of the step, in logarithms,
+    minimum: values of an entry and group that a step of its clip needs. damping: the share of the step, in logarithms,
     that is taken. step: the largest factor, up or down, of one step. span: the largest factor between a clip and the
     calibrated one, up or down.
     """
@@ -51,89 +52,124 @@ class AdaptationRule:
                 raise ValueError(f"{name} must be a finite factor above 1, got {getattr(self, name)}")
 
 
+@old_fields(alpha="clips")
 @dataclass(frozen=True)
 class Adapted:
     """The clips of one layer as they are now.
 
-    alpha: float64 [rows, groups]. calibrated: where they started. balance: c of each entry; NaN where calibration had
-    no values, and the entry never moves. moved: int64 [rows], the steps each row has taken. version: how many updates
-    there were; an update that moves nothing does not count.
+    Attributes:
+        clips: float64 [entries, groups], in units of the layer's input.
+        calibrated: float64 [entries, groups], where they started.
+        balance: c of each clip, float64 [entries, groups]; NaN where calibration had no values beyond the clip. Such a
+            clip never moves.
+        moved: int64 [entries], the steps that each entry has taken.
+        version: how many updates there were; an update that moves nothing does not count.
     """
 
-    alpha: Array
+    clips: Array
     calibrated: Array
     balance: Array
     moved: NDArray[np.int64]
     version: int = 0
 
 
-def start(alpha: ArrayLike, tail_sums: ArrayLike) -> Adapted:
+@old_arguments(alpha="clips")
+def start(clips: ArrayLike, tail_sums: ArrayLike) -> Adapted:
     """Clips as calibrated.
 
-    alpha: [rows, groups], finite and positive. tail_sums: float64 [rows, groups, 3 or more] of the calibration data at
-    these clips: the number of values, of those above the clip in magnitude, and the latter's sum of magnitudes (as
-    `quantize(..., tail_sums=True)` returns them, or from `SiteStats.tail_sums`).
+    Args:
+        clips: [entries, groups], finite and positive.
+        tail_sums: float64 [entries, groups, 3 or more] of the calibration data at these clips: the number of values,
+            of those above the clip in magnitude, and the latter's sum of magnitudes (as `quantize(...,
+            tail_sums=True)` returns them, or from `SiteStats.tail_sums`).
+
+    Returns:
+        The clips, which `update` moves.
+
+    Raises:
+        TypeError: an argument does not hold real numbers.
+        ValueError: clips that are not finite and positive, or sums that no values have at these clips.
     """
-    clips = real_array("alpha", alpha)
-    if clips.ndim != 2 or not np.all(np.isfinite(clips) & (clips > 0)):
-        raise ValueError(f"alpha must be finite and positive, [rows, groups], got shape {list(clips.shape)}")
-    count, clipped, total = _checked(tail_sums, clips)
+    table = real_array("clips", clips)
+    if table.ndim != 2 or not np.all(np.isfinite(table) & (table > 0)):
+        raise ValueError(f"clips: expected finite and positive [entries, groups], got shape {list(table.shape)}")
+    count, clipped, total = _checked(tail_sums, table)
     with np.errstate(divide="ignore", invalid="ignore"):
-        balance = (total / clips - clipped) / count
+        balance = (total / table - clipped) / count
     # Calibration data that were never clipped have no balance to keep.
     balance = np.where(balance > 0, balance, np.nan)
-    return Adapted(clips, clips.copy(), balance, np.zeros(len(clips), dtype=np.int64))
+    return Adapted(table, table.copy(), balance, np.zeros(len(table), dtype=np.int64))
 
 
+@old_arguments(rows="entries")
 def update(
-    now: Adapted, tail_sums: ArrayLike, rows: Sequence[int] | None = None, rule: AdaptationRule | None = None
+    now: Adapted, tail_sums: ArrayLike, entries: Sequence[int] | None = None, rule: AdaptationRule | None = None
 ) -> Adapted:
-    """The clips after one step, for the values that were quantized with `now.alpha`.
+    """The clips after one step, for the values that were quantized with `now.clips`.
 
-    tail_sums: as for `start`, of what was served since the last update. rows: the rows that may move (None: all); a row
-    that was not served has no values and does not move either. Sums that cannot be, such as more values clipped than
-    there were, or not finite, raise ValueError, and the caller keeps `now`.
+    Args:
+        now: the clips before the step.
+        tail_sums: as for `start`, of what was served since the last update.
+        entries: indices of the entries that may move. None: all. An entry that was not served has no values and does
+            not move either.
+        rule: how far clips may move. None: `AdaptationRule()`.
+
+    Returns:
+        The clips after the step: `now` itself where nothing moves.
+
+    Raises:
+        TypeError: the sums are not real numbers.
+        ValueError: sums that cannot be, such as more values clipped than there were. The caller keeps `now`.
     """
     rule = rule or AdaptationRule()
-    count, clipped, total = _checked(tail_sums, now.alpha)
-    may = np.zeros(now.alpha.shape, dtype=bool)
-    may[slice(None) if rows is None else list(rows)] = True
+    count, clipped, total = _checked(tail_sums, now.clips)
+    may = np.zeros(now.clips.shape, dtype=bool)
+    may[slice(None) if entries is None else list(entries)] = True
     may &= (count >= rule.minimum) & np.isfinite(now.balance)
     with np.errstate(divide="ignore", invalid="ignore"):
         target = (total / count) / (clipped / count + now.balance)
         # No value was clipped: the root is below, but by how much the sums do not say.
-        factor = np.where(clipped > 0, target / now.alpha, 1 / rule.step)
+        factor = np.where(clipped > 0, target / now.clips, 1 / rule.step)
         factor = np.exp(rule.damping * np.log(np.clip(factor, rule.step**-4, rule.step**4)))
         factor = np.clip(factor, 1 / rule.step, rule.step)
-        moved = np.clip(now.alpha * factor, now.calibrated / rule.span, now.calibrated * rule.span)
-    alpha = np.where(may, moved, now.alpha)
-    changed = alpha != now.alpha
+        moved = np.clip(now.clips * factor, now.calibrated / rule.span, now.calibrated * rule.span)
+    clips = np.where(may, moved, now.clips)
+    changed = clips != now.clips
     if not changed.any():
         return now
-    return replace(now, alpha=alpha, moved=now.moved + changed.any(axis=1), version=now.version + 1)
+    return replace(now, clips=clips, moved=now.moved + changed.any(axis=1), version=now.version + 1)
 
 
-def rolled_back(now: Adapted, rows: Sequence[int] | None = None) -> Adapted:
-    """The calibrated clips again, of these rows or of all, as a new version."""
-    again = slice(None) if rows is None else list(rows)
-    alpha, moved = now.alpha.copy(), now.moved.copy()
-    alpha[again], moved[again] = now.calibrated[again], 0
-    return replace(now, alpha=alpha, moved=moved, version=now.version + 1)
+@old_arguments(rows="entries")
+def rolled_back(now: Adapted, entries: Sequence[int] | None = None) -> Adapted:
+    """The calibrated clips again, as a new version.
+
+    Args:
+        now: the clips that moved.
+        entries: indices of the entries to roll back. None: all.
+
+    Returns:
+        The clips, with the version after `now`'s.
+    """
+    again = slice(None) if entries is None else list(entries)
+    clips, moved = now.clips.copy(), now.moved.copy()
+    clips[again], moved[again] = now.calibrated[again], 0
+    return replace(now, clips=clips, moved=moved, version=now.version + 1)
 
 
-def _checked(tail_sums: ArrayLike, alpha: Array) -> tuple[Array, Array, Array]:
-    """Count, clipped count and clipped sum, [rows, groups] each, when they can be those of values at these clips."""
+def _checked(tail_sums: ArrayLike, clips: Array) -> tuple[Array, Array, Array]:
+    """Count, clipped count and clipped sum, [entries, groups] each, when they can be those of values at these clips."""
     sums = real_array("tail_sums", tail_sums)
-    if sums.ndim != 3 or sums.shape[:2] != alpha.shape or sums.shape[2] < 3:
-        raise ValueError(f"tail_sums must have shape {[*alpha.shape, 3]} or more entries, got {list(sums.shape)}")
+    if sums.ndim != 3 or sums.shape[:2] != clips.shape or sums.shape[2] < 3:
+        raise ValueError(f"tail_sums: expected shape {[*clips.shape, 3]} or more sums, got {list(sums.shape)}")
     count, clipped, total = sums[..., 0], sums[..., 1], sums[..., 2]
     # Sums of float32 magnitudes; the table may hold the clip in float32.
-    possible = (clipped >= 0) & (clipped <= count) & (total >= clipped * alpha * (1 - 1e-6)) & np.isfinite(total)
+    possible = (clipped >= 0) & (clipped <= count) & (total >= clipped * clips * (1 - 1e-6)) & np.isfinite(total)
     possible &= np.isfinite(count) & ((clipped > 0) | (total == 0))
     if not possible.all():
-        row, group = np.argwhere(~possible)[0]
+        entry, group = np.argwhere(~possible)[0]
         raise ValueError(
-            f"tail_sums must be those of values at these clips, got {sums[row, group, :3].tolist()} "
-            f"(values, clipped, sum of clipped) at the clip {alpha[row, group]} for row {row}, group {group}"
+            f"tail_sums: expected those of values at these clips, got {sums[entry, group, :3].tolist()} "
+            f"(values, clipped, sum of clipped) at the clip {clips[entry, group]} for entry {entry}, group {group}"
         )
     return count, clipped, total

@@ -134,13 +134,13 @@ def fit_kurtosis_rule(bits: int = 4, codebook: str = "midrise", objective: str =
 
     best_of_any = []
     for row in curves:
-        found = optimize.minimize_scalar(
+        least = optimize.minimize_scalar(
             lambda a, row=row: max(curve(a) for curve in row),
             bounds=(0.5, 30),
             method="bounded",
             options={"xatol": 1e-9},
         )
-        best_of_any.append((float(found.x), float(found.fun)))
+        best_of_any.append((float(least.x), float(least.fun)))
     everywhere = np.full(len(kappas), True)
     positive = kappas >= 0
     spline = np.asarray([best_of_any[int(np.searchsorted(kappas, k))][0] for k in KNOTS])

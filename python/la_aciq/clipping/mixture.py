@@ -139,10 +139,10 @@ class Mixture(Law):
         for law in self.laws:
             s, d = law.std / std, (law.mean - self.mean) / std
             with np.errstate(invalid="ignore"):
-                own_third = np.where(s > 0, law.skewness * s**3, 0.0)
-                own_fourth = np.where(s > 0, (law.kurtosis + 3) * s**4, 0.0)
-            third.append(own_third + 3 * d * s**2 + d**3)
-            fourth.append(own_fourth + 4 * d * own_third + 6 * d**2 * s**2 + d**4)
+                third_of_part = np.where(s > 0, law.skewness * s**3, 0.0)
+                fourth_of_part = np.where(s > 0, (law.kurtosis + 3) * s**4, 0.0)
+            third.append(third_of_part + 3 * d * s**2 + d**3)
+            fourth.append(fourth_of_part + 4 * d * third_of_part + 6 * d**2 * s**2 + d**4)
         blended = self._blend(third), self._blend(fourth) - 3
         return np.where(np.isnan(std), np.nan, blended[0]), np.where(np.isnan(std), np.nan, blended[1])
 

@@ -1,8 +1,8 @@
 """From a calibration profile to the clips that inference reads.
 
-Rows of a table are the profile's: `und` first, then the languages, then token classes such as `sink`. Row `und` serves
-every language that is not in the table, so its clip is shared and chosen under a language objective; a token class
-always has a clip of its own.
+The entries of a table are the profile's: `und` first, then the languages, then token classes such as `sink`. Entry
+`und` serves every language that is not in the table, so its clip is shared and chosen under a language objective; a
+token class always has a clip of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._deprecated import old_fields, warn_renamed
 from ..choices import CODEBOOKS, LANGUAGE_OBJECTIVES, OBJECTIVES, SHARINGS, TABLE_GRANULARITIES
 from ..errors import LaAciqError
 from ..ops.rotation import block_size
@@ -29,19 +30,29 @@ from .language_objectives import language_weights_array, shared_bins
 PRIOR_SAMPLES = 1024
 
 
+@old_fields(rows="entries", alpha="clips", shape="clip_factors")
 @dataclass(frozen=True)
 class ClipTable:
-    """Clips per layer, row and group.
+    """Clips per layer, entry and group.
 
-    `alpha`, `shape`: layer name -> float32 [rows, groups]; `shape` is alpha over the rms of the values it was chosen
-    for, the factor that the dynamic operation multiplies a row's own rms with. `shrinkage`: layer name -> float32
-    [rows, groups], the share of the pooled law in the law a clip was chosen for (0: own data alone; 1: no data, the
-    row uses `und`'s clip).
+    Attributes:
+        entries: what the tables have entries for: `und`, then languages as BCP-47 tags, then token classes.
+        clips: by layer float32 [entries, groups], in units of the layer's input.
+        clip_factors: by layer float32 [entries, groups]: the clip over the rms of the values that it was chosen for.
+            The dynamic operation multiplies the rms of each row of x with it.
+        shrinkage: by layer float32 [entries, groups]: the share of the pooled law in the law that a clip was chosen
+            for. 0: the language's data alone. 1: the entry has no data, or shares the clip of `und`.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+        objective: `exact`, `in_range` or `aciq`.
+        granularity: `group`, `layer` or `model`.
+        sharing: `language` or `pooled`.
+        language_objective: `mean`, `weighted`, `minimax` or `variance`.
     """
 
-    rows: tuple[str, ...]
-    alpha: dict[str, NDArray[np.float32]]
-    shape: dict[str, NDArray[np.float32]]
+    entries: tuple[str, ...]
+    clips: dict[str, NDArray[np.float32]]
+    clip_factors: dict[str, NDArray[np.float32]]
     shrinkage: dict[str, NDArray[np.float32]]
     bits: int
     codebook: str
@@ -57,72 +68,101 @@ class ClipTable:
         check_choice("granularity", self.granularity, TABLE_GRANULARITIES)
         check_choice("sharing", self.sharing, SHARINGS)
         check_choice("language_objective", self.language_objective, LANGUAGE_OBJECTIVES)
-        if not self.rows or self.rows[0] != "und":
-            raise ValueError(f"rows must start with 'und', got {self.rows[:1]}")
-        if not self.alpha.keys() == self.shape.keys() == self.shrinkage.keys():
-            raise ValueError("alpha, shape and shrinkage must name the same layers")
-        for layer, alpha in self.alpha.items():
-            for name, values in (("alpha", alpha), ("shape", self.shape[layer]), ("shrinkage", self.shrinkage[layer])):
-                if values.ndim != 2 or values.shape != (len(self.rows), alpha.shape[-1]) or values.dtype != np.float32:
+        if not self.entries or self.entries[0] != "und":
+            raise ValueError(f"entries: expected 'und' first, got {self.entries[:1]}")
+        if not self.clips.keys() == self.clip_factors.keys() == self.shrinkage.keys():
+            raise ValueError("clips, clip_factors and shrinkage: expected arrays of the same layers, got others")
+        for layer, clips in self.clips.items():
+            shape = (len(self.entries), clips.shape[-1])
+            for name in _STORED_AS:
+                values = getattr(self, name)[layer]
+                if values.ndim != 2 or values.shape != shape or values.dtype != np.float32:
                     raise ValueError(
-                        f"{name} of layer {layer!r} must be float32 [{len(self.rows)}, groups], "
+                        f"{name} of layer {layer!r}: expected float32 [{len(self.entries)}, groups], "
                         f"got {values.dtype} {list(values.shape)}"
                     )
                 good = np.isfinite(values) & ((values > 0) if name != "shrinkage" else (values >= 0) & (values <= 1))
                 if not good.all():
-                    row, group = np.argwhere(~good)[0]
-                    expected = "from 0 to 1" if name == "shrinkage" else "finite and positive"
+                    entry, group = np.argwhere(~good)[0]
+                    expected = "shares from 0 to 1" if name == "shrinkage" else "finite and positive values"
                     raise ValueError(
-                        f"{name} of layer {layer!r} must be {expected}, "
-                        f"got {values[row, group]} for {self.rows[row]!r}, group {group}"
+                        f"{name} of layer {layer!r}: expected {expected}, "
+                        f"got {values[entry, group]} for {self.entries[entry]!r}, group {group}"
                     )
 
-    def row(self, tag: str) -> int:
-        """Index of the row that serves a BCP-47 tag (or a token class by its name): the closest language, else
-        `und`.
+    def entry(self, tag: str) -> int:
+        """Index of the entry that serves a language.
+
+        Args:
+            tag: a BCP-47 tag, or the name of a token class.
+
+        Returns:
+            The index of the entry of that name, else of the closest language in the table, else 0 (`und`).
         """
-        if tag in self.rows:
-            return self.rows.index(tag)
+        if tag in self.entries:
+            return self.entries.index(tag)
         from ..tags import match
 
-        languages = self.rows[: self.rows.index("sink")] if "sink" in self.rows else self.rows
-        return self.rows.index(match(tag, languages))
+        languages = self.entries[: self.entries.index("sink")] if "sink" in self.entries else self.entries
+        return self.entries.index(match(tag, languages))
+
+    def row(self, tag: str) -> int:
+        """The old name of `entry`.
+
+        Args:
+            tag: a BCP-47 tag, or the name of a token class.
+
+        Returns:
+            What `entry` returns.
+        """
+        warn_renamed("ClipTable.row", "ClipTable.entry")
+        return self.entry(tag)
 
     def to_arrays(self) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
         """Arrays by name, and metadata for JSON: together a checkpoint's copy of the table (`from_arrays` reads it
         back).
         """
         arrays = {
-            f"{field}/{layer}": values for field in _ARRAY_FIELDS for layer, values in getattr(self, field).items()
+            f"{prefix}/{layer}": values
+            for field, prefix in _STORED_AS.items()
+            for layer, values in getattr(self, field).items()
         }
         metadata: dict[str, Any] = {name: getattr(self, name) for name in _METADATA_FIELDS}
-        return arrays, {**metadata, "rows": list(self.rows)}
+        return arrays, {**metadata, "rows": list(self.entries)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> ClipTable:
-        """The inverse of `to_arrays`; ValueError names the first thing that is missing or not valid."""
+        """The inverse of `to_arrays`.
+
+        Args:
+            arrays: float32 [entries, groups] by `alpha/<layer>`, `shape/<layer>` and `shrinkage/<layer>`: the clips,
+                the clip factors and the shares of the pooled law.
+            metadata: `rows` (the names of the entries), `bits`, `codebook`, `objective`, `granularity`, `sharing` and
+                `language_objective`.
+
+        Returns:
+            The table.
+
+        Raises:
+            TypeError: bits is not an integer, or a choice is not a string.
+            ValueError: something is missing, has another shape or dtype, or is not valid; the message names the first.
+        """
         missing = [name for name in ("rows", *_METADATA_FIELDS) if name not in metadata]
         if missing:
-            raise ValueError(f"metadata of a clip table must have {missing[0]!r}, got {sorted(metadata)}")
-        fields: dict[str, dict[str, NDArray[np.float32]]] = {field: {} for field in _ARRAY_FIELDS}
+            raise ValueError(f"metadata: expected {missing[0]!r} of a clip table, got {sorted(metadata)}")
+        field_of = {prefix: field for field, prefix in _STORED_AS.items()}
+        fields: dict[str, Any] = {field: {} for field in _STORED_AS}
         for name, values in arrays.items():
-            field, _, layer = name.partition("/")
-            if field not in fields or not layer:
-                raise ValueError(
-                    f"arrays of a clip table must be named alpha/, shape/ or shrinkage/ and a layer, got {name!r}"
-                )
-            fields[field][layer] = np.asarray(values)
-        chosen: dict[str, Any] = {name: metadata[name] for name in _METADATA_FIELDS}
-        return cls(
-            rows=tuple(metadata["rows"]),
-            alpha=fields["alpha"],
-            shape=fields["shape"],
-            shrinkage=fields["shrinkage"],
-            **chosen,
-        )
+            prefix, _, layer = name.partition("/")
+            if prefix not in field_of or not layer:
+                raise ValueError(f"arrays: expected names of alpha/, shape/ or shrinkage/ and a layer, got {name!r}")
+            fields[field_of[prefix]][layer] = np.asarray(values)
+        settings = {name: metadata[name] for name in _METADATA_FIELDS}
+        return cls(entries=tuple(metadata["rows"]), **fields, **settings)
 
 
-_ARRAY_FIELDS = ("alpha", "shape", "shrinkage")
+# By field the name in files. Files keep the names that older versions wrote, as they keep "rows" for the entries.
+_STORED_AS = {"clips": "alpha", "clip_factors": "shape", "shrinkage": "shrinkage"}
 _METADATA_FIELDS = ("bits", "codebook", "objective", "granularity", "sharing", "language_objective")
 
 
@@ -139,26 +179,44 @@ def table(
 ) -> ClipTable:
     """Clips for every layer of a profile (and every key and value site, under the site's name).
 
-    granularity: `group` one clip per group of channels, `layer` one per layer, `model` one for all layer inputs (and
-    one for all keys, one for all values): the scheme of the source document, kept for comparison. sharing: `language`
-    gives each language its own clip, `pooled` gives all of them `und`'s. language_objective: what the shared clip
-    minimizes over the languages' normalized errors e_i: `mean`, `weighted` (sum of w_i e_i), `minimax` (the largest
-    e_i of a positive weight), or `variance`, the disparity-weighted error sum of w_i e_i + penalty sum of w_i (e_i -
-    mean)^2. language_weights: w by language, normalized here (a language that is not named weighs 0); equal unless
-    named. penalty: the weight of the disparity, >= 0; read with `variance` alone.
+    Each entry and group is a problem of its own, solved on its histogram (`optimal_histogram`). A language with few
+    values is drawn toward the pooled clip: n values have the weight n / (n + 1024), in logarithms. Cost: O(entries x
+    groups x layers) products of a matrix and a vector.
 
-    Cost: O(rows x groups x layers) independent problems of one matrix-vector product each.
+    Args:
+        profile: a `la_aciq.Profile`; its histograms are int64 [entries, groups, 258, 2] per site.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+        objective: the error of a clip: `exact`, `in_range` or `aciq` (see `mse`).
+        granularity: `group`: one clip per group of channels. `layer`: one per layer. `model`: one for all layer
+            inputs, one for all keys and one for all values, the scheme of the source document, kept for comparison.
+        sharing: `language` gives each language its own clip; `pooled` gives all languages the clip of `und`.
+        language_objective: what a shared clip minimizes over the languages' normalized errors e_i (MSE / E X^2):
+            `mean`, `weighted` (the sum of w_i e_i), `minimax` (the largest e_i of a positive weight), or `variance`,
+            the disparity-weighted error: the sum of w_i e_i + penalty times the sum of w_i (e_i - mean)^2.
+        language_weights: w by language, >= 0, divided here by their sum; a language that is not named weighs 0. None:
+            all weigh the same. `weighted` needs weights, `mean` refuses them.
+        penalty: the weight of the disparity, >= 0; read with `variance` alone.
+
+    Returns:
+        The table.
+
+    Raises:
+        TypeError: bits is not an integer, a choice is not a string, or language_weights is not a mapping.
+        ValueError: an argument is not among its choices, weights name other languages than the profile's, are negative
+            or all zero, or the profile has no histograms.
+        LaAciqError: a group of a site has no values.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     check_choice("granularity", granularity, TABLE_GRANULARITIES)
     check_choice("sharing", sharing, SHARINGS)
-    rows = tuple(profile.entries)
+    entries = tuple(profile.entries)
     languages = tuple(profile.languages)
     weights = language_weights_array(language_objective, languages, language_weights)
     penalty = number("penalty", penalty)
     if penalty < 0:
         raise ValueError(f"penalty must not be negative, got {penalty}")
-    chosen = _Choice(rows, languages, weights, bits, codebook, objective, sharing, language_objective, penalty)
+    chosen = _Choice(entries, languages, weights, bits, codebook, objective, sharing, language_objective, penalty)
 
     solved: dict[str, _Clips] = {}
     names = list(profile.sites)
@@ -179,17 +237,17 @@ def table(
                 histograms = [h.sum(axis=1, keepdims=True) for h in histograms]
                 between_each = [b.mean(keepdims=True) for b in between_each]
             if i + 1 == len(names) or sum(math.prod(h.shape[:2]) for h in histograms) >= _BATCH:
-                for done, clips in zip(batch, chosen.solve(histograms, between_each, batch), strict=True):
-                    solved[done] = clips.spread(_histogram(profile, done).shape[1])
+                for site, clips in zip(batch, chosen.solve(histograms, between_each, batch), strict=True):
+                    solved[site] = clips.spread(_histogram(profile, site).shape[1])
                 batch = []
 
     site_of = dict(profile.layers)
     unread = [name for name in names if name not in set(site_of.values())]
     site_of.update({name: name for name in unread})
     return ClipTable(
-        rows=rows,
-        alpha={layer: solved[site].alpha for layer, site in site_of.items()},
-        shape={layer: solved[site].shape for layer, site in site_of.items()},
+        entries=entries,
+        clips={layer: solved[site].clips for layer, site in site_of.items()},
+        clip_factors={layer: solved[site].factors for layer, site in site_of.items()},
         shrinkage={layer: solved[site].shrinkage for layer, site in site_of.items()},
         bits=bits,
         codebook=codebook,
@@ -230,22 +288,22 @@ def _between(profile: Any, site: str) -> Array:
 
 @dataclass(frozen=True)
 class _Clips:
-    """Clips of one site, float32 [rows, groups]."""
+    """Clips of one site, float32 [entries, groups]."""
 
-    alpha: NDArray[np.float32]
-    shape: NDArray[np.float32]
+    clips: NDArray[np.float32]
+    factors: NDArray[np.float32]
     shrinkage: NDArray[np.float32]
 
     def spread(self, groups: int) -> _Clips:
-        full = (len(self.alpha), groups)
-        return _Clips(*(np.broadcast_to(x, full).copy() for x in (self.alpha, self.shape, self.shrinkage)))
+        full = (len(self.clips), groups)
+        return _Clips(*(np.broadcast_to(x, full).copy() for x in (self.clips, self.factors, self.shrinkage)))
 
 
 @dataclass(frozen=True)
 class _Choice:
     """The choices of one table, and the solution of sites under them."""
 
-    rows: tuple[str, ...]
+    entries: tuple[str, ...]
     languages: tuple[str, ...]
     weights: Array
     bits: int
@@ -256,25 +314,25 @@ class _Choice:
     penalty: float
 
     def solve(self, histograms: list[NDArray[np.int64]], between: list[Array], names: list[str]) -> list[_Clips]:
-        """Clips for histograms [rows, groups, 258, 2], side by side along the groups.
+        """Clips for histograms [entries, groups, 258, 2], side by side along the groups.
 
         between: [groups] each, the mean squared distance of the languages' centers from the pooled one. The histograms
         are about the languages' own centers; what is centered with the pooled one is wider by that much.
         """
         counts = np.concatenate([h[..., 0].sum(-1) for h in histograms], axis=1).astype(np.float64)
         group_names = [name for name, h in zip(names, histograms, strict=True) for _ in range(h.shape[1])]
-        rows, groups = counts.shape
+        entries, groups = counts.shape
         with_mass = counts > 0
         bins = Bins.from_histogram(np.concatenate(histograms, axis=1))
-        weight = np.where(with_mass[..., None], bins.weight.reshape(rows, groups, -1), 0)
-        offset = np.where(with_mass[..., None], bins.offset.reshape(rows, groups, -1), 0)
+        weight = np.where(with_mass[..., None], bins.weight.reshape(entries, groups, -1), 0)
+        offset = np.where(with_mass[..., None], bins.offset.reshape(entries, groups, -1), 0)
         if not with_mass[0].all():
             raise LaAciqError(
                 f"profile must have values in every group, got none for {group_names[int(np.argmin(with_mass[0]))]!r}: "
                 "calibrate on more text"
             )
 
-        spoken = np.asarray([self.rows.index(language) for language in self.languages], dtype=np.intp)
+        spoken = np.asarray([self.entries.index(language) for language in self.languages], dtype=np.intp)
         shrinkage = np.where(with_mass, 0.0, 1.0)
         shrinkage[spoken] = PRIOR_SAMPLES / (counts[spoken] + PRIOR_SAMPLES)
         rms = np.sqrt(Bins(weight, offset).moment(2))
@@ -293,23 +351,25 @@ class _Choice:
         else:
             shared = optimal_bins(Bins(weight[0], offset[0]), self.bits, self.codebook, self.objective)[0]
 
-        alpha = np.broadcast_to(shared, (rows, groups)).copy()
-        own = with_mass.copy()
-        own[0] = False
+        alpha = np.broadcast_to(shared, (entries, groups)).copy()
+        separate = with_mass.copy()
+        separate[0] = False
         if self.sharing == "pooled":
-            own[spoken] = False
-        alpha[own] = optimal_bins(Bins(weight[own], offset[own]), self.bits, self.codebook, self.objective)[0]
+            separate[spoken] = False
+        alpha[separate] = optimal_bins(
+            Bins(weight[separate], offset[separate]), self.bits, self.codebook, self.objective
+        )[0]
         # In logarithms: a language of a tenth of the others' scale must not be pulled by their variance.
-        alpha = np.where(own, alpha ** (1 - shrinkage) * shared**shrinkage, shared)
+        alpha = np.where(separate, alpha ** (1 - shrinkage) * shared**shrinkage, shared)
         rms = np.where(with_mass, rms, 1.0) ** (1 - shrinkage) * rms[0] ** shrinkage
         if self.sharing == "pooled":
             shrinkage[spoken] = 1
         with np.errstate(divide="ignore", invalid="ignore"):
             within = np.where(with_mass[spoken], rms[spoken] ** 2, np.nan) if len(spoken) else rms[:1] ** 2
             wider = np.sqrt(1 + np.nan_to_num(np.concatenate(between) / np.nanmean(within, axis=0), posinf=0.0))
-        common = ~own
-        common[[i for i in range(rows) if i and i not in spoken]] = False
+        common = ~separate
+        common[[i for i in range(entries) if i and i not in spoken]] = False
         clips = alpha * np.where(common, wider, 1)
         parts = np.cumsum([h.shape[1] for h in histograms])[:-1]
         columns = [np.split(x.astype(np.float32), parts, axis=1) for x in (clips, alpha / rms, shrinkage)]
-        return [_Clips(a, s, k) for a, s, k in zip(*columns, strict=True)]
+        return [_Clips(*columns_of_site) for columns_of_site in zip(*columns, strict=True)]

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .._deprecated import old_fields, warn_renamed
 from ..clipping.checks import Array, check_bits, check_problem, count, finite_array, number
 from ..clipping.families import Gaussian, Laplace
 from ..clipping.histogram import Bins, HistogramLaw
@@ -174,23 +175,30 @@ def wasserstein_bound(error_p: ArrayLike, distance: ArrayLike) -> tuple[Array, A
     return np.maximum(root - w, 0) ** 2, (root + w) ** 2
 
 
+@old_fields(own="separate", wasserstein_own="wasserstein_separate")
 @dataclass(frozen=True)
 class DeploymentBounds:
     """Gaps between languages of a deployment with one clip per layer, and proved bounds of them.
 
-    Errors [languages] are means over layer inputs. `shared` errors use one clip for all languages and are divided by
-    the power pooled over languages; `own` errors use each language's best clip and are divided by its own power.
-    Bounds are of max - min: `total_variation` and `cells` of the shared gap, `wasserstein_shared` and
-    `wasserstein_own` of either.
+    Attributes:
+        languages: BCP-47 tags.
+        shared: float64 [languages], errors under one clip for all languages, divided by the power pooled over the
+            languages and averaged over layer inputs.
+        separate: float64 [languages], errors under each language's best clip, divided by that language's power and
+            averaged over layer inputs.
+        total_variation: a bound of `shared_gap`, from the total variation of the laws.
+        cells: a bound of `shared_gap`, from the least and largest error in each bin.
+        wasserstein_shared: a bound of `shared_gap`, from the Wasserstein distances of the laws.
+        wasserstein_separate: a bound of `separate_gap`, from those of the laws scaled to unit power.
     """
 
     languages: tuple[str, ...]
     shared: Array
-    own: Array
+    separate: Array
     total_variation: float
     cells: float
     wasserstein_shared: float
-    wasserstein_own: float
+    wasserstein_separate: float
 
     @property
     def shared_gap(self) -> float:
@@ -198,9 +206,15 @@ class DeploymentBounds:
         return float(np.ptp(self.shared))
 
     @property
+    def separate_gap(self) -> float:
+        """max - min of the separate errors."""
+        return float(np.ptp(self.separate))
+
+    @property
     def own_gap(self) -> float:
-        """max - min of the own errors."""
-        return float(np.ptp(self.own))
+        """The old name of `separate_gap`."""
+        warn_renamed("DeploymentBounds.own_gap", "DeploymentBounds.separate_gap")
+        return self.separate_gap
 
 
 def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") -> DeploymentBounds:
@@ -210,7 +224,7 @@ def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") ->
 
     - `total_variation`: sum over layers of TV(P_l, P_m) (max e - min e over the support);
     - `cells`: sum over the bins of P_l(bin) max e - P_m(bin) min e, which holds whatever the law does inside bins;
-    - Wasserstein: abs(D_l - D_m) <= W (sqrt D_l + sqrt D_m), where W^2 is the mean over layers of W_2^2 (for own
+    - Wasserstein: abs(D_l - D_m) <= W (sqrt D_l + sqrt D_m), where W^2 is the mean over layers of W_2^2 (for separate
       clips, of the laws scaled to unit power). All layers weigh the same for every language, so errors and distances
       add up layer by layer.
     """
@@ -218,17 +232,17 @@ def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") ->
     languages = tuple(profile.languages)
     if len(languages) < 2:
         raise ValueError(f"profile must hold at least two languages, got {len(languages)}")
-    rows = [tuple(profile.entries).index(language) for language in languages]
+    entries = [tuple(profile.entries).index(language) for language in languages]
     weights = language_weights_array("mean", languages, None)[:, None]
     pairs = list(combinations(range(len(languages)), 2))
     left, right = (np.asarray(x, dtype=np.intp) for x in zip(*pairs, strict=True))
     layers = 0
-    shared, own = np.zeros(len(languages)), np.zeros(len(languages))
-    variation, cells, square_shared, square_own = (np.zeros(len(pairs)) for _ in range(4))
+    shared, separate = np.zeros(len(languages)), np.zeros(len(languages))
+    variation, cells, square_shared, square_separate = (np.zeros(len(pairs)) for _ in range(4))
     for site in profile.sites.values():
         if site.kind != "input":
             continue
-        histogram = np.asarray(site.moments.histogram)[rows].sum(axis=1)
+        histogram = np.asarray(site.moments.histogram)[entries].sum(axis=1)
         if not np.all(histogram[..., 0].sum(-1) > 0):
             continue
         layers += 1
@@ -237,7 +251,7 @@ def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") ->
         clip = shared_bins(Bins(bins.weight[:, None], bins.offset[:, None]), weights, bits, codebook, "exact", "mean")
         power = float(law.power.mean())
         shared += mse_unchecked(law, np.broadcast_to(clip, law.shape), bits, codebook, "exact") / power
-        own += optimal_bins(bins, bits, codebook, "exact")[1] / law.power
+        separate += optimal_bins(bins, bits, codebook, "exact")[1] / law.power
         low, high = _error_range(law.edges, float(clip[0]), bits, codebook)
         used = bins.weight.any(0)
         # A bin's difference in density is at most its difference in mass plus what the two slopes can move (3/4 of the
@@ -248,10 +262,10 @@ def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") ->
         one_way = bins.weight @ high, bins.weight @ low
         cells += np.maximum(one_way[0][left] - one_way[1][right], one_way[0][right] - one_way[1][left]) / power
         square_shared += wasserstein2(law.take(left), law.take(right)) ** 2 / power
-        square_own += wasserstein2(law.take(left), law.take(right), scaled=True) ** 2
+        square_separate += wasserstein2(law.take(left), law.take(right), scaled=True) ** 2
     if not layers:
         raise ValueError("profile must hold an input site with values of every language, got none")
-    shared, own = shared / layers, own / layers
+    shared, separate = shared / layers, separate / layers
 
     def by_distance(errors: Array, square: Array) -> float:
         return float(np.max(np.sqrt(square / layers) * (np.sqrt(errors[left]) + np.sqrt(errors[right]))))
@@ -259,11 +273,11 @@ def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") ->
     return DeploymentBounds(
         languages,
         shared,
-        own,
+        separate,
         float(variation.max() / layers),
         float(cells.max() / layers),
         by_distance(shared, square_shared),
-        by_distance(own, square_own),
+        by_distance(separate, square_separate),
     )
 
 

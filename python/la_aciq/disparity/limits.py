@@ -120,12 +120,12 @@ def lloyd_max(law: Law, bits: int = 4) -> LloydMax:
     """
     bits = check_bits(bits)
     law = check_single(law)
-    found = [_stationary(law, start) for start in (_companded(law, 2**bits), _best_on_grid(law, 2**bits))]
-    usable = [quantizer for quantizer in found if quantizer.residual <= 1e-6 and np.isfinite(quantizer.mse)]
+    quantizers = [_stationary(law, start) for start in (_companded(law, 2**bits), _best_on_grid(law, 2**bits))]
+    usable = [quantizer for quantizer in quantizers if quantizer.residual <= 1e-6 and np.isfinite(quantizer.mse)]
     if not usable:
         raise LaAciqError(
             f"law must have values that are centroids of their cells in float64, got a residual of "
-            f"{min(quantizer.residual for quantizer in found):.2g} standard deviations at {bits} bits"
+            f"{min(quantizer.residual for quantizer in quantizers):.2g} standard deviations at {bits} bits"
         )
     return min(usable, key=lambda quantizer: quantizer.mse)
 

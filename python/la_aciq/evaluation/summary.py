@@ -39,8 +39,8 @@ def summarize(profile: Profile, config: QuantConfig) -> dict[str, Any]:
 
 
 def _clips(profile: Profile, inputs: dict[str, SiteStats], settings: dict[str, Any]) -> Layers:
-    layer = clipping.table(profile, granularity="layer", **settings).shape
-    model = clipping.table(profile, granularity="model", **settings).shape
+    layer = clipping.table(profile, granularity="layer", **settings).clip_factors
+    model = clipping.table(profile, granularity="model", **settings).clip_factors
     first = next(iter(inputs))
     return Layers(
         sites=list(inputs),

@@ -505,7 +505,7 @@ def _cache_clips(profile: Profile, config: QuantConfig) -> dict[int, torch.Tenso
             "profile of a model whose attention uses a cache"
         )
     table = _table(profile, config, 4, "group" if config.granularity == "token" else config.granularity)
-    clips, entries = table.alpha if config.kv_clip == "static" else table.shape, _places(profile, config)
+    clips, entries = table.clips if config.kv_clip == "static" else table.clip_factors, _places(profile, config)
     return {
         layer: torch.from_numpy(
             np.concatenate([clips[site(layer, kind)][entries] for kind in ("key", "value")], axis=1)
@@ -539,7 +539,7 @@ def _clips(profile: Profile, config: QuantConfig, layers: Sequence[str]) -> dict
     # One clip per token takes the layer's factor; layer and model tables repeat one clip for all groups.
     granularity = "layer" if config.granularity == "token" else config.granularity
     table = _table(profile, config, config.activations, granularity)
-    clips = table.alpha if config.clip == "static" else table.shape
+    clips = table.clips if config.clip == "static" else table.clip_factors
     columns = None if config.activation_group_size else 1
     return {name: torch.from_numpy(clips[name][entries, :columns]) for name in layers}
 

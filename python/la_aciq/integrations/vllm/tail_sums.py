@@ -134,15 +134,15 @@ class TailSums:
     def _use(self, new: Adapted) -> set[int]:
         if self.adapted is None or new is self.adapted:
             return set()
-        new = replace(new, alpha=new.alpha.astype(np.float32).astype(np.float64))  # as the kernel has it
-        changed = (new.alpha != self.adapted.alpha).any(axis=1)
+        new = replace(new, clips=new.clips.astype(np.float32).astype(np.float64))  # as the kernel has it
+        changed = (new.clips != self.adapted.clips).any(axis=1)
         self.adapted = new
-        self.clips.copy_(torch.from_numpy(new.alpha))
+        self.clips.copy_(torch.from_numpy(new.clips))
         return set(np.flatnonzero(changed).tolist())
 
     def log_ratios(self) -> np.ndarray[Any, Any]:
         """Return float64 [num_entries]: the mean logarithm of the clips over the checkpoint's."""
         if self.adapted is None:
             return np.zeros(len(self.clips))
-        ratios: np.ndarray[Any, Any] = np.log(self.adapted.alpha / self.adapted.calibrated).mean(axis=1)
+        ratios: np.ndarray[Any, Any] = np.log(self.adapted.clips / self.adapted.calibrated).mean(axis=1)
         return ratios
