@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_clip_table      measures on one core and writes results/clip-table-<device>.json
 
-Profiles are made up, with histograms of 4,096 values of Student t laws of random scale: the time does not depend on
+Profiles are synthetic, with histograms of 4,096 values of Student t laws of random scale: the time does not depend on
 what they hold.
 """
 
@@ -43,29 +43,29 @@ CASES = {
 TARGET_S = 1.0
 
 
-def made_up_profile(layers: int = LAYERS, languages: int = LANGUAGES) -> SimpleNamespace:
+def synthetic_profile(layers: int = LAYERS, languages: int = LANGUAGES) -> SimpleNamespace:
     """What `clipping.table` reads of a profile: entries, languages, sites with one group each, and layers."""
     rng = np.random.default_rng(0)
-    rows = ("und", *(f"l{i}" for i in range(languages)), "sink")
+    entries = ("und", *(f"l{i}" for i in range(languages)), "sink")
     edges = np.concatenate([[0.0], *[2.0**e * (1 + np.arange(8) / 8) for e in range(-16, 16)], [2.0**16]])
     sites = {}
     for i in range(layers):
         x = np.abs(rng.standard_t(rng.uniform(4, 20), (languages + 1, 4096))).astype(np.float32)
         x *= rng.uniform(0.2, 5, (languages + 1, 1)).astype(np.float32)
-        histogram = np.zeros((len(rows), 1, 258, 2), np.int64)
+        histogram = np.zeros((len(entries), 1, 258, 2), np.int64)
         bins = np.searchsorted(edges, x, side="right") - 1
         for row, (b, values) in enumerate(zip(bins, x, strict=True), start=1):
             np.add.at(histogram[row, 0, :, 0], b, 1)
             np.add.at(histogram[row, 0, :, 1], b, values.view(np.int32) & ((1 << 20) - 1))
         histogram[0] = histogram[1:-1].sum(0)
-        moments = Moments.from_state(np.zeros((len(rows), 1, 8)), histogram)
+        moments = Moments.from_state(np.zeros((len(entries), 1, 8)), histogram)
         sites[f"layer{i}"] = SimpleNamespace(moments=moments, kind="input", layer_kind="q_proj")
-    return SimpleNamespace(entries=rows, languages=rows[1:-1], sites=sites, layers={name: name for name in sites})
+    return SimpleNamespace(entries=entries, languages=entries[1:-1], sites=sites, layers={name: name for name in sites})
 
 
 @pytest.fixture(scope="module")
 def profile() -> SimpleNamespace:
-    return made_up_profile()
+    return synthetic_profile()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,20 +75,20 @@ def bench_clip_table(benchmark, profile, case):
 
 
 def main() -> int:
-    profile = made_up_profile()
+    profile = synthetic_profile()
     rows = []
     for case, arguments in CASES.items():
-        elapsed, used = [], []
+        elapsed_seconds, cpu_seconds = [], []
         for _ in range(8):
             start, cpu = time.perf_counter(), time.process_time()
             clipping.table(profile, granularity="layer", **arguments)
-            elapsed.append(time.perf_counter() - start)
-            used.append(time.process_time() - cpu)
-        low, median, high = statistics.quantiles(used[1:], n=4)
+            elapsed_seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu)
+        low, median, high = statistics.quantiles(cpu_seconds[1:], n=4)
         # The process has one core and one thread: its processor time is what the core spends, also when others share
         # it.
-        row = {"case": case, "cpu_median_s": median, "cpu_quartiles_s": [low, high], "rounds": len(used) - 1}
-        rows.append(row | {"elapsed_median_s": statistics.median(elapsed[1:])})
+        row = {"case": case, "cpu_median_s": median, "cpu_quartiles_s": [low, high], "rounds": len(cpu_seconds) - 1}
+        rows.append(row | {"elapsed_median_s": statistics.median(elapsed_seconds[1:])})
         print(f"{case}: {median:.3f} s of processor time, {rows[-1]['elapsed_median_s']:.3f} s elapsed")
     device = cpu_name()
     target = Path(__file__).parent / "results" / f"clip-table-{in_file_names(device)}.json"

@@ -97,8 +97,8 @@ def torch_int4(weight: Weight, dtype: torch.dtype) -> list[Product]:
     parameters = torch.stack((step, step / 2), dim=-1).to(dtype).contiguous()
 
     def product() -> Product:
-        own, scales_and_zeros = packed.clone(), parameters.clone()
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, own, GROUP, scales_and_zeros)
+        codes, scales_and_zeros = packed.clone(), parameters.clone()
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, scales_and_zeros)
 
     return [product() for _ in copies_of(packed.nbytes + parameters.nbytes)]
 
@@ -154,8 +154,8 @@ def bitsandbytes_nf4(weight: Weight, dtype: torch.dtype) -> list[Product]:
     packed, state = layer.weight.data, layer.weight.quant_state
 
     def product() -> Product:
-        own, own_state = packed.clone(), copy.deepcopy(state)
-        return lambda x: bitsandbytes.matmul_4bit(x, own, own_state)
+        codes, quant_state = packed.clone(), copy.deepcopy(state)
+        return lambda x: bitsandbytes.matmul_4bit(x, codes, quant_state)
 
     return [product() for _ in copies_of(weight.nbytes)]
 
@@ -163,19 +163,19 @@ def bitsandbytes_nf4(weight: Weight, dtype: torch.dtype) -> list[Product]:
 def llama(weight: Weight) -> list[Product]:
     """llama.cpp: groups of 32, activations rounded to 8 bits."""
     ggml = Ggml()
-    weights = [ggml.weight(weight.values) for _ in copies_of(weight.nbytes)]
+    ggml_weights = [ggml.weight(weight.values) for _ in copies_of(weight.nbytes)]
 
-    def product(own: int) -> Product:
+    def product(ggml_weight: int) -> Product:
         calls: dict[int, Callable[[], Tensor]] = {}  # graphs by rows; each is given one x only
 
         def call(x: Tensor) -> Tensor:
             if len(x) not in calls:
-                calls[len(x)] = ggml.linear(own, len(weight.values), x)
+                calls[len(x)] = ggml.linear(ggml_weight, len(weight.values), x)
             return calls[len(x)]()
 
         return call
 
-    return [product(own) for own in weights]
+    return [product(ggml_weight) for ggml_weight in ggml_weights]
 
 
 @functools.lru_cache(maxsize=1)
@@ -183,29 +183,29 @@ def contenders_of(n: int, k: int, dtype: torch.dtype) -> dict[str, tuple[list[Pr
     """Everything that multiplies activations of dtype with that matrix, and what its formats may cost."""
     weight, name = weight_of(n, k), str(dtype).removeprefix("torch.")
     exact = "exact" if dtype == torch.float32 else "16 bits"
-    found = {
+    contenders = {
         "la_aciq A16": (ours(weight), exact),
         f"torch {name}": (torch_linear(weight, dtype), exact),
     }
     if n % 16 == 0 and k % GROUP == 0:
-        found["torch int4"] = torch_int4(weight, dtype), exact
+        contenders["torch int4"] = torch_int4(weight, dtype), exact
         if (n, k) in COMPILED_SHAPES and optional("torchao"):
-            found["torchao int4"] = torchao_int4(weight, dtype), "4 bits"
+            contenders["torchao int4"] = torchao_int4(weight, dtype), "4 bits"
             if dtype == torch.bfloat16:
-                found["torchao int8 dynamic"] = torchao_int8(weight, dtype), "8 bits"
+                contenders["torchao int8 dynamic"] = torchao_int8(weight, dtype), "8 bits"
         if dtype == torch.bfloat16 and optional("bitsandbytes"):
-            found["bitsandbytes NF4"] = bitsandbytes_nf4(weight, dtype), "4 bits"
+            contenders["bitsandbytes NF4"] = bitsandbytes_nf4(weight, dtype), "4 bits"
         if dtype == torch.float32 and optional("llama_cpp"):
-            found["llama.cpp Q4_0"] = llama(weight), "4 bits"
+            contenders["llama.cpp Q4_0"] = llama(weight), "4 bits"
     if dtype == torch.float32:
-        found["torch int8 dynamic"] = torch_int8(weight), "8 bits"
-    return found
+        contenders["torch int8 dynamic"] = torch_int8(weight), "8 bits"
+    return contenders
 
 
 def limits_of(weight: Weight, rows: int, dtype: torch.dtype) -> tuple[Contenders, dict[str, float]]:
     """Reading the packed weights, in turn like them; multiply-adds in registers, and how many calls that takes."""
-    memory = [roofline.aligned(weight.nbytes) for _ in copies_of(weight.nbytes)]
-    loops = itertools.cycle([roofline.read(own) for own in memory])
+    buffers = [roofline.aligned(weight.nbytes) for _ in copies_of(weight.nbytes)]
+    loops = itertools.cycle([roofline.read(buffer) for buffer in buffers])
     contenders: Contenders = {"limit: read": lambda: next(loops)()}
     calls = {}
     for kind in ("int8", "bfloat16" if dtype == torch.bfloat16 else "float32"):
@@ -224,24 +224,26 @@ def bench_linear(benchmark, shape, rows, dtype):
     n, k = shape
     weight = weight_of(n, k)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(2)).to(dtype)
-    clip = torch.linspace(2.4, 2.6, LANGUAGES).unsqueeze(1)
+    clips = torch.linspace(2.4, 2.6, LANGUAGES).unsqueeze(1)
     mixed = (torch.arange(rows) % LANGUAGES).to(torch.int32)
     same = torch.zeros(rows, dtype=torch.int32)
-    found = contenders_of(n, k, dtype) | {
-        "la_aciq A8": (ours(weight, 8, 2 * clip, same), "8 bits"),
-        "la_aciq A4": (ours(weight, 4, clip, same), "4 bits"),
-        "la_aciq A4, mixed languages": (ours(weight, 4, clip, mixed), "4 bits"),
+    contenders = contenders_of(n, k, dtype) | {
+        "la_aciq A8": (ours(weight, 8, 2 * clips, same), "8 bits"),
+        "la_aciq A4": (ours(weight, 4, clips, same), "4 bits"),
+        "la_aciq A4, mixed languages": (ours(weight, 4, clips, mixed), "4 bits"),
     }
     if dtype == torch.float32 and rows > SCALAR_ROWS:
-        found = {name: own for name, own in found.items() if name not in ("torch int4", "torchao int4")}
+        contenders = {
+            name: contender for name, contender in contenders.items() if name not in ("torch int4", "torchao int4")
+        }
     exact, errors = x.double() @ weight.values.double().T, {}
-    for name, (products, cost) in found.items():
+    for name, (products, cost) in contenders.items():
         errors[name] = ((products[0](x).double() - exact).norm() / exact.norm()).item()
         assert errors[name] < TOLERANCE[cost], f"{name}: relative error {errors[name]:.3g}"
     limits, calls = limits_of(weight, rows, dtype)
     compare(
         benchmark,
-        {**{name: in_turn(products, x) for name, (products, _cost) in found.items()}, **limits},
+        {**{name: in_turn(products, x) for name, (products, _cost) in contenders.items()}, **limits},
         suite="linear",
         shape=[n, k],
         rows=rows,

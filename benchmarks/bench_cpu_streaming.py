@@ -36,12 +36,12 @@ def x() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def language() -> Tensor:
+def language_ids() -> Tensor:
     return (torch.arange(ROWS) % LANGUAGES).to(torch.int32)
 
 
 @pytest.fixture(scope="module")
-def alpha() -> Tensor:
+def clips() -> Tensor:
     return torch.linspace(2.0, 3.0, LANGUAGES * K // GROUP).reshape(LANGUAGES, -1)
 
 
@@ -70,8 +70,8 @@ def pack(q: Tensor) -> Tensor:
 
 
 def kurtosis_torch(x: Tensor) -> Tensor:
-    centred = x - x.mean()
-    square = centred * centred
+    centered = x - x.mean()
+    square = centered * centered
     return (square * square).mean() / square.mean() ** 2 - 3
 
 
@@ -80,10 +80,10 @@ def kurtosis_numpy(x: np.ndarray) -> float:
     return float(np.square(square).mean() / square.mean() ** 2 - 3)
 
 
-def bench_moments(benchmark, x, language):
+def bench_moments(benchmark, x, language_ids):
     array, inductor = x.numpy(), compiled(kurtosis_torch)
     contenders = {
-        "la_aciq": lambda: la_aciq.moments(x, language, LANGUAGES),
+        "la_aciq": lambda: la_aciq.moments(x, language_ids, LANGUAGES),
         **reads(x),
         "torch": lambda: kurtosis_torch(x),
         "torch.compile": lambda: inductor(x),
@@ -97,10 +97,10 @@ def bench_moments(benchmark, x, language):
     compare(benchmark, contenders, operation="moments", buffer=x.nbytes, bytes=x.nbytes, limit="read")
 
 
-def bench_moments_histogram(benchmark, x, language):
+def bench_moments_histogram(benchmark, x, language_ids):
     compare(
         benchmark,
-        {"la_aciq": lambda: la_aciq.moments(x, language, LANGUAGES, histogram=True), **reads(x)},
+        {"la_aciq": lambda: la_aciq.moments(x, language_ids, LANGUAGES, histogram=True), **reads(x)},
         operation="moments with histogram",
         buffer=x.nbytes,
         bytes=x.nbytes,
@@ -108,11 +108,11 @@ def bench_moments_histogram(benchmark, x, language):
     )
 
 
-def bench_moments_bfloat16(benchmark, x, language):
+def bench_moments_bfloat16(benchmark, x, language_ids):
     half = x.bfloat16()
     compare(
         benchmark,
-        {"la_aciq": lambda: la_aciq.moments(half, language, LANGUAGES), **reads(half)},
+        {"la_aciq": lambda: la_aciq.moments(half, language_ids, LANGUAGES), **reads(half)},
         operation="moments, bfloat16",
         buffer=half.nbytes,
         bytes=half.nbytes,
@@ -123,15 +123,15 @@ def bench_moments_bfloat16(benchmark, x, language):
 # --- quantize ---
 
 
-def quantize_torch(x: Tensor, alpha: Tensor, language: Tensor) -> Tensor:
-    inverse = (7.5 / alpha)[language].unsqueeze(-1)
+def quantize_torch(x: Tensor, clips: Tensor, language_ids: Tensor) -> Tensor:
+    inverse = (7.5 / clips)[language_ids].unsqueeze(-1)
     q = (x.reshape(x.shape[0], -1, GROUP) * inverse + 8).floor().clamp(0, 15).to(torch.uint8)
     return pack(q.reshape(x.shape))
 
 
-def bench_quantize(benchmark, x, alpha, language):
-    array, ids, inductor = x.numpy(), language.numpy(), compiled(quantize_torch)
-    inverse = (7.5 / alpha).numpy()
+def bench_quantize(benchmark, x, clips, language_ids):
+    array, ids, inductor = x.numpy(), language_ids.numpy(), compiled(quantize_torch)
+    inverse = (7.5 / clips).numpy()
 
     def quantize_numpy() -> np.ndarray:
         scaled = array.reshape(ROWS, -1, GROUP) * inverse[ids][..., None] + np.float32(8)
@@ -139,10 +139,10 @@ def bench_quantize(benchmark, x, alpha, language):
         return q[:, ::2] | (q[:, 1::2] << 4)
 
     contenders = {
-        "la_aciq": lambda: la_aciq.quantize(x, alpha, language, group_size=GROUP),
+        "la_aciq": lambda: la_aciq.quantize(x, clips, language_ids, group_size=GROUP),
         **reads(x),
-        "torch": lambda: quantize_torch(x, alpha, language),
-        "torch.compile": lambda: inductor(x, alpha, language),
+        "torch": lambda: quantize_torch(x, clips, language_ids),
+        "torch.compile": lambda: inductor(x, clips, language_ids),
         "NumPy": quantize_numpy,
     }
     ours = contenders["la_aciq"]()
@@ -177,10 +177,10 @@ def bench_quantize_one_clip(benchmark, x):
     )
 
 
-def bench_quantize_tail_sums(benchmark, x, alpha, language):
+def bench_quantize_tail_sums(benchmark, x, clips, language_ids):
     compare(
         benchmark,
-        {"la_aciq": lambda: la_aciq.quantize(x, alpha, language, group_size=GROUP, tail_sums=True), **reads(x)},
+        {"la_aciq": lambda: la_aciq.quantize(x, clips, language_ids, group_size=GROUP, tail_sums=True), **reads(x)},
         operation="quantize with tail sums",
         buffer=x.nbytes,
         bytes=x.nbytes + x.numel() // 2,
@@ -188,11 +188,11 @@ def bench_quantize_tail_sums(benchmark, x, alpha, language):
     )
 
 
-def bench_quantize_bfloat16(benchmark, x, alpha, language):
+def bench_quantize_bfloat16(benchmark, x, clips, language_ids):
     half = x.bfloat16()
     compare(
         benchmark,
-        {"la_aciq": lambda: la_aciq.quantize(half, alpha, language, group_size=GROUP), **reads(half)},
+        {"la_aciq": lambda: la_aciq.quantize(half, clips, language_ids, group_size=GROUP), **reads(half)},
         operation="quantize, bfloat16",
         buffer=half.nbytes,
         bytes=half.nbytes + x.numel() // 2,
@@ -206,13 +206,13 @@ def quantize_dynamic_torch(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("group_size", [None, 32, 64, 128], ids=lambda size: str(size or "row"))
-def bench_quantize_dynamic(benchmark, x, language, group_size):
-    shape = torch.full((LANGUAGES, 1 if group_size is None else K // group_size), 2.5)
+def bench_quantize_dynamic(benchmark, x, language_ids, group_size):
+    clip_factors = torch.full((LANGUAGES, 1 if group_size is None else K // group_size), 2.5)
     contenders = {
-        "la_aciq": lambda: la_aciq.quantize_dynamic(x, shape, language, group_size=group_size),
+        "la_aciq": lambda: la_aciq.quantize_dynamic(x, clip_factors, language_ids, group_size=group_size),
         **reads(x),
     }
-    ours, scales = contenders["la_aciq"]()
+    ours, row_clips = contenders["la_aciq"]()
     if group_size is None:
         inductor = compiled(quantize_dynamic_torch)
         contenders["torch"] = lambda: quantize_dynamic_torch(x)
@@ -224,7 +224,7 @@ def bench_quantize_dynamic(benchmark, x, language, group_size):
         contenders,
         operation=f"quantize_dynamic, rms per {'row' if group_size is None else f'group of {group_size}'}",
         buffer=x.nbytes,
-        bytes=x.nbytes + ours.nbytes + scales.nbytes,
+        bytes=x.nbytes + ours.nbytes + row_clips.nbytes,
         limit="read",
     )
 
@@ -234,7 +234,7 @@ def bench_quantize_dynamic_absmax(benchmark, x):
         "la_aciq": lambda: la_aciq.quantize_dynamic(x, 1.0, group_size=GROUP, statistic="absmax"),
         **reads(x),
     }
-    ours, scales = contenders["la_aciq"]()
+    ours, row_clips = contenders["la_aciq"]()
     if bitsandbytes := optional("bitsandbytes"):
         functional = bitsandbytes.functional
         contenders["bitsandbytes NF4"] = lambda: functional.quantize_4bit(x, blocksize=GROUP, quant_type="nf4")
@@ -245,7 +245,7 @@ def bench_quantize_dynamic_absmax(benchmark, x):
         contenders,
         operation=f"quantize_dynamic, absmax per group of {GROUP}",
         buffer=x.nbytes,
-        bytes=x.nbytes + ours.nbytes + scales.nbytes,
+        bytes=x.nbytes + ours.nbytes + row_clips.nbytes,
         limit="read",
     )
 
@@ -295,21 +295,21 @@ def bench_rotate(benchmark, x):
     )
 
 
-def dequantize_torch(codes: Tensor, alpha: Tensor, language: Tensor) -> Tensor:
-    step = (alpha / 7.5)[language].unsqueeze(-1)
+def dequantize_torch(codes: Tensor, clips: Tensor, language_ids: Tensor) -> Tensor:
+    step = (clips / 7.5)[language_ids].unsqueeze(-1)
     q = torch.stack((codes & 15, codes >> 4), dim=-1).reshape(codes.shape[0], -1, GROUP)
     return ((q.float() - 7.5) * step).reshape(codes.shape[0], -1)
 
 
-def bench_dequantize(benchmark, x, alpha, language):
-    codes, target = la_aciq.quantize(x, alpha, language, group_size=GROUP), torch.ones_like(x)
+def bench_dequantize(benchmark, x, clips, language_ids):
+    codes, target = la_aciq.quantize(x, clips, language_ids, group_size=GROUP), torch.ones_like(x)
     inductor = compiled(dequantize_torch)
     contenders = {
-        "la_aciq": lambda: la_aciq.dequantize(codes, alpha, language, k=K, group_size=GROUP),
+        "la_aciq": lambda: la_aciq.dequantize(codes, clips, language_ids, k=K, group_size=GROUP),
         "limit: write": roofline.write(target),
         "limit: fresh write": lambda: torch.full_like(target, 1.0),
-        "torch": lambda: dequantize_torch(codes, alpha, language),
-        "torch.compile": lambda: inductor(codes, alpha, language),
+        "torch": lambda: dequantize_torch(codes, clips, language_ids),
+        "torch.compile": lambda: inductor(codes, clips, language_ids),
     }
     ours = contenders["la_aciq"]()
     for name in ("torch", "torch.compile"):
@@ -352,24 +352,24 @@ def freed_memory_kept():
         libc.malloc_trim(0)
 
 
-def bench_in_use(benchmark, x, alpha, language):
-    signs, target, shape = torch.ones(K), torch.ones_like(x), torch.full((LANGUAGES, K // GROUP), 2.5)
-    codes = la_aciq.quantize(x, alpha, language, group_size=GROUP)
+def bench_in_use(benchmark, x, clips, language_ids):
+    signs, target, clip_factors = torch.ones(K), torch.ones_like(x), torch.full((LANGUAGES, K // GROUP), 2.5)
+    codes = la_aciq.quantize(x, clips, language_ids, group_size=GROUP)
     with freed_memory_kept():
         compare(
             benchmark,
             {
-                "quantize": lambda: la_aciq.quantize(x, alpha, language, group_size=GROUP),
+                "quantize": lambda: la_aciq.quantize(x, clips, language_ids, group_size=GROUP),
                 "quantize with tail sums": lambda: la_aciq.quantize(
-                    x, alpha, language, group_size=GROUP, tail_sums=True
+                    x, clips, language_ids, group_size=GROUP, tail_sums=True
                 ),
-                "quantize_dynamic, rms per row": lambda: la_aciq.quantize_dynamic(x, shape[:, :1], language),
+                "quantize_dynamic, rms per row": lambda: la_aciq.quantize_dynamic(x, clip_factors[:, :1], language_ids),
                 f"quantize_dynamic, rms per group of {GROUP}": lambda: la_aciq.quantize_dynamic(
-                    x, shape, language, group_size=GROUP
+                    x, clip_factors, language_ids, group_size=GROUP
                 ),
                 "quantize_dynamic, rms per row, rotated": lambda: la_aciq.quantize_dynamic(x, 2.5, signs=signs),
                 "rotate": lambda: la_aciq.rotate(x, signs),
-                "dequantize": lambda: la_aciq.dequantize(codes, alpha, language, k=K, group_size=GROUP),
+                "dequantize": lambda: la_aciq.dequantize(codes, clips, language_ids, k=K, group_size=GROUP),
                 **reads(x),
                 "limit: copy": roofline.copy(x, target),
                 "limit: write": roofline.write(target),
@@ -434,23 +434,23 @@ def bench_threads(benchmark, largest, count):
 
 def bench_small_call(benchmark):
     """A call on 16 elements: all overhead. torch's sum stands for what any operation of PyTorch costs."""
-    x, alpha, signs = normal(16).reshape(1, 16), torch.full((1, 1), 2.5), torch.ones(16)
-    codes, ops = la_aciq.quantize(x, alpha), torch.ops.la_aciq
-    weight, scale = la_aciq.quantize_dynamic(normal(256).reshape(16, 16), 2.5)
+    x, clips, signs = normal(16).reshape(1, 16), torch.full((1, 1), 2.5), torch.ones(16)
+    codes, ops = la_aciq.quantize(x, clips), torch.ops.la_aciq
+    weight_codes, weight_clip = la_aciq.quantize_dynamic(normal(256).reshape(16, 16), 2.5)
     contenders = {
         "torch.sum": x.sum,
         "torch.ops.aten.sum": lambda: torch.ops.aten.sum(x),
         "moments": lambda: la_aciq.moments(x),
-        "quantize": lambda: la_aciq.quantize(x, alpha),
-        "quantize_dynamic": lambda: la_aciq.quantize_dynamic(x, alpha),
-        "dequantize": lambda: la_aciq.dequantize(codes, alpha, k=16),
+        "quantize": lambda: la_aciq.quantize(x, clips),
+        "quantize_dynamic": lambda: la_aciq.quantize_dynamic(x, clips),
+        "dequantize": lambda: la_aciq.dequantize(codes, clips, k=16),
         "rotate": lambda: la_aciq.rotate(x, signs),
-        "linear": lambda: la_aciq.linear(x, weight, scale),
+        "linear": lambda: la_aciq.linear(x, weight_codes, weight_clip),
         "torch.ops.la_aciq.moments": lambda: ops.moments(x),
-        "torch.ops.la_aciq.quantize": lambda: ops.quantize(x, alpha),
-        "torch.ops.la_aciq.quantize_dynamic": lambda: ops.quantize_dynamic(x, alpha),
-        "torch.ops.la_aciq.dequantize": lambda: ops.dequantize(codes, alpha, k=16, dtype=torch.float32),
+        "torch.ops.la_aciq.quantize": lambda: ops.quantize(x, clips),
+        "torch.ops.la_aciq.quantize_dynamic": lambda: ops.quantize_dynamic(x, clips),
+        "torch.ops.la_aciq.dequantize": lambda: ops.dequantize(codes, clips, k=16, dtype=torch.float32),
         "torch.ops.la_aciq.rotate": lambda: ops.rotate(x, signs),
-        "torch.ops.la_aciq.linear": lambda: ops.linear(x, weight, scale),
+        "torch.ops.la_aciq.linear": lambda: ops.linear(x, weight_codes, weight_clip),
     }
     compare(benchmark, contenders, suite="small call", operation="16 elements")

@@ -142,8 +142,8 @@ def pack(q: Tensor) -> Tensor:
     return q[..., ::2] | (q[..., 1::2] << 4)
 
 
-def torch_quantize(x: Tensor, alpha: Tensor, ids: Tensor) -> Tensor:
-    inverse = (7.5 / alpha)[ids].unsqueeze(-1)
+def torch_quantize(x: Tensor, clips: Tensor, language_ids: Tensor) -> Tensor:
+    inverse = (7.5 / clips)[language_ids].unsqueeze(-1)
     q = (x.float().unflatten(-1, (-1, GROUP)) * inverse + 8).floor().clamp(0, 15).to(torch.uint8)
     return pack(q.flatten(-2))
 
@@ -155,9 +155,9 @@ def torch_quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     return pack(q.flatten(-2)), clip.squeeze(-1)
 
 
-def torch_dequantize(codes: Tensor, alpha: Tensor, ids: Tensor) -> Tensor:
+def torch_dequantize(codes: Tensor, clips: Tensor, language_ids: Tensor) -> Tensor:
     q = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).unflatten(-1, (-1, GROUP))
-    return ((q.float() - 7.5) * (alpha / 7.5)[ids].unsqueeze(-1)).flatten(-2).bfloat16()
+    return ((q.float() - 7.5) * (clips / 7.5)[language_ids].unsqueeze(-1)).flatten(-2).bfloat16()
 
 
 def torch_moments(x: Tensor) -> Tensor:
@@ -184,12 +184,12 @@ def torch_rotate(x: Tensor, signs: Tensor) -> Tensor:
 def elementwise_cases(rows: int, k: int, dtype: torch.dtype, composed: bool = False) -> Iterator[Case]:
     """composed: beside PyTorch's compiler, which takes its time."""
     x = torch.randn(rows, k, device="cuda").to(dtype)
-    ids = (torch.arange(rows, device="cuda") % LANGUAGES).to(torch.int32)
-    alpha = torch.linspace(2.0, 3.0, LANGUAGES * k // GROUP, device="cuda").reshape(LANGUAGES, -1)
+    language_ids = (torch.arange(rows, device="cuda") % LANGUAGES).to(torch.int32)
+    clips = torch.linspace(2.0, 3.0, LANGUAGES * k // GROUP, device="cuda").reshape(LANGUAGES, -1)
     signs = torch.where(torch.rand(k, device="cuda") < 0.5, -1, 1).to(torch.int8)
-    codes = la_aciq.quantize(x, alpha, ids, group_size=GROUP)
+    codes = la_aciq.quantize(x, clips, language_ids, group_size=GROUP)
     name = f"{rows} x {k} {str(dtype).removeprefix('torch.')}"
-    code_bytes, scale_bytes = x.numel() // 2, 4 * x.numel() // GROUP
+    code_bytes, clip_bytes = x.numel() // 2, 4 * x.numel() // GROUP
 
     target = torch.empty_like(x)
     case = Case("device copy", rows, name, 2 * x.nbytes, close(0.0))
@@ -197,17 +197,17 @@ def elementwise_cases(rows: int, k: int, dtype: torch.dtype, composed: bool = Fa
     yield case
 
     case = Case("quantize", rows, name, x.nbytes + code_bytes, few_codes_differ, "quantize")
-    case.add_ours(lambda: la_aciq.quantize(x, alpha, ids, group_size=GROUP))
+    case.add_ours(lambda: la_aciq.quantize(x, clips, language_ids, group_size=GROUP))
     if composed:
-        case.add_compiled(torch_quantize, x, alpha, ids)
+        case.add_compiled(torch_quantize, x, clips, language_ids)
     yield case
 
     case = Case("quantize with tail sums", rows, name, x.nbytes + code_bytes, few_codes_differ, "quantize")
-    case.add_ours(lambda: la_aciq.quantize(x, alpha, ids, group_size=GROUP, tail_sums=True))
+    case.add_ours(lambda: la_aciq.quantize(x, clips, language_ids, group_size=GROUP, tail_sums=True))
     yield case
 
     case = Case(
-        "quantize_dynamic", rows, name, x.nbytes + code_bytes + scale_bytes, few_codes_differ, "quantize_dynamic"
+        "quantize_dynamic", rows, name, x.nbytes + code_bytes + clip_bytes, few_codes_differ, "quantize_dynamic"
     )
     case.add_ours(lambda: la_aciq.quantize_dynamic(x, 2.5, group_size=GROUP))
     if composed:
@@ -218,7 +218,7 @@ def elementwise_cases(rows: int, k: int, dtype: torch.dtype, composed: bool = Fa
         "quantize_dynamic rotated",
         rows,
         name,
-        x.nbytes + code_bytes + scale_bytes,
+        x.nbytes + code_bytes + clip_bytes,
         few_codes_differ,
         "quantize_dynamic",
     )
@@ -234,13 +234,13 @@ def elementwise_cases(rows: int, k: int, dtype: torch.dtype, composed: bool = Fa
     yield case
 
     case = Case("dequantize", rows, name, code_bytes + 2 * x.numel(), close(1e-2), "dequantize")
-    case.add_ours(lambda: la_aciq.dequantize(codes, alpha, ids, k=k, group_size=GROUP, dtype=torch.bfloat16))
+    case.add_ours(lambda: la_aciq.dequantize(codes, clips, language_ids, k=k, group_size=GROUP, dtype=torch.bfloat16))
     if composed:
-        case.add_compiled(torch_dequantize, codes, alpha, ids)
+        case.add_compiled(torch_dequantize, codes, clips, language_ids)
     yield case
 
     case = Case("moments", rows, name, x.nbytes, same_kurtosis, "moments")
-    case.add_ours(lambda: moments_state(x, ids, LANGUAGES))
+    case.add_ours(lambda: moments_state(x, language_ids, LANGUAGES))
     if composed:
         case.add_compiled(torch_moments, x)  # of all languages together
     yield case

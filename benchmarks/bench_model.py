@@ -65,30 +65,30 @@ class TorchInt4(nn.Module):
 
 
 def torch_int4(model: Any) -> Any:
-    made = copy.deepcopy(model).to(torch.bfloat16)
-    for name, module in list(made.named_modules()):
+    candidate = copy.deepcopy(model).to(torch.bfloat16)
+    for name, module in list(candidate.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            made.set_submodule(name, TorchInt4(module))
-    return made
+            candidate.set_submodule(name, TorchInt4(module))
+    return candidate
 
 
 def torchao_int4(model: Any) -> Any:
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import quantize_
 
-    made = copy.deepcopy(model).to(torch.bfloat16)
+    candidate = copy.deepcopy(model).to(torch.bfloat16)
     quantize_(
-        made,
+        candidate,
         PrototypeInt4WeightOnlyConfig(group_size=GROUP),
         filter_fn=lambda module, name: isinstance(module, nn.Linear) and name != "lm_head",
     )
-    return made
+    return candidate
 
 
 def with_our_attention(model: Any) -> Any:
-    made = copy.deepcopy(model)
-    use_attention(made)
-    return made
+    candidate = copy.deepcopy(model)
+    use_attention(candidate)
+    return candidate
 
 
 def loss(model: Any, ids: Tensor) -> float:

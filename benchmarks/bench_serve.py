@@ -30,9 +30,9 @@ OPTIONS = ["--max-model-len", "512", "--max-num-seqs", "16", "--dtype", "bfloat1
 
 def unquantized(model):
     """The model without what says that it came from a 4-bit file, which transformers will not save."""
-    made = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
-    made.load_state_dict(model.state_dict())
-    return made
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
 def make_models(folder: Path) -> list[Path]:

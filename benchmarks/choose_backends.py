@@ -60,18 +60,18 @@ def winners(measured: list[dict[str, Any]], default: Rules) -> list[tuple[int, l
     for (rows, _), pair in times.items():
         if (known := advantage(pair)) is not None:
             by_rows[rows].append(known)
-    found = []
+    orders = []
     for rows, advantages in sorted(by_rows.items()):
         failed = {math.copysign(1, a) for a in advantages if math.isinf(a)}
         mean = 0.0 if len(failed) == 2 else sum(advantages) / len(advantages)
-        found.append((rows, order_for(default, rows) if abs(mean) < TIE else CUDA if mean > 0 else TRITON))
-    return found
+        orders.append((rows, order_for(default, rows) if abs(mean) < TIE else CUDA if mean > 0 else TRITON))
+    return orders
 
 
-def rules_of(found: list[tuple[int, list[str]]]) -> Rules:
+def rules_of(orders: list[tuple[int, list[str]]]) -> Rules:
     """Neighbours with the same order are one rule; the last one holds for any more rows."""
     rules: Rules = []
-    for (rows, backends), (next_rows, next_backends) in zip(found, [*found[1:], (0, None)], strict=True):
+    for (rows, backends), (next_rows, next_backends) in zip(orders, [*orders[1:], (0, None)], strict=True):
         if backends != next_backends:
             rules.append((math.isqrt(rows * next_rows) or None, backends))
     return rules
@@ -81,8 +81,8 @@ def table_of(result: dict[str, Any] | None) -> dict[str, Any]:
     ours = [row for row in result["rows"] if row["implementation"].startswith("la_aciq ")] if result else []
     preferences = {}
     for entry, default in DEFAULTS.items():
-        found = winners([row for row in ours if row.get("entry") == entry], default)
-        preferences[entry] = rules_of(found) if found else default
+        orders = winners([row for row in ours if row.get("entry") == entry], default)
+        preferences[entry] = rules_of(orders) if orders else default
     table: dict[str, Any] = {"schema": 1, "device": None, "note": "not measured: the choices are by reasoning"}
     if result:
         table = {"schema": 1, **{name: result[name] for name in ("device", "measured", "versions")}}

@@ -88,7 +88,7 @@ def measure() -> dict:
 
 def problems(measured: dict, recorded: dict) -> list[str]:
     """What is wrong with the compiled kernels, and where they differ from the record."""
-    found = [
+    faults = [
         "{kernel} for sm_{target}: {spill_bytes} bytes of spills, {stack_bytes} of stack".format(**kernel)
         for kernel in measured["kernels"]
         if kernel["spill_bytes"] or kernel["stack_bytes"]
@@ -96,10 +96,10 @@ def problems(measured: dict, recorded: dict) -> list[str]:
     if {(kernel["kernel"], kernel["target"]) for kernel in measured["kernels"]} != {
         (kernel["kernel"], kernel["target"]) for kernel in recorded["kernels"]
     }:
-        found.append(f"{RESULTS.name} lists other kernels than csrc/cuda has")
+        faults.append(f"{RESULTS.name} lists other kernels than csrc/cuda has")
     elif measured["nvcc"] == recorded["nvcc"] and measured["kernels"] != recorded["kernels"]:
-        found.append(f"{RESULTS.name} is not what this compiler gives")
-    return found
+        faults.append(f"{RESULTS.name} is not what this compiler gives")
+    return faults
 
 
 def main() -> int:
@@ -108,9 +108,9 @@ def main() -> int:
     arguments = parser.parse_args()
     measured = measure()
     if arguments.check:
-        found = problems(measured, json.loads(RESULTS.read_text()))
-        print("\n".join(found) or f"{len(measured['kernels'])} kernels as recorded")
-        return int(bool(found))
+        faults = problems(measured, json.loads(RESULTS.read_text()))
+        print("\n".join(faults) or f"{len(measured['kernels'])} kernels as recorded")
+        return int(bool(faults))
     lines = ",\n  ".join(json.dumps(kernel) for kernel in measured.pop("kernels"))
     RESULTS.write_text(json.dumps(measured, indent=1)[:-2] + f',\n "kernels": [\n  {lines}\n ]\n}}\n')
     print(f"results: {RESULTS}")

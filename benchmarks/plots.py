@@ -62,16 +62,22 @@ def sizes(measured: Results):
     figure, panels = plt.subplots(1, len(counts), figsize=(4.6 * len(counts), 4.2), sharey=True, squeeze=False)
     names = [name for name in cases[0].times if not name.startswith(LIMIT)]
     for axes, count in zip(panels[0], counts, strict=True):
-        own = sorted((case for case in cases if case.threads == count), key=lambda case: case.bytes)
+        panel_cases = sorted((case for case in cases if case.threads == count), key=lambda case: case.bytes)
         for name in [f"{LIMIT}read", *names]:
             style = (
                 {"color": "black", "linestyle": "--"} if name.startswith(LIMIT) else {"marker": "o", "markersize": 4}
             )
-            rates = [case.bytes / case.seconds(name) / 1e9 for case in own]
-            axes.plot([case.bytes for case in own], rates, label=name.replace(LIMIT, "limit, "), **style)
+            rates = [case.bytes / case.seconds(name) / 1e9 for case in panel_cases]
+            axes.plot([case.bytes for case in panel_cases], rates, label=name.replace(LIMIT, "limit, "), **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks([case.bytes for case in own], [case.size for case in own], rotation=45, ha="right", fontsize=8)
+        axes.set_xticks(
+            [case.bytes for case in panel_cases],
+            [case.size for case in panel_cases],
+            rotation=45,
+            ha="right",
+            fontsize=8,
+        )
         axes.set_title(f"{count} thread{'s' * (count > 1)}", fontsize=10)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("GB/s of float32 input")
@@ -111,17 +117,17 @@ def linear(measured: Results):
     )
     for index, (row, dtype) in enumerate(zip(panels, dtypes, strict=True)):
         for axes, shape in zip(row, shapes, strict=True):
-            own = [case for case in cases if tuple(case.shape) == shape and case.dtype == dtype]
+            panel_cases = [case for case in cases if tuple(case.shape) == shape and case.dtype == dtype]
             for name, color in BITS.items():
-                shares = [case.product_share(name) for case in own]
-                axes.plot([case.rows for case in own], shares, "o-", color=color, markersize=3, label=name)
+                shares = [case.product_share(name) for case in panel_cases]
+                axes.plot([case.rows for case in panel_cases], shares, "o-", color=color, markersize=3, label=name)
             for name, style in {f"torch {dtype}": ":", "torch int4": "--"}.items():
-                shown = [case for case in own if name in case.times]
+                shown = [case for case in panel_cases if name in case.times]
                 shares = [case.product_share("la_aciq A16") * case.ratio("la_aciq A16", name) for case in shown]
                 label = "torch, dtype of x" if style == ":" else name
                 axes.plot([case.rows for case in shown], shares, style, color="0.4", linewidth=1.2, label=label)
             axes.set_xscale("log", base=2)
-            axes.set_xticks([case.rows for case in own], [str(case.rows) for case in own], fontsize=7)
+            axes.set_xticks([case.rows for case in panel_cases], [str(case.rows) for case in panel_cases], fontsize=7)
             axes.set_ylim(0, 1.05)
             axes.grid(alpha=0.3)
             if index == 0:

@@ -85,12 +85,12 @@ class Server:
 
     def memory(self) -> dict[str, float]:
         """Resident MiB by process: the server and what it started."""
-        found: dict[str, float] = {}
+        resident: dict[str, float] = {}
         root = psutil.Process(self.process.pid)
         for number, process in enumerate([root, *root.children(recursive=True)]):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found["server" if number == 0 else process.name()] = process.memory_info().rss / 2**20
-        return found
+                resident["server" if number == 0 else process.name()] = process.memory_info().rss / 2**20
+        return resident
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -250,7 +250,7 @@ def main(argv: list[str]) -> int:
         server = Server(arguments.model, Path(folder) / "log", OPTIONS)
         try:
             server.wait()
-            found = asyncio.run(soak(server, languages, arguments.minutes * 60))
+            outcome = asyncio.run(soak(server, languages, arguments.minutes * 60))
         finally:
             server.stop()
     result = {
@@ -261,15 +261,15 @@ def main(argv: list[str]) -> int:
         "languages": languages,
         "clients": CLIENTS,
         "server_options": OPTIONS,
-        **found,
+        **outcome,
     }
     output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    memory = found["memory"]
+    memory = outcome["memory"]
     print(
-        f"{found['completed']} requests completed, {found['cancelled']} cancelled, {found['wrong']} wrong, "
-        f"{found['failed']} failed; {memory['median_mib']:.0f} MiB, {memory['mib_per_hour']:+.1f} MiB per hour"
+        f"{outcome['completed']} requests completed, {outcome['cancelled']} cancelled, {outcome['wrong']} wrong, "
+        f"{outcome['failed']} failed; {memory['median_mib']:.0f} MiB, {memory['mib_per_hour']:+.1f} MiB per hour"
     )
-    return int(bool(found["wrong"] or found["failed"] or not memory["flat"]))
+    return int(bool(outcome["wrong"] or outcome["failed"] or not memory["flat"]))
 
 
 if __name__ == "__main__":

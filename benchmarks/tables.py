@@ -148,9 +148,9 @@ def findings(results: dict) -> str:
     def mean(name: str) -> str:
         return f"{rows[name]['mean']:.3f}"
 
-    def difference(name: str, against: str, what: str) -> str:
+    def difference(name: str, against: str, quantity: str) -> str:
         pair = pairs[name, against]
-        return f"{pair[what]:+.4f} [{pair[f'{what}_low']:+.4f}, {pair[f'{what}_high']:+.4f}]"
+        return f"{pair[quantity]:+.4f} [{pair[f'{quantity}_low']:+.4f}, {pair[f'{quantity}_high']:+.4f}]"
 
     weights, activations, cache = (
         "W4A16 feedback, centers {}",
@@ -158,7 +158,7 @@ def findings(results: dict) -> str:
         "KV4 static {}",
     )
     return (
-        f"- **What helps.** Averaged over {len(results['settings']['languages'])} languages and at "
+        f"- **What helps.** In the mean over {len(results['settings']['languages'])} languages and at "
         f"{rows['W4A16 feedback']['bits']:.2f} bits per weight, INT4 weights rounded with error feedback cost "
         f"{mean('W4A16 feedback')} bits per byte, weights rounded to nearest {mean('W4A16 nearest')}, and torchao's "
         f"INT4 with HQQ {mean('W4A16 torchao int4 hqq')}. Centers by language reduce the cost of error feedback to "
@@ -197,9 +197,10 @@ def embedded_rows(results: dict) -> str:
         ),
         "",
         "*bits/weight*: storage per quantized weight, with clips and tables. *mean*: change in bits per byte against "
-        "the float32 model, averaged over the languages; ± is half of its 95 % interval. *worst*: the largest change "
-        "of a language. *gap*: change of the worst language minus that of the best, with its interval in brackets. "
-        f"*tail*: share of segments of {SEGMENT} tokens whose loss rises by more than {TAIL_NATS} nats per token.",
+        "the float32 model, as the mean over the languages; ± is half of its 95 % interval. *worst*: the largest "
+        "change of a language. *gap*: change of the worst language minus that of the best, with its interval in "
+        f"brackets. *tail*: share of segments of {SEGMENT} tokens whose loss rises by more than {TAIL_NATS} nats per "
+        "token.",
     ]
     if timed:
         versions = ", ".join(f"{name} {version}" for name, version in timed["versions"].items())
@@ -307,8 +308,8 @@ def embedded_languages(results: dict) -> str:
     tags = results["settings"]["languages"]
     lines = ["| configuration | " + " | ".join(tags) + " |", "| --- |" + " ---: |" * len(tags)]
     for row in results["configurations"]:
-        own = [row["by_language"][tag] for tag in tags]
-        cells = " | ".join(f"{x['change']:+.3f} ±{x['high'] - x['change']:.3f}" for x in own)
+        results_by_language = [row["by_language"][tag] for tag in tags]
+        cells = " | ".join(f"{x['change']:+.3f} ±{x['high'] - x['change']:.3f}" for x in results_by_language)
         lines.append(f"| {shown(row['name'])} | {cells} |")
     return "\n".join(lines) + "\n"
 

@@ -259,41 +259,45 @@ def compile_all(jobs: int) -> dict[str, Any]:
 
 def complaints(now: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
     """Spills, and differences from the record where the compiler is the one the record was made with."""
-    found = [
+    messages = [
         f"{row['kernel']} ({row['case']}, {row['target']}): {row['spills']} spill instructions"
         for row in now["kernels"]
         if row["spills"]
     ]
     if now["triton"] == recorded["triton"] and now["kernels"] != recorded["kernels"]:
         changed = [row for row in now["kernels"] if row not in recorded["kernels"]]
-        found.append(
+        messages.append(
             f"{RESULTS.name} is not what the kernels compile to ({len(changed)} rows changed); "
             "run python -m benchmarks.triton_compile and commit the file"
         )
-    return found
+    return messages
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="compare with the committed record instead of writing it")
-    what.add_argument("--candidates", action="store_true", help="compile what tune_triton tries")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compare with the committed record instead of writing it")
+    mode.add_argument("--candidates", action="store_true", help="compile what tune_triton tries")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 is set: kernels are interpreted, there is nothing to compile")
     if options.candidates:
-        lines = ",\n  ".join(map(json.dumps, (found := compile_candidates(options.jobs)).pop("candidates")))
-        CANDIDATES.write_text(json.dumps(found, indent=1)[:-2] + f',\n "candidates": [\n  {lines}\n ]\n}}\n')
+        lines = ",\n  ".join(
+            map(json.dumps, (record_of_candidates := compile_candidates(options.jobs)).pop("candidates"))
+        )
+        CANDIDATES.write_text(
+            json.dumps(record_of_candidates, indent=1)[:-2] + f',\n "candidates": [\n  {lines}\n ]\n}}\n'
+        )
         return 0
     now = compile_all(options.jobs)
     if not options.check:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(now, indent=1) + "\n")
         return 0
-    found = complaints(now, json.loads(RESULTS.read_text()))
-    print("\n".join(found) or f"{len(now['kernels'])} kernels as recorded, none spills")
-    return 1 if found else 0
+    messages = complaints(now, json.loads(RESULTS.read_text()))
+    print("\n".join(messages) or f"{len(now['kernels'])} kernels as recorded, none spills")
+    return 1 if messages else 0
 
 
 if __name__ == "__main__":

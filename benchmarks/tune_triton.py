@@ -80,23 +80,23 @@ def problems(device: str) -> Iterator[Callable[[], Problem]]:
 def streaming_problem(kernel: str, rows: int, dtype: torch.dtype, device: str) -> Problem:
     x = torch.randn(rows, K, device=device, dtype=dtype)
     signs = torch.ones(K, dtype=torch.int8, device=device)
-    table = torch.full((LANGUAGES, K // GROUP), 2.5, device=device)
-    ids = (torch.arange(rows, device=device) % LANGUAGES).to(torch.int32)
+    clips = torch.full((LANGUAGES, K // GROUP), 2.5, device=device)
+    language_ids = (torch.arange(rows, device=device) % LANGUAGES).to(torch.int32)
     codes = torch.randint(0, 256, (rows, K // 2), dtype=torch.uint8, device=device)
-    options = {"clips": table, "language_ids": ids, "activation_group_size": GROUP, "group_size": GROUP}
+    options = {"clips": clips, "language_ids": language_ids, "activation_group_size": GROUP, "group_size": GROUP}
     name = kernel.removesuffix(" rotated")
     op = operation("linear" if name == "activations" else name)
     runs: dict[str, Callable[[], Any]] = {
-        "moments": lambda: op(x, ids, LANGUAGES),
-        "quantize": lambda: op(x, table, ids, GROUP),
-        "quantize rotated": lambda: op(x, table, ids, GROUP, "midrise", signs),
-        "quantize_dynamic": lambda: op(x, table, ids, GROUP),
-        "quantize_dynamic rotated": lambda: op(x, table, ids, GROUP, "rms", "midrise", signs),
-        "dequantize": lambda: op(codes, table, ids, k=K, group_size=GROUP, dtype=dtype),
+        "moments": lambda: op(x, language_ids, LANGUAGES),
+        "quantize": lambda: op(x, clips, language_ids, GROUP),
+        "quantize rotated": lambda: op(x, clips, language_ids, GROUP, "midrise", signs),
+        "quantize_dynamic": lambda: op(x, clips, language_ids, GROUP),
+        "quantize_dynamic rotated": lambda: op(x, clips, language_ids, GROUP, "rms", "midrise", signs),
+        "dequantize": lambda: op(codes, clips, language_ids, k=K, group_size=GROUP, dtype=dtype),
         "rotate": lambda: op(x, signs),
         # A product with one column: what takes time is rounding the activations.
-        "activations": lambda: op(x, codes[:1], table[:1], activation_bits=4, **options),
-        "activations rotated": lambda: op(x, codes[:1], table[:1], signs=signs, activation_bits=4, **options),
+        "activations": lambda: op(x, codes[:1], clips[:1], activation_bits=4, **options),
+        "activations rotated": lambda: op(x, codes[:1], clips[:1], signs=signs, activation_bits=4, **options),
     }
     return Problem(tuning.streaming_key(kernel, x), runs[kernel], streaming_candidates(kernel))
 
@@ -104,12 +104,12 @@ def streaming_problem(kernel: str, rows: int, dtype: torch.dtype, device: str) -
 def linear_problem(rows: int, bits: int, device: str) -> Problem:
     x = torch.randn(rows, K, device=device, dtype=torch.bfloat16)
     weight = torch.randint(0, 256, (K, K // 2), dtype=torch.uint8, device=device)
-    scale = torch.rand(K, K // GROUP, device=device) + 0.5
+    weight_clip = torch.rand(K, K // GROUP, device=device) + 0.5
     options: dict[str, Any] = {"group_size": GROUP}
     if bits < 16:
-        clip = torch.full((1, K // GROUP), 2.5, device=device)
-        options |= {"activation_bits": bits, "clips": clip, "activation_group_size": GROUP}
-    run = partial(operation("linear"), x, weight, scale, **options)
+        clips = torch.full((1, K // GROUP), 2.5, device=device)
+        options |= {"activation_bits": bits, "clips": clips, "activation_group_size": GROUP}
+    run = partial(operation("linear"), x, weight, weight_clip, **options)
     return Problem(tuning.linear_key(rows, x.dtype, bits), run, linear_candidates(rows, bits))
 
 
@@ -160,7 +160,7 @@ def main() -> int:
     started = time.monotonic()
     torch.manual_seed(0)
     timer = Timer()
-    found: dict[str, dict[str, int]] = {}
+    entries: dict[str, dict[str, int]] = {}
     gains: dict[str, float] = {}
     left_out = 0
     for make in problems("cuda"):
@@ -171,11 +171,11 @@ def main() -> int:
         entry, gain = best_entry(problem, lambda run: statistics.median(timer.times(run)[0]))
         print(f"{problem.key:40} {gain:.2f} {entry}", flush=True)
         if entry:
-            found[problem.key], gains[problem.key] = entry, round(gain, 3)
+            entries[problem.key], gains[problem.key] = entry, round(gain, 3)
     table = json.loads(TABLE.read_text("utf-8"))
     table.pop("note", None)
     device = torch.cuda.get_device_name(0)
-    table["devices"][device] = found
+    table["devices"][device] = entries
     table.setdefault("measured", {})[device] = {
         "versions": {"torch": torch.__version__, **versions(("triton",))},
         "times_as_fast": gains,
@@ -183,7 +183,7 @@ def main() -> int:
     }
     for target in {TABLE, tuning.FILE}:  # in the checkout, and in the package that runs where that is another
         target.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
-    print(f"{len(found)} entries for {device}: {TABLE}")
+    print(f"{len(entries)} entries for {device}: {TABLE}")
     return 0
 
 

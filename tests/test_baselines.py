@@ -106,25 +106,25 @@ class TestCopies:
 
     def test_statistics_are_those_of_the_inputs(self):
         model = Model()
-        found = InputStatistics.measure(model, self.windows())
-        assert found.source == {"first": "first", "second": "first", "last": "last"}
+        statistics = InputStatistics.measure(model, self.windows())
+        assert statistics.source == {"first": "first", "second": "first", "last": "last"}
         x = torch.cat([model.embedding(ids) for ids in self.windows()]).detach()
-        torch.testing.assert_close(found.products["first"], x.T @ x)
-        torch.testing.assert_close(found.magnitudes["first"], x.abs().mean(0))
+        torch.testing.assert_close(statistics.products["first"], x.T @ x)
+        torch.testing.assert_close(statistics.magnitudes["first"], x.abs().mean(0))
         inner = (model.first(x) * model.second(x)).detach()
-        torch.testing.assert_close(found.products["last"], inner.T @ inner)
+        torch.testing.assert_close(statistics.products["last"], inner.T @ inner)
 
     @pytest.mark.parametrize("name", BASELINES)
     def test_only_the_weights_of_a_copy_change(self, name):
         model = Model()
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        made, bits = quantized_copy(model, name, InputStatistics.measure(model, self.windows()))
+        candidate, bits = quantized_copy(model, name, InputStatistics.measure(model, self.windows()))
         assert 4 < bits <= 4.5
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[key])
             changed = key.endswith("weight") and not key.startswith(("lm_head", "embedding"))
-            assert torch.equal(made.state_dict()[key], tensor) != changed
-            assert torch.isfinite(made.state_dict()[key]).all()
+            assert torch.equal(candidate.state_dict()[key], tensor) != changed
+            assert torch.isfinite(candidate.state_dict()[key]).all()
 
     def test_what_needs_statistics_says_so(self):
         with pytest.raises(ValueError, match="statistics: 'awq' needs InputStatistics, got None"):

@@ -77,9 +77,9 @@ def test_what_the_docs_say_of_the_best_of_ours_holds():
     assert {pair["bits"] for pair in others} == {"W4A16", "W4A8", "W4A4"}
     assert len(others) == 2 * (7 + 4 + 4)
     assert all(pair["mean_high"] < 0 and pair["gap_high"] < 0 for pair in others)
-    own = [pair for pair in pairs if pair not in others and "by language" in pair["name"]]
-    assert all(pair["mean_high"] < 0 for pair in own)
-    twins = [pair for pair in own if pair["name"].replace("by language", "pooled") == pair["baseline"]]
+    by_language = [pair for pair in pairs if pair not in others and "by language" in pair["name"]]
+    assert all(pair["mean_high"] < 0 for pair in by_language)
+    twins = [pair for pair in by_language if pair["name"].replace("by language", "pooled") == pair["baseline"]]
     assert len(twins) >= 2
     assert all(pair["gap_high"] > 0 for pair in twins)
 
@@ -100,45 +100,53 @@ def test_what_the_docs_say_of_distant_text_holds():
 
 
 def test_what_the_docs_say_of_ways_to_choose_clips_holds():
-    found = json.loads(tables.EXPERIMENTS.read_text(encoding="utf-8"))["comparisons"]
-    pairs = {(pair["name"], pair["baseline"]): pair for pair in found}
+    comparisons = json.loads(tables.EXPERIMENTS.read_text(encoding="utf-8"))["comparisons"]
+    pairs = {(pair["name"], pair["baseline"]): pair for pair in comparisons}
 
     def verdict(name, against):
         pair = pairs[name, against]
         return "better" if pair["mean_high"] < 0 else "worse" if pair["mean_low"] > 0 else "open"
 
-    own, pooled, absmax = "clips by language", "clips pooled", "absmax per group"
+    by_language, pooled, absmax = "clips by language", "clips pooled", "absmax per group"
     capped = "absmax, at most 1.25 x the"
-    better = [(pooled, f"centers and {pooled}"), (own, pooled), (absmax, own)]
-    better += [(f"INT3, {pooled}", f"INT3, centers and {pooled}"), (f"INT3, {own}", f"INT3, {pooled}")]
+    better = [(pooled, f"centers and {pooled}"), (by_language, pooled), (absmax, by_language)]
+    better += [(f"INT3, {pooled}", f"INT3, centers and {pooled}"), (f"INT3, {by_language}", f"INT3, {pooled}")]
     better += [
         (f"{who}, {how}", f"{who}, as und")
         for who in ("left out", "English only")
         for how in ("clips adapted", "centers followed")
     ]
     better += [(f"{who}, absmax, centers followed", f"{who}, absmax, as und") for who in ("left out", "English only")]
-    worse = [(f"Fisher by {what}, by language", own) for what in ("value", "token")]
-    worse += [(f"clipped part counted {times}", own) for times in ("twice", "five times")]
-    worse += [("clips of 256 tokens", own), ("clips pooled, minimax", pooled), (f"{capped} pooled clip", absmax)]
+    worse = [(f"Fisher by {information}, by language", by_language) for information in ("value", "token")]
+    worse += [(f"clipped part counted {times}", by_language) for times in ("twice", "five times")]
+    worse += [
+        ("clips of 256 tokens", by_language),
+        ("clips pooled, minimax", pooled),
+        (f"{capped} pooled clip", absmax),
+    ]
     worse += [
         ("left out, a neighbour's row", "left out, as und"),
-        ("left out, as und", own),
-        ("English only, as und", own),
+        ("left out, as und", by_language),
+        ("English only, as und", by_language),
     ]
-    same = [("clipped part counted half", own), ("clips shrunk", own), ("centers of 256 tokens", own)]
+    same = [
+        ("clipped part counted half", by_language),
+        ("clips shrunk", by_language),
+        ("centers of 256 tokens", by_language),
+    ]
     same += [("clips of 256 tokens, shrunk", "clips of 256 tokens"), (f"{capped} language's clip", absmax)]
-    same += [("left out, absmax, centers followed", absmax), (f"{own}, the package's kernels", own)]
+    same += [("left out, absmax, centers followed", absmax), (f"{by_language}, the package's kernels", by_language)]
     same += [
         ("W4A16, languages weigh as they lose", "W4A16, languages weigh the same"),
         ("English only, absmax, centers followed", absmax),
     ]
     for expected, said in (("better", better), ("worse", worse), ("open", same)):
         assert {pair: verdict(*pair) for pair in said} == dict.fromkeys(said, expected)
-    assert verdict("output error, by language", own) != "better"
+    assert verdict("output error, by language", by_language) != "better"
     assert verdict("output error, pooled", pooled) != "better"
     three, four = ((f"{bits}{pooled}", f"{bits}centers and {pooled}") for bits in ("INT3, ", ""))
     assert pairs[three]["mean_high"] < 2 * pairs[four]["mean_low"]
-    gaps = [pair["gap_low"] <= 0 <= pair["gap_high"] for pair in found]
+    gaps = [pair["gap_low"] <= 0 <= pair["gap_high"] for pair in comparisons]
     assert sum(gaps) > len(gaps) / 2
 
 

@@ -29,7 +29,7 @@ def bench():
 def row(bench, name, bits, nats):
     """A row that costs so many nats more per segment, the same in every language but for a little noise."""
     rng = np.random.default_rng(len(name))
-    losses = {tag: own + nats + rng.normal(0, 0.1, SEGMENTS) for tag, own in bench.reference.items()}
+    losses = {tag: losses + nats + rng.normal(0, 0.1, SEGMENTS) for tag, losses in bench.reference.items()}
     return {"name": name, "bits": bits} | summary(bench, losses)
 
 

@@ -7,7 +7,7 @@ from nearest_value import nearest
 from torch import nn
 
 from benchmarks.research import baselines
-from benchmarks.research.experiments import SHARES, Row, Simulated, experiments, least, rounded
+from benchmarks.research.experiments import SHARES, Entry, Simulated, experiments, least, rounded
 
 K = 128
 
@@ -21,10 +21,10 @@ class OneLayer(nn.Module):
         return self.layer(x)
 
 
-def a_row(seed=0, **how):
+def an_entry(seed=0, **how):
     random = torch.Generator().manual_seed(seed)
     clips, first = (0.5 + torch.rand(2, generator=random) for _ in range(2))
-    return Row({"layer": clips}, {"layer": first}, {"layer": torch.randn(K, generator=random)}, **how)
+    return Entry({"layer": clips}, {"layer": first}, {"layer": torch.randn(K, generator=random)}, **how)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -38,25 +38,25 @@ def test_values_are_the_nearest_of_the_codebook(bits):
 @pytest.mark.parametrize("how", [{}, {"bits": 3}, {"absmax": 0.9}, {"absmax": 0.9, "cap": 1.2}])
 def test_a_simulated_layer_rounds_what_its_row_says(how):
     torch.manual_seed(2)
-    model, x, row = OneLayer(), torch.randn(1, 10, K), a_row(**how)
+    model, x, entry = OneLayer(), torch.randn(1, 10, K), an_entry(**how)
     simulated = Simulated(model, {"layer": "layer"}, seed=0)
-    simulated.row = row
+    simulated.entry = entry
     with torch.no_grad():
-        found = simulated.model(x)[0].double().numpy()
+        y = simulated.model(x)[0].double().numpy()
     turn = simulated.rotated(torch.eye(K)).double().numpy()  # x @ turn is the rotated x
-    weight, center = model.layer.weight.detach().double().numpy() @ turn, row.centers["layer"].double().numpy()
+    weight, center = model.layer.weight.detach().double().numpy() @ turn, entry.centers["layer"].double().numpy()
     values = x[0].double().numpy() @ turn
     for t, value in enumerate(values):
         less = center if t else np.zeros(K)
         parts = []
         for g in range(2):
             group = (value - less)[g * 64 : g * 64 + 64]
-            clip = float((row.clips if t else row.first)["layer"][g])
-            if row.absmax:
-                most = row.absmax * np.abs(group).max()
-                clip = min(most, row.cap * clip) if row.cap and t else most
-            parts.append(nearest(group, clip, row.bits, "midrise"))
-        np.testing.assert_allclose(found[t], weight @ (np.concatenate(parts) + less), rtol=1e-4, atol=1e-4)
+            clip = float((entry.clips if t else entry.first)["layer"][g])
+            if entry.absmax:
+                most = entry.absmax * np.abs(group).max()
+                clip = min(most, entry.cap * clip) if entry.cap and t else most
+            parts.append(nearest(group, clip, entry.bits, "midrise"))
+        np.testing.assert_allclose(y[t], weight @ (np.concatenate(parts) + less), rtol=1e-4, atol=1e-4)
 
 
 def test_the_least_of_a_parabola_is_found():
@@ -76,9 +76,9 @@ def test_another_package_rounds_to_sixteen_values_a_group(name):
     pytest.importorskip(baselines.PACKAGES[name][1])
     torch.manual_seed(3)
     model = OneLayer().to(torch.bfloat16)
-    made, bits = baselines.package_copy(model, name)
+    candidate, bits = baselines.package_copy(model, name)
     with torch.no_grad():
-        weight = made(torch.eye(K, dtype=torch.bfloat16)[None])[0].T.float()
+        weight = candidate(torch.eye(K, dtype=torch.bfloat16)[None])[0].T.float()
     assert bits == 4.5
     assert max(len(torch.unique(group)) for group in weight.reshape(-1, 64)) <= 16
     error = (weight - model.layer.weight.float()).norm() / model.layer.weight.float().norm()

@@ -312,10 +312,10 @@ def main() -> int:
             if not fault.name.startswith(arguments.only):
                 continue
             started = time.perf_counter()
-            found_by = outcome(tree, tests, environment | {"LA_ACIQ_FAULT": str(number)})
+            verdict = outcome(tree, tests, environment | {"LA_ACIQ_FAULT": str(number)})
             seconds = round(time.perf_counter() - started, 1)
-            results.append({"fault": fault.name, "file": fault.file, "found_by": found_by, "seconds": seconds})
-            print(f"{seconds:6.1f} s  {fault.name}: {'NOT FOUND' if found_by == 'passed' else found_by}", flush=True)
+            results.append({"fault": fault.name, "file": fault.file, "found_by": verdict, "seconds": seconds})
+            print(f"{seconds:6.1f} s  {fault.name}: {'NOT FOUND' if verdict == 'passed' else verdict}", flush=True)
     missed = [result["fault"] for result in results if result["found_by"] == "passed"]
     print(f"{len(results) - len(missed)} of {len(results)} faults found")
     if arguments.output:

@@ -10,7 +10,7 @@ Groups of 64 along a row share a scale and, where there is one, a zero point. Na
     gptq            4.5   error feedback (Frantar et al. 2023) between each group's smallest and largest weight
 
 Written from the papers for comparison, not for use: the result computes in floating point. Scales and zeros are not
-rounded to their 16 bits, which favours the baselines. awq and gptq need `InputStatistics` of calibration text.
+rounded to their 16 bits, which favors the baselines. awq and gptq need `InputStatistics` of calibration text.
 
 `PACKAGES` are the ones that are installed by themselves, with their own kernels, at the same group size:
 
@@ -50,23 +50,23 @@ class InputStatistics:
     @classmethod
     def measure(cls, model: nn.Module, windows: Iterable[Tensor], ignore: tuple[str, ...] = ("lm_head",)):
         """The statistics over windows of token ids, int64 [t] each."""
-        made, last = cls(), []
+        statistics, last = cls(), []
 
         def hook_of(name):
             def hook(module, args):
                 x = args[0]
                 if last and last[0] is x:
-                    made.source[name] = last[1]
+                    statistics.source[name] = last[1]
                     return
                 last[:] = [x, name]
-                made.source[name] = name
+                statistics.source[name] = name
                 rows = x.reshape(-1, x.shape[-1]).float()
                 products, magnitudes = rows.T @ rows, rows.abs().sum(0)
-                if name in made.products:
-                    products += made.products[name]
-                    magnitudes += made.magnitudes[name]
-                made.products[name], made.magnitudes[name] = products, magnitudes
-                made.tokens[name] = made.tokens.get(name, 0) + len(rows)
+                if name in statistics.products:
+                    products += statistics.products[name]
+                    magnitudes += statistics.magnitudes[name]
+                statistics.products[name], statistics.magnitudes[name] = products, magnitudes
+                statistics.tokens[name] = statistics.tokens.get(name, 0) + len(rows)
 
             return hook
 
@@ -79,8 +79,8 @@ class InputStatistics:
         finally:
             for handle in handles:
                 handle.remove()
-        made.magnitudes = {name: total / made.tokens[name] for name, total in made.magnitudes.items()}
-        return made
+        statistics.magnitudes = {name: total / statistics.tokens[name] for name, total in statistics.magnitudes.items()}
+        return statistics
 
 
 def quantized_copy(
@@ -90,43 +90,43 @@ def quantized_copy(
     method, bits, needs_statistics = BASELINES[name]
     if needs_statistics and statistics is None:
         raise ValueError(f"statistics: {name!r} needs InputStatistics, got None")
-    made = copy.deepcopy(model)
+    candidate = copy.deepcopy(model)
     together: dict[str, list[nn.Linear]] = {}
-    for layer, module in _linears(made, ignore).items():
+    for layer, module in _linears(candidate, ignore).items():
         together.setdefault(layer if statistics is None else statistics.source[layer], []).append(module)
     for source, modules in together.items():
         weights = [module.weight.detach().float() for module in modules]
-        given = () if not needs_statistics else (statistics.products[source], statistics.magnitudes[source])
-        for module, weight in zip(modules, method(weights, *given), strict=True):
+        input_statistics = () if not needs_statistics else (statistics.products[source], statistics.magnitudes[source])
+        for module, weight in zip(modules, method(weights, *input_statistics), strict=True):
             module.weight.data.copy_(weight)
-    return made, bits
+    return candidate, bits
 
 
 def package_copy(model: nn.Module, name: str, ignore: tuple[str, ...] = ("lm_head",)) -> tuple[nn.Module, float]:
     """A copy of the model in bfloat16 that another package quantized, and its bits per weight."""
     make, _ = PACKAGES[name]
-    made = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)
-    make(made, tuple(_linears(made, ignore)))
-    return made, 4 + 32 / GROUP
+    candidate = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)
+    make(candidate, tuple(_linears(candidate, ignore)))
+    return candidate, 4 + 32 / GROUP
 
 
-def _torchao(made: nn.Module, layers: tuple[str, ...], algorithm: str = "tinygemm") -> None:
+def _torchao(model: nn.Module, layers: tuple[str, ...], algorithm: str = "tinygemm") -> None:
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import quantize_
 
     config = PrototypeInt4WeightOnlyConfig(group_size=GROUP, int4_choose_qparams_algorithm=algorithm)
-    quantize_(made, config, lambda module, name: name in layers)
+    quantize_(model, config, lambda module, name: name in layers)
 
 
-def _torchao_hqq(made: nn.Module, layers: tuple[str, ...]) -> None:
-    _torchao(made, layers, "hqq")
+def _torchao_hqq(model: nn.Module, layers: tuple[str, ...]) -> None:
+    _torchao(model, layers, "hqq")
 
 
-def _bitsandbytes(made: nn.Module, layers: tuple[str, ...]) -> None:
+def _bitsandbytes(model: nn.Module, layers: tuple[str, ...]) -> None:
     import bitsandbytes
 
     for name in layers:
-        linear = made.get_submodule(name)
+        linear = model.get_submodule(name)
         layer = bitsandbytes.nn.Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, quant_type="nf4"
         )
@@ -134,7 +134,7 @@ def _bitsandbytes(made: nn.Module, layers: tuple[str, ...]) -> None:
             linear.weight.data, requires_grad=False, quant_type="nf4", blocksize=GROUP, compress_statistics=False
         )
         layer.bias = linear.bias
-        made.set_submodule(name, layer.to("cpu"))
+        model.set_submodule(name, layer.to("cpu"))
 
 
 def _linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:

@@ -199,9 +199,12 @@ class Bench:
         self.windows = {
             tag: text.windows(tag, tokens=tokens, seqlen=SEQLEN, skip=skip) for tag, text in self.texts.items()
         }
-        self.bytes = {tag: segment_sums([w.byte_counts for w in own], own) for tag, own in self.windows.items()}
+        self.bytes = {
+            tag: segment_sums([w.byte_counts for w in windows], windows) for tag, windows in self.windows.items()
+        }
         self.tokens = {
-            tag: segment_sums([np.ones(len(w.ids) - 1) for w in own], own) for tag, own in self.windows.items()
+            tag: segment_sums([np.ones(len(w.ids) - 1) for w in windows], windows)
+            for tag, windows in self.windows.items()
         }
         self.reference = self._kept(f"reference-{skip}", tokens, lambda: self.losses(full))
         self.model = full.to(torch.bfloat16)
@@ -213,8 +216,8 @@ class Bench:
         """What `make` gives, by language, in nats per segment; from an earlier run with the same texts if there was."""
         file = self.folder / f"{name}-{'-'.join(self.languages)}-{tokens}.json"
         if not file.exists():
-            file.write_text(json.dumps({tag: [float(v) for v in own] for tag, own in make().items()}))
-        return {tag: np.asarray(own) for tag, own in json.loads(file.read_text()).items()}
+            file.write_text(json.dumps({tag: [float(v) for v in nats] for tag, nats in make().items()}))
+        return {tag: np.asarray(nats) for tag, nats in json.loads(file.read_text()).items()}
 
     def profile(self, name: str) -> Profile:
         settings, languages = PROFILES[name]
@@ -229,7 +232,10 @@ class Bench:
     def losses(self, model: nn.Module, tagged: str | None = None) -> dict[str, Any]:
         """Nats per segment by language."""
         model.eval()
-        return {tag: segment_sums(token_losses(model, own, tagged or tag), own) for tag, own in self.windows.items()}
+        return {
+            tag: segment_sums(token_losses(model, windows, tagged or tag), windows)
+            for tag, windows in self.windows.items()
+        }
 
     def bits(self, run: Run) -> float:
         """The bits per weight of a configuration of ours, without its values."""
@@ -238,12 +244,12 @@ class Bench:
     def candidate(self, run: Run) -> tuple[nn.Module, float]:
         """The model of a row and its bits per weight."""
         if run.config is not None:
-            made = quantize_model(
+            candidate = quantize_model(
                 self.model, self.profile(run.profile), run.config, like=self._previous, progress=False
             )
             if run.config.quantizes_linear:
-                self._previous = made
-            return made, bits_per_weight(made)
+                self._previous = candidate
+            return candidate, bits_per_weight(candidate)
         if run.weights is None:
             return self.model, 16.0
         if run.weights in baselines.PACKAGES:
@@ -255,10 +261,10 @@ class Bench:
                 for window in text.windows(tag, tokens=CALIBRATION, seqlen=SEQLEN)
             ]
             self._statistics = baselines.InputStatistics.measure(self.model, windows)
-        made, bits = baselines.quantized_copy(self.model, run.weights, self._statistics)
+        candidate, bits = baselines.quantized_copy(self.model, run.weights, self._statistics)
         if run.activations < 16:
-            round_inputs(made, run.activations)
-        return made, bits
+            round_inputs(candidate, run.activations)
+        return candidate, bits
 
 
 def round_inputs(model: nn.Module, bits: int) -> None:
@@ -317,11 +323,13 @@ def estimates(bench: Bench, losses: dict[str, Any], other: dict[str, Any]) -> di
 
 def comparison(bench: Bench, rows: dict[str, dict[str, Any]], one: str, other: str) -> dict[str, Any]:
     """The difference of two rows, paired; of the gaps too."""
-    nats = [{tag: own["nats"] for tag, own in rows[name]["by_language"].items()} for name in (one, other)]
-    difference = estimates(bench, nats[0], {tag: np.asarray(own) for tag, own in nats[1].items()})
+    nats = [
+        {tag: np.asarray(result["nats"]) for tag, result in rows[name]["by_language"].items()} for name in (one, other)
+    ]
+    difference = estimates(bench, *nats)
     mean = Estimate.mean(list(difference.values()))
-    gap = gap_difference(*(list(estimates(bench, own, bench.reference).values()) for own in nats))
-    held = {tag: own.interval(len(difference)) for tag, own in difference.items()}
+    gap = gap_difference(*(list(estimates(bench, losses, bench.reference).values()) for losses in nats))
+    intervals = {tag: estimate.interval(len(difference)) for tag, estimate in difference.items()}
     return {
         "name": one,
         "baseline": other,
@@ -331,8 +339,8 @@ def comparison(bench: Bench, rows: dict[str, dict[str, Any]], one: str, other: s
         "gap": gap.value,
         "gap_low": gap.interval()[0],
         "gap_high": gap.interval()[1],
-        "better": [tag for tag, (_, high) in held.items() if high < 0],
-        "worse": [tag for tag, (low, _) in held.items() if low > 0],
+        "better": [tag for tag, (_, high) in intervals.items() if high < 0],
+        "worse": [tag for tag, (low, _) in intervals.items() if low > 0],
     }
 
 
@@ -341,7 +349,7 @@ def best_of_ours(bench: Bench, rows: dict[str, dict[str, Any]], table: dict[str,
     activations, what others do first; and where its tables take more bits per weight than theirs, so too the best of
     ours that takes no more.
     """
-    made = []
+    comparisons = []
     for bits in ("W4A16", "W4A8", "W4A4"):
         same = [name for name in rows if name.split()[0] == bits]
         others = [name for name in same if table[name].config is None]
@@ -351,11 +359,13 @@ def best_of_ours(bench: Bench, rows: dict[str, dict[str, Any]], table: dict[str,
         if not others or not ours:
             continue
         most = max(rows[name]["bits"] for name in others)
-        found = [min(own, key=lambda name: rows[name]["mean"]) for own in (ours, small(ours, rows, most)) if own]
-        for best in dict.fromkeys(found):
+        best_rows = [
+            min(names, key=lambda name: rows[name]["mean"]) for names in (ours, small(ours, rows, most)) if names
+        ]
+        for best in dict.fromkeys(best_rows):
             against = others + [name for name in ours if table[name].language_blind and name != best]
-            made += [{"bits": bits} | comparison(bench, rows, best, other) for other in against]
-    return made
+            comparisons += [{"bits": bits} | comparison(bench, rows, best, other) for other in against]
+    return comparisons
 
 
 def small(names: list[str], rows: dict[str, dict[str, Any]], most: float) -> list[str]:
@@ -381,26 +391,26 @@ def decode_speeds(names: list[str], table: dict[str, Run]) -> dict[str, float]:
     for name in names:
         run = table[name]
         if run.config is None:
-            made = model if run.weights is None else baselines.package_copy(model, run.weights)[0]
+            candidate = model if run.weights is None else baselines.package_copy(model, run.weights)[0]
         else:
             if run.profile not in profiles:
                 settings, languages = PROFILES[run.profile]
-                few = {own: texts[own] for own in languages or LANGUAGES}
+                few = {language: texts[language] for language in languages or LANGUAGES}
                 options = settings | {"second_moments": False}
                 profiles[run.profile] = la_aciq.calibrate(model, few, tokens=64, seqlen=64, progress=False, **options)
             config = replace(run.config, rounding="nearest")
-            made = quantize_model(model, profiles[run.profile], config, like=previous, progress=False)
-            previous = made if config.quantizes_linear else previous
-        models[name] = made.eval()
+            candidate = quantize_model(model, profiles[run.profile], config, like=previous, progress=False)
+            previous = candidate if config.quantizes_linear else previous
+        models[name] = candidate.eval()
     steps: dict[str, list[float]] = {name: [] for name in models}
     gc.disable()  # collected between the turns
     with torch.inference_mode():
         for turn in range(SPEED_ROUNDS + 1):
             for name, one in models.items():
-                _, found = bench_model.run(one, ids)
-                steps[name] += found if turn else []  # the first turn warms up
+                _, step_seconds = bench_model.run(one, ids)
+                steps[name] += step_seconds if turn else []  # the first turn warms up
             gc.collect()
-    return {name: 1 / statistics.median(found) for name, found in steps.items()}
+    return {name: 1 / statistics.median(step_seconds) for name, step_seconds in steps.items()}
 
 
 def add_speeds(result: dict[str, Any], table: dict[str, Run]) -> None:
@@ -428,10 +438,10 @@ def add_speeds(result: dict[str, Any], table: dict[str, Run]) -> None:
 def chosen(names: Iterable[str], only: list[str] | None) -> list[str]:
     """The names that `--only` gives, all of them without it; one that ends with * stands for those that begin so."""
 
-    def asked(name: str, given: str) -> bool:
-        return name.startswith(given[:-1]) if given.endswith("*") else name == given
+    def asked(name: str, pattern: str) -> bool:
+        return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
 
-    return [name for name in names if only is None or any(asked(name, given) for given in only)]
+    return [name for name in names if only is None or any(asked(name, pattern) for pattern in only)]
 
 
 def write(file: Path, result: dict[str, Any]) -> None:
@@ -444,8 +454,8 @@ def write(file: Path, result: dict[str, Any]) -> None:
 def in_words(pair: dict[str, Any]) -> str:
     """A `comparison` in a line."""
     mean, gap = (
-        "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(pair[f"{what}{end}"] for end in ("", "_low", "_high")))
-        for what in ("mean", "gap")
+        "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(pair[f"{quantity}{end}"] for end in ("", "_low", "_high")))
+        for quantity in ("mean", "gap")
     )
     return f"{pair['name']} - {pair['baseline']}: {mean}; gap {gap}"
 
@@ -480,7 +490,7 @@ def main() -> None:
         "skipped_tokens": arguments.skip,
         "seqlen": SEQLEN,
     }
-    made_by = {
+    current_versions = {
         "la_aciq": la_aciq.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -489,7 +499,7 @@ def main() -> None:
     speed: dict[str, Any] = {}
     if arguments.output.exists():
         before = json.loads(arguments.output.read_text())
-        if before["settings"] == settings and before["versions"] == made_by:
+        if before["settings"] == settings and before["versions"] == current_versions:
             rows = {row["name"]: row for row in before["configurations"] if row["name"] in table}
             speed = {name: value for name, value in before.items() if name == "speed"}
 
@@ -498,7 +508,7 @@ def main() -> None:
         pairs = [(one, other) for one, other in COMPARISONS if one in rows and other in rows]
         result = {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": made_by,
+            "versions": current_versions,
             "settings": settings,
             **speed,
             "configurations": list(ordered.values()),

@@ -45,7 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "experiments-embedded.json"
 LANGUAGES = ("en", "de", "ru", "ar", "th", "zh", "sw", "ko")
 TOKENS = 2048
 # For a language that was left out of calibration: one that a person might take for it.
-NEIGHBOUR = {"en": "de", "de": "en", "ru": "de", "ar": "ru", "th": "zh", "zh": "ko", "sw": "en", "ko": "zh"}
+NEIGHBOR = {"en": "de", "de": "en", "ru": "de", "ar": "ru", "th": "zh", "zh": "ko", "sw": "en", "ko": "zh"}
 GROUP = 64
 PIECE = 256  # tokens of calibration text that errors are kept apart by
 SHARES = 2.0 ** np.linspace(-1, 1, 13)  # clips tried, as shares of the pooled one of least squared error
@@ -55,7 +55,7 @@ Losses = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Row:
+class Entry:
     """How a text's inputs are rounded, by site: clips float32 [groups] of its tokens and of its first token, and the
     center float32 [K], in the rotated basis, of all but the first.
 
@@ -88,12 +88,12 @@ class Watched:
 
 
 class Simulated:
-    """The model in bfloat16 with its inputs rounded as `row` says, for one text at a time."""
+    """The model in bfloat16 with its inputs rounded as `entry` says, for one text at a time."""
 
     def __init__(self, model: nn.Module, sites: dict[str, str], seed: int) -> None:
         self.model = copy.deepcopy(model)
         self.sites = sites
-        self.row: Row | None = None
+        self.entry: Entry | None = None
         self.watched: dict[str, Watched] | None = None
         self._signs: dict[int, Tensor] = {}
         self._last: tuple[Tensor, Tensor] | None = None
@@ -110,36 +110,36 @@ class Simulated:
             self._signs[k] = torch.from_numpy(rotation.signs(k, self._seed))
         return ops.rotate(x, self._signs[k])
 
-    def losses(self, windows: dict[str, Any], rows: dict[str, Row]) -> Losses:
-        found = {}
-        for tag, own in windows.items():
-            self.row = rows[tag]
-            found[tag] = segment_sums(token_losses(self.model, own, tag), own)
-        return found
+    def losses(self, windows: dict[str, Any], entries: dict[str, Entry]) -> Losses:
+        losses = {}
+        for tag, tag_windows in windows.items():
+            self.entry = entries[tag]
+            losses[tag] = segment_sums(token_losses(self.model, tag_windows, tag), tag_windows)
+        return losses
 
     def _round(self, site: str, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, row = args[0], self.row
+        x, entry = args[0], self.entry
         if self._last is None or self._last[0] is not x:
             values = self.rotated(x[0].float())
             centered = values.clone()
-            centered[1:] -= row.centers[site]
+            centered[1:] -= entry.centers[site]
             groups = centered.view(len(centered), -1, GROUP)
-            clip = row.clips[site].repeat(len(groups), 1)
-            clip[0] = row.first[site]
-            if row.absmax is not None:
-                most = row.absmax * groups.abs().amax(-1)
-                if row.cap is not None:
-                    most[1:] = most[1:].minimum(row.cap * clip[1:])
+            clip = entry.clips[site].repeat(len(groups), 1)
+            clip[0] = entry.first[site]
+            if entry.absmax is not None:
+                most = entry.absmax * groups.abs().amax(-1)
+                if entry.cap is not None:
+                    most[1:] = most[1:].minimum(entry.cap * clip[1:])
                 clip = most.clamp_(min=1e-30)
             if self.watched is not None:
                 self._watch(site, values[1:], groups[1:], clip[1:])
-            made = rounded(groups, clip.unsqueeze(-1), row.bits).view(x.shape).to(x.dtype)
-            self._last = x, made
+            codebook_values = rounded(groups, clip.unsqueeze(-1), entry.bits).view(x.shape).to(x.dtype)
+            self._last = x, codebook_values
         return (self._last[1],)
 
     def _add(self, site: str, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """The center's share of the output, of all tokens but the first."""
-        y[0, 1:] += (layer.weight.float() @ self.row.centers[site]).to(y.dtype)
+        y[0, 1:] += (layer.weight.float() @ self.entry.centers[site]).to(y.dtype)
         return y
 
     def _watch(self, site: str, values: Tensor, groups: Tensor, clip: Tensor) -> None:
@@ -163,7 +163,7 @@ class Lab:
         self.sites = {name: site for name, site in first.layers.items() if first.sites[site].kind == "input"}
         self.seed = int(first.metadata["rotation"]["seed"])
         self.profile = self.merged(LANGUAGES)
-        self.followed: dict[tuple[str, bool], tuple[Row, dict[str, Tensor]]] = {}  # of `follow`
+        self.followed: dict[tuple[str, bool], tuple[Entry, dict[str, Tensor]]] = {}  # of `follow`
 
     def _calibrated(self, tag: str) -> Profile:
         """A language's own profile, with its second moments."""
@@ -182,42 +182,44 @@ class Lab:
     def simulated(self) -> Simulated:
         return Simulated(self.bench.model, self.sites, self.seed)
 
-    def run(self, rows: dict[str, Row]) -> Losses:
-        return self.simulated.losses(self.bench.windows, rows)
+    def run(self, entries: dict[str, Entry]) -> Losses:
+        return self.simulated.losses(self.bench.windows, entries)
 
     def table(self, profile: Profile, bits: int = 4, **options: Any) -> clipping.ClipTable:
-        """Clips for inputs less their own language's center, the pooled row's too."""
+        """Clips for inputs less their own language's center, the pooled entry's too."""
         return clipping.table(dataclasses.replace(profile, centers={}), bits=bits, **options)
 
     def center(self, profile: Profile, tag: str) -> dict[str, Tensor]:
-        """A row's mean input by site, rotated."""
+        """The mean input of an entry by site, rotated."""
         place = profile.entries.index(tag)
         return {site: self.simulated.rotated(torch.from_numpy(c[place])) for site, c in profile.centers.items()}
 
-    def row(self, profile: Profile, clips: clipping.ClipTable, tag: str, center: str | None = None, **how: Any) -> Row:
-        """The clips of a row of the table, with the centers of the same row or of another."""
+    def entry(
+        self, profile: Profile, clips: clipping.ClipTable, tag: str, center: str | None = None, **how: Any
+    ) -> Entry:
+        """The clips of an entry of the table, with the centers of the same entry or of another."""
         place, sink = profile.entries.index(tag), profile.entries.index(SINK)
-        alpha = {site: torch.from_numpy(clips.clips[site]) for site in profile.centers}
-        return Row(
-            {site: own[place] for site, own in alpha.items()},
-            {site: own[sink] for site, own in alpha.items()},
+        clips_by_site = {site: torch.from_numpy(clips.clips[site]) for site in profile.centers}
+        return Entry(
+            {site: table[place] for site, table in clips_by_site.items()},
+            {site: table[sink] for site, table in clips_by_site.items()},
             self.center(profile, center or tag),
             **how,
         )
 
-    def rows(self, clips: clipping.ClipTable, **how: Any) -> dict[str, Row]:
-        """Each language with its own row of a table of all languages, and its own center."""
-        return {tag: self.row(self.profile, clips, tag, **how) for tag in LANGUAGES}
+    def entries(self, clips: clipping.ClipTable, **how: Any) -> dict[str, Entry]:
+        """Each language with its own entry of a table of all languages, and its own center."""
+        return {tag: self.entry(self.profile, clips, tag, **how) for tag in LANGUAGES}
 
     @functools.cached_property
-    def own(self) -> dict[str, Row]:
+    def by_language(self) -> dict[str, Entry]:
         """Clips of least squared error by language, centers by language."""
-        return self.rows(self.table(self.profile))
+        return self.entries(self.table(self.profile))
 
     @functools.cached_property
-    def pooled(self) -> dict[str, Row]:
+    def pooled(self) -> dict[str, Entry]:
         """The same clips for all languages, centers by language."""
-        return self.rows(self.table(self.profile, sharing="pooled"))
+        return self.entries(self.table(self.profile, sharing="pooled"))
 
     @functools.cached_property
     def errors(self) -> dict[str, np.ndarray]:
@@ -227,35 +229,35 @@ class Lab:
             np.savez(file, **measured(self))
         return dict(np.load(file))
 
-    def chosen(self, what: Callable[[dict[str, np.ndarray]], np.ndarray], pieces: int | None = None) -> np.ndarray:
+    def chosen(self, error_of: Callable[[dict[str, np.ndarray]], np.ndarray], pieces: int | None = None) -> np.ndarray:
         """The log2 share of the pooled clip with the least of an error, by language and group: float64 [languages,
         groups of all sites].
 
-        what: makes errors [..., shares] of `errors`' arrays [languages, pieces, groups, shares], by name. pieces: how
-        many of calibration's to take, None for all.
+        error_of: makes errors [..., shares] of `errors`' arrays [languages, pieces, groups, shares], by name. pieces:
+        how many of calibration's to take, None for all.
         """
-        total = what({name: self.errors[name][:, :pieces].sum(1) for name in ERRORS})
+        total = error_of({name: self.errors[name][:, :pieces].sum(1) for name in ERRORS})
         return least(total)
 
-    def with_shares(self, shares: np.ndarray) -> dict[str, Row]:
+    def with_shares(self, shares: np.ndarray) -> dict[str, Entry]:
         """The pooled clips times 2^shares [languages, groups of all sites]."""
-        made = {}
+        entries = {}
         for place, tag in enumerate(LANGUAGES):
-            row, start, clips = self.pooled[tag], 0, {}
-            for site, clip in row.clips.items():
+            entry, start, clips = self.pooled[tag], 0, {}
+            for site, clip in entry.clips.items():
                 factor = torch.from_numpy(2.0 ** shares[place, start : start + len(clip)]).float()
                 clips[site], start = clip * factor, start + len(clip)
-            made[tag] = dataclasses.replace(row, clips=clips)
-        return made
+            entries[tag] = dataclasses.replace(entry, clips=clips)
+        return entries
 
-    def early_centers(self, weight: Callable[[np.ndarray, np.ndarray], float]) -> dict[str, Row]:
+    def early_centers(self, weight: Callable[[np.ndarray, np.ndarray], float]) -> dict[str, Entry]:
         """Clips by language, with centers of the first PIECE tokens drawn toward the pooled ones.
 
         weight: the pooled center's share, of the squared sampling error of a language's mean and its squared distance
         to the pooled one.
         """
-        made = {}
-        sites = list(self.own[LANGUAGES[0]].centers)
+        entries = {}
+        sites = list(self.by_language[LANGUAGES[0]].centers)
         for place, tag in enumerate(LANGUAGES):
             centers = {}
             for site in sites:
@@ -264,13 +266,13 @@ class Lab:
                 noise = pieces[place].var(0, ddof=1).sum()
                 share = weight(noise, ((pieces[place, 0] - pooled) ** 2).sum())
                 centers[site] = torch.from_numpy((1 - share) * pieces[place, 0] + share * pooled).float()
-            made[tag] = dataclasses.replace(self.own[tag], centers=centers)
-        return made
+            entries[tag] = dataclasses.replace(self.by_language[tag], centers=centers)
+        return entries
 
 
 def least(errors: np.ndarray) -> np.ndarray:
     """log2 of the share with the least error [..., shares]: the vertex of the parabola through the best and its
-    neighbours, in logarithms.
+    neighbors, in logarithms.
     """
     logs = np.log2(SHARES)
     best = errors.argmin(-1).clip(1, len(SHARES) - 2)
@@ -303,17 +305,17 @@ def measured(lab: Lab) -> dict[str, np.ndarray]:
         v = v.view(len(v), -1, GROUP).transpose(0, 1)
         grams[site] = grams.get(site, 0) + v.transpose(1, 2) @ v
     pieces = CALIBRATION // PIECE
-    found = {name: np.zeros((len(LANGUAGES), pieces, start, len(SHARES))) for name in ERRORS}
+    costs = {name: np.zeros((len(LANGUAGES), pieces, start, len(SHARES))) for name in ERRORS}
     means: dict[str, np.ndarray] = {}
 
     def read(site: str, language: int, window: int, x: Tensor, gradient: Tensor) -> None:
         values, g = (simulated.rotated(a[0, 1:].float()) for a in (x, gradient))
         mean = means.setdefault(f"mean {site}", np.zeros((len(LANGUAGES), pieces, values.shape[1])))
-        centered = values - lab.own[LANGUAGES[language]].centers[site]
-        for i, (v, c, own) in enumerate(zip(*(a.split(PIECE) for a in (values, centered, g)), strict=True)):
+        centered = values - lab.by_language[LANGUAGES[language]].centers[site]
+        for i, (v, c, gradients) in enumerate(zip(*(a.split(PIECE) for a in (values, centered, g)), strict=True)):
             piece = window * (SEQLEN // PIECE) + i
             mean[language, piece] = v.mean(0).numpy()
-            c, own = (a.reshape(len(a), -1, GROUP) for a in (c, own))
+            c, gradients = (a.reshape(len(a), -1, GROUP) for a in (c, gradients))
             for j, share in enumerate(SHARES):
                 clip = (base[site] * float(share)).unsqueeze(-1)
                 e = rounded(c, clip, 4) - c
@@ -323,11 +325,11 @@ def measured(lab: Lab) -> dict[str, np.ndarray]:
                     square,
                     (c.abs() - clip).clamp_(min=0).square_(),
                     through.mul_(e),
-                    square * own.square(),
-                    (e * own).sum(-1, keepdim=True).square_(),
+                    square * gradients.square(),
+                    (e * gradients).sum(-1, keepdim=True).square_(),
                 )
                 for name, cost in zip(ERRORS, each, strict=True):
-                    found[name][language, piece, places[site], j] = cost.sum((0, 2)).double().numpy()
+                    costs[name][language, piece, places[site], j] = cost.sum((0, 2)).double().numpy()
 
     for language, tag in enumerate(LANGUAGES):
         print(f"errors: {tag}", flush=True)
@@ -337,7 +339,7 @@ def measured(lab: Lab) -> dict[str, np.ndarray]:
                 embedded_ids = model.get_input_embeddings()(ids[None]).requires_grad_()
                 logits = model(inputs_embeds=embedded_ids, use_cache=False).logits[0]
                 nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum").backward()
-    return found | means
+    return costs | means
 
 
 @contextmanager
@@ -374,37 +376,40 @@ def sampling_share(noise: np.ndarray, distance: np.ndarray) -> float:
     return float(min(noise / distance, 1.0))
 
 
-def shrunk(lab: Lab, pieces: int | None) -> dict[str, Row]:
+def shrunk(lab: Lab, pieces: int | None) -> dict[str, Entry]:
     """Each clip drawn toward the pooled one by its sampling variance's share of its whole variance (in logarithms)."""
     each = np.stack([least(lab.errors["squared"][:, i]) for i in range(CALIBRATION // PIECE)])
-    own = lab.chosen(lambda e: e["squared"], pieces)
+    shares = lab.chosen(lambda e: e["squared"], pieces)
     noise = each.var(0, ddof=1).mean(0) / (pieces or len(each))  # by group
-    between = np.maximum(own.var(0, ddof=1) - noise, 0)
+    between = np.maximum(shares.var(0, ddof=1) - noise, 0)
     kept = between / np.maximum(between + noise, 1e-30)
-    pooled = own.mean(0)
+    pooled = shares.mean(0)
     print(f"clips by language keep {kept.mean():.2f} of their distance to the pooled ones", flush=True)
-    return lab.with_shares(pooled + kept * (own - pooled))
+    return lab.with_shares(pooled + kept * (shares - pooled))
 
 
 def left_out(lab: Lab, how: str, absmax: float | None = None, english: bool = False) -> Losses:
     """Each language served by a model that was calibrated on the others, or on English alone.
 
-    how: "und", the pooled row; "neighbour", NEIGHBOUR's row; "clips", the pooled row with clips that followed what was
-    served before; "centers", the pooled row with the mean inputs of what was served before.
+    how: which entry serves the language. "und": the pooled entry. "neighbor": the entry of the language in NEIGHBOR.
+    "clips": the pooled entry with clips that followed the text served before. "centers": the pooled entry with the mean
+    inputs of the text served before.
     """
-    found = {}
+    losses = {}
     for tag in LANGUAGES:
         profile = without(lab, tag, english)
-        row = lab.row(profile, clipping.table(profile), "und")
-        if how == "neighbour":
-            row = lab.row(profile, lab.table(profile), NEIGHBOUR[tag])
+        entry = lab.entry(profile, clipping.table(profile), "und")
+        if how == "neighbor":
+            entry = lab.entry(profile, lab.table(profile), NEIGHBOR[tag])
         elif how == "clips":
-            row = follow(lab, tag, english)[0]
+            entry = follow(lab, tag, english)[0]
         elif how == "centers":
-            row = dataclasses.replace(lab.row(profile, lab.table(profile), "und"), centers=follow(lab, tag, english)[1])
-        row = dataclasses.replace(row, absmax=absmax)
-        found |= lab.simulated.losses({tag: lab.bench.windows[tag]}, {tag: row})
-    return found
+            entry = dataclasses.replace(
+                lab.entry(profile, lab.table(profile), "und"), centers=follow(lab, tag, english)[1]
+            )
+        entry = dataclasses.replace(entry, absmax=absmax)
+        losses |= lab.simulated.losses({tag: lab.bench.windows[tag]}, {tag: entry})
+    return losses
 
 
 def without(lab: Lab, tag: str, english: bool) -> Profile:
@@ -412,50 +417,54 @@ def without(lab: Lab, tag: str, english: bool) -> Profile:
     return lab.merged(("en",) if english else tuple(other for other in LANGUAGES if other != tag))
 
 
-def follow(lab: Lab, tag: str, english: bool) -> tuple[Row, dict[str, Tensor]]:
-    """What serving text of a language under the pooled row leads to: the row with the clips that `clipping.adapt`
-    moved window by window, and the mean inputs. The text is neither calibration's nor evaluation's.
+def follow(lab: Lab, tag: str, english: bool) -> tuple[Entry, dict[str, Tensor]]:
+    """The entry and the mean inputs after serving text of a language under the pooled entry.
+
+    `clipping.adapt` moves the clips of the entry window by window. The text is used neither in calibration nor in
+    evaluation.
 
     The balance of the clips is that of the calibration data about the languages' own centers.
     """
     if (tag, english) in lab.followed:
         return lab.followed[tag, english]
     profile = without(lab, tag, english)
-    row, within = (lab.row(profile, table, "und") for table in (clipping.table(profile), lab.table(profile)))
+    entry, within = (lab.entry(profile, table, "und") for table in (clipping.table(profile), lab.table(profile)))
     now = {}
-    for site, clip in row.clips.items():
-        alpha = within.clips[site].double().numpy()[None]
+    for site, clip in entry.clips.items():
+        clips = within.clips[site].double().numpy()[None]
         stats = profile.sites[site]
-        clipped, total = (a[:1] for a in stats.tail_sums(np.broadcast_to(alpha, stats.moments.shape)))
+        clipped, total = (a[:1] for a in stats.tail_sums(np.broadcast_to(clips, stats.moments.shape)))
         sums = np.stack([stats.moments.count[:1], clipped, total], axis=-1)
         wide = clip.double().numpy()[None]
-        now[site] = dataclasses.replace(adapt.start(alpha, sums), clips=wide, calibrated=wide.copy())
+        now[site] = dataclasses.replace(adapt.start(clips, sums), clips=wide, calibrated=wide.copy())
     simulated = lab.simulated
-    totals = {site: torch.zeros_like(center) for site, center in row.centers.items()}
+    totals = {site: torch.zeros_like(center) for site, center in entry.centers.items()}
     tokens = 0
     for window in lab.bench.texts[tag].windows(tag, tokens=TOKENS, seqlen=SEQLEN, skip=CALIBRATION + TOKENS):
-        simulated.row, simulated.watched = row, {}
+        simulated.entry, simulated.watched = entry, {}
         token_losses(simulated.model, [window], tag)
-        for site, own in simulated.watched.items():
-            now[site] = adapt.update(now[site], own.tails.numpy()[None])
-            totals[site] += own.total
+        for site, watched in simulated.watched.items():
+            now[site] = adapt.update(now[site], watched.tails.numpy()[None])
+            totals[site] += watched.total
         tokens += len(window.ids) - 1
-        row = dataclasses.replace(row, clips={site: torch.from_numpy(a.clips[0]).float() for site, a in now.items()})
+        entry = dataclasses.replace(
+            entry, clips={site: torch.from_numpy(a.clips[0]).float() for site, a in now.items()}
+        )
     simulated.watched = None
-    lab.followed[tag, english] = row, {site: total / tokens for site, total in totals.items()}
+    lab.followed[tag, english] = entry, {site: total / tokens for site, total in totals.items()}
     return lab.followed[tag, english]
 
 
-def capped(lab: Lab, rows: dict[str, Row], cap: float | None) -> Losses:
-    return lab.run({tag: dataclasses.replace(row, absmax=ABSMAX_SHARE, cap=cap) for tag, row in rows.items()})
+def capped(lab: Lab, entries: dict[str, Entry], cap: float | None) -> Losses:
+    return lab.run({tag: dataclasses.replace(entry, absmax=ABSMAX_SHARE, cap=cap) for tag, entry in entries.items()})
 
 
 def pooled_centers(lab: Lab, bits: int) -> Losses:
     clips = clipping.table(lab.profile, bits=bits, sharing="pooled")
-    return lab.run({tag: lab.row(lab.profile, clips, tag, center="und", bits=bits) for tag in LANGUAGES})
+    return lab.run({tag: lab.entry(lab.profile, clips, tag, center="und", bits=bits) for tag in LANGUAGES})
 
 
-def product(lab: Lab, config: QuantConfig) -> Losses:
+def package_losses(lab: Lab, config: QuantConfig) -> Losses:
     """The package's own quantized model, with the profile of all languages."""
     return lab.bench.losses(quantize_model(lab.bench.model, lab.profile, config, progress=False))
 
@@ -477,9 +486,9 @@ def by_harm(lab: Lab) -> Losses:
     text = {tag: text.windows(tag, tokens=CALIBRATION, seqlen=SEQLEN) for tag, text in lab.bench.texts.items()}
     equal = weighted(lab, dict.fromkeys(LANGUAGES, 1.0))
     harm = {}
-    for tag, own in text.items():
-        before, after = (np.concatenate(token_losses(m, own, tag)).sum() for m in (lab.bench.model, equal))
-        harm[tag] = max(float(after - before) / sum(window.byte_counts.sum() for window in own), 0.0)
+    for tag, windows in text.items():
+        before, after = (np.concatenate(token_losses(m, windows, tag)).sum() for m in (lab.bench.model, equal))
+        harm[tag] = max(float(after - before) / sum(window.byte_counts.sum() for window in windows), 0.0)
     mean = float(np.mean(list(harm.values())))
     shares = {tag: value / mean for tag, value in harm.items()}
     print("weights of the languages:", {tag: round(float(share), 2) for tag, share in shares.items()}, flush=True)
@@ -494,26 +503,30 @@ def experiments() -> dict[str, Experiment]:
     def add(name: str, make: Callable[[Lab], Losses], *against: str) -> None:
         table[name] = Experiment(question, make, against)
 
-    pool, own, absmax = "clips pooled", "clips by language", "absmax per group"
+    pooled, by_language, absmax = "clips pooled", "clips by language", "absmax per group"
     question = "what is compared below: centers by language"
     add("centers and clips pooled", lambda lab: pooled_centers(lab, 4))
-    add(pool, lambda lab: lab.run(lab.pooled), "centers and clips pooled")
-    add(own, lambda lab: lab.run(lab.own), pool)
-    add(absmax, lambda lab: capped(lab, lab.own, None), own)
+    add(pooled, lambda lab: lab.run(lab.pooled), "centers and clips pooled")
+    add(by_language, lambda lab: lab.run(lab.by_language), pooled)
+    add(absmax, lambda lab: capped(lab, lab.by_language, None), by_language)
     static = QuantConfig(weights=16, clip="static", center=True)
-    add("clips by language, the package's kernels", lambda lab: product(lab, static), own)
+    add("clips by language, the package's kernels", lambda lab: package_losses(lab, static), by_language)
 
     question = "clips of least error of the output, or of the loss"
     for name, of in (("output error", "output"), ("Fisher by value", "value"), ("Fisher by token", "token")):
-        add(f"{name}, by language", lambda lab, of=of: lab.run(lab.with_shares(lab.chosen(lambda e: e[of]))), own)
+        add(
+            f"{name}, by language",
+            lambda lab, of=of: lab.run(lab.with_shares(lab.chosen(lambda e: e[of]))),
+            by_language,
+        )
 
         def together(lab: Lab, of: str = of) -> Losses:
             shares = lab.chosen(lambda e: e[of].sum(0, keepdims=True))
             return lab.run(lab.with_shares(shares.repeat(len(LANGUAGES), 0)))
 
-        add(f"{name}, pooled", together, pool)
+        add(f"{name}, pooled", together, pooled)
         table[f"{name}, by language"] = dataclasses.replace(
-            table[f"{name}, by language"], against=(own, f"{name}, pooled")
+            table[f"{name}, by language"], against=(by_language, f"{name}, pooled")
         )
 
     question = "a penalty on what is clipped, or a discount"
@@ -523,39 +536,39 @@ def experiments() -> dict[str, Experiment]:
             lambda lab, extra=extra: lab.run(
                 lab.with_shares(lab.chosen(lambda e: e["squared"] + extra * e["clipped"]))
             ),
-            own,
+            by_language,
         )
 
     question = "shrinkage toward the pooled clip and center, by sample size"
-    add("clips shrunk", lambda lab: lab.run(shrunk(lab, None)), own)
+    add("clips shrunk", lambda lab: lab.run(shrunk(lab, None)), by_language)
     early = f"clips of {PIECE} tokens"
-    add(early, lambda lab: lab.run(lab.with_shares(lab.chosen(lambda e: e["squared"], 1))), own, pool)
+    add(early, lambda lab: lab.run(lab.with_shares(lab.chosen(lambda e: e["squared"], 1))), by_language, pooled)
     add(f"{early}, shrunk", lambda lab: lab.run(shrunk(lab, 1)), early)
     centers = f"centers of {PIECE} tokens"
-    add(centers, lambda lab: lab.run(lab.early_centers(lambda noise, distance: 0.0)), own)
+    add(centers, lambda lab: lab.run(lab.early_centers(lambda noise, distance: 0.0)), by_language)
     add(f"{centers}, shrunk", lambda lab: lab.run(lab.early_centers(sampling_share)), centers)
 
     question = "minimax over the languages"
     add(
         "clips pooled, minimax",
-        lambda lab: lab.run(lab.rows(lab.table(lab.profile, sharing="pooled", language_objective="minimax"))),
-        pool,
+        lambda lab: lab.run(lab.entries(lab.table(lab.profile, sharing="pooled", language_objective="minimax"))),
+        pooled,
     )
     equal = "W4A16, languages weigh the same"
     add(equal, lambda lab: lab.bench.losses(weighted(lab, dict.fromkeys(LANGUAGES, 1.0))))
     add("W4A16, languages weigh as they lose", by_harm, equal)
 
-    for english, short, what in (
+    for english, short, heading in (
         (False, "left out", "each language left out of calibration"),
         (True, "English only", "calibrated on English alone"),
     ):
-        question = what
+        question = heading
         und = f"{short}, as und"
-        add(und, lambda lab, e=english: left_out(lab, "und", english=e), own)
+        add(und, lambda lab, e=english: left_out(lab, "und", english=e), by_language)
         if not english:
-            add(f"{short}, a neighbour's row", lambda lab: left_out(lab, "neighbour"), und)
+            add(f"{short}, a neighbour's row", lambda lab: left_out(lab, "neighbor"), und)
         add(f"{short}, clips adapted", lambda lab, e=english: left_out(lab, "clips", english=e), und)
-        add(f"{short}, centers followed", lambda lab, e=english: left_out(lab, "centers", english=e), und, own)
+        add(f"{short}, centers followed", lambda lab, e=english: left_out(lab, "centers", english=e), und, by_language)
         und = f"{short}, absmax, as und"
         add(und, lambda lab, e=english: left_out(lab, "und", ABSMAX_SHARE, english=e), absmax)
         add(
@@ -569,17 +582,17 @@ def experiments() -> dict[str, Experiment]:
     add("INT3, centers and clips pooled", lambda lab: pooled_centers(lab, 3))
     add(
         "INT3, clips pooled",
-        lambda lab: lab.run(lab.rows(lab.table(lab.profile, bits=3, sharing="pooled"), bits=3)),
+        lambda lab: lab.run(lab.entries(lab.table(lab.profile, bits=3, sharing="pooled"), bits=3)),
         "INT3, centers and clips pooled",
     )
     add(
         "INT3, clips by language",
-        lambda lab: lab.run(lab.rows(lab.table(lab.profile, bits=3), bits=3)),
+        lambda lab: lab.run(lab.entries(lab.table(lab.profile, bits=3), bits=3)),
         "INT3, clips pooled",
     )
 
     question = "absmax per group, capped by the static clip"
-    add("absmax, at most 1.25 x the language's clip", lambda lab: capped(lab, lab.own, 1.25), absmax)
+    add("absmax, at most 1.25 x the language's clip", lambda lab: capped(lab, lab.by_language, 1.25), absmax)
     add("absmax, at most 1.25 x the pooled clip", lambda lab: capped(lab, lab.pooled, 1.25), absmax)
     return table
 
@@ -628,10 +641,10 @@ def main() -> None:
             continue
         start = time.monotonic()
         rows[name] = {"name": name, "question": table[name].question} | summary(lab.bench, table[name].make(lab))
-        made = results(lab.bench, rows, table)
-        write(arguments.output, made)
+        content = results(lab.bench, rows, table)
+        write(arguments.output, content)
         print(f"{name:45} {rows[name]['mean']:+.4f} gap {rows[name]['gap']:.3f}  {time.monotonic() - start:.0f} s")
-        for pair in made["comparisons"]:
+        for pair in content["comparisons"]:
             if name in (pair["name"], pair["baseline"]):
                 print(f"    {in_words(pair)}", flush=True)
 

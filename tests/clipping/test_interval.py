@@ -69,6 +69,6 @@ def test_the_committed_simulation_holds_what_the_page_says():
     for row in held:
         room = 3 * np.sqrt(0.05 * 0.95 / row["intervals"])
         assert 0.95 - 0.02 - room <= row["coverage"] <= 0.95 + 0.02 + room, row
-    average = np.average([row["coverage"] for row in held], weights=[row["intervals"] for row in held])
-    assert 0.93 <= average <= 0.965
+    mean = np.average([row["coverage"] for row in held], weights=[row["intervals"] for row in held])
+    assert 0.93 <= mean <= 0.965
     assert not any(row["intervals"] > row["samples"] / 20 for row in rows if row["n"] <= 64)

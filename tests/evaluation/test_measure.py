@@ -108,7 +108,9 @@ def test_with_several_profiles_nothing_that_any_was_calibrated_on_is_evaluated(m
     configurations = {"16": QuantConfig(group_size=16), "32": QuantConfig(group_size=32)}
     report = evaluate_configurations(model, [profile, longer], configurations, texts=random_texts(), **SETTINGS)
     assert profile.metadata["tokens"]["en"] < 288
-    assert {tag: own["skipped"] for tag, own in report.texts.items()} == dict.fromkeys(("en", "sw", "th"), 288)
+    assert {tag: description["skipped"] for tag, description in report.texts.items()} == dict.fromkeys(
+        ("en", "sw", "th"), 288
+    )
 
 
 def test_what_cannot_differ_by_language_is_not_compared(model, profile):
@@ -160,18 +162,18 @@ def test_per_language_clips_are_compared_with_pooled_ones_pairwise(several):
     report, _, _ = several
     (comparison,) = report.comparisons
     assert (comparison.name, comparison.baseline) == ("W4A4 language", "W4A4 pooled")
-    own, pooled = report.configurations[1], report.configurations[2]
+    by_language, pooled = report.configurations[1], report.configurations[2]
     for tag, difference in comparison.by_language.items():
-        expected = own.by_language[tag].change - pooled.by_language[tag].change
+        expected = by_language.by_language[tag].change - pooled.by_language[tag].change
         assert difference.difference == pytest.approx(expected, abs=1e-9)
         assert difference.low <= difference.difference <= difference.high
         # Paired: narrower than two independent intervals would give.
-        errors = [result.by_language[tag].se for result in (own, pooled)]
+        errors = [result.by_language[tag].se for result in (by_language, pooled)]
         # Of three intervals at 1 - 0.05 / 3 with 4 degrees of freedom.
         margin = scipy.stats.t.ppf(1 - 0.05 / 6, 4) * math.hypot(*errors)
         assert difference.high - difference.difference < margin
-    assert comparison.mean.difference == pytest.approx(own.mean - pooled.mean, abs=1e-9)
-    assert comparison.gap.difference == pytest.approx(own.gap - pooled.gap, abs=1e-9)
+    assert comparison.mean.difference == pytest.approx(by_language.mean - pooled.mean, abs=1e-9)
+    assert comparison.gap.difference == pytest.approx(by_language.gap - pooled.gap, abs=1e-9)
     assert comparison.gap.low < comparison.gap.difference < comparison.gap.high
     assert comparison.segments == 15
 

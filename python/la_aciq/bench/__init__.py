@@ -16,13 +16,13 @@ def cpu_name() -> str:
     and model are added.
     """
     lines = _CPUINFO.read_text("utf-8").splitlines() if _CPUINFO.exists() else []
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    name = found.get("model name")
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = fields.get("model name")
     if not name:
         return platform.processor() or platform.machine()
-    if re.search(r"\d", name) or not {"cpu family", "model"} <= found.keys():
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= fields.keys():
         return name
-    return f"{name} (family {found['cpu family']}, model {found['model']})"
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
 
 
 def in_file_names(device: str) -> str:
@@ -32,13 +32,13 @@ def in_file_names(device: str) -> str:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those that are installed, by the names that pip knows them by."""
-    found = {}
+    installed = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 __all__ = ["cpu_name", "in_file_names", "versions"]

@@ -83,13 +83,13 @@ def measure(
             times: dict[str, list[float]] = {name: [] for name in contenders}
             for _ in range(rounds + 1):  # the first warms up
                 for name, (layers, dtype, _) in contenders.items():
-                    given = x.to(dtype)
+                    layer_input = x.to(dtype)
                     start = time.perf_counter()
                     for layer in layers:
-                        layer(given)
+                        layer(layer_input)
                     times[name].append((time.perf_counter() - start) / len(layers))
-            for name, found in times.items():
-                seconds[name][count] = statistics.median(found[1:])
+            for name, durations in times.items():
+                seconds[name][count] = statistics.median(durations[1:])
             if step is not None:
                 step()
     return [LayerTiming(name, nbytes, seconds[name]) for name, (_, _, nbytes) in contenders.items()]

@@ -159,10 +159,10 @@ def plot(results: Mapping[str, Any]) -> Any:
         panels, ("ttft", "tpot"), ("time to first token", "time per output token"), strict=True
     ):
         for i, name in enumerate(names):
-            own = {run["language"]: run for run in results["runs"] if run["name"] == name}
+            runs_by_language = {run["language"]: run for run in results["runs"] if run["name"] == name}
             places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(languages))]
-            medians = [own[language][f"p50_{metric}_ms"] for language in languages]
-            highest = [own[language][f"p99_{metric}_ms"] for language in languages]
+            medians = [runs_by_language[language][f"p50_{metric}_ms"] for language in languages]
+            highest = [runs_by_language[language][f"p99_{metric}_ms"] for language in languages]
             axes.bar(places, medians, width=0.8 / len(names), color=f"C{i}", label=name)
             axes.vlines(places, medians, highest, color="black", linewidth=1)
         axes.set_xticks(range(len(languages)), languages)
@@ -180,7 +180,7 @@ def _prompts(tokenizer: Any, texts: Mapping[str, str], load: Load) -> tuple[list
     share = -(-load.num_prompts // len(texts))
     warming = -(-load.max_concurrency // len(texts))
     needed = load.num_prompts + share + warming
-    windows = {}
+    requests = {}
     for tag, text in texts.items():
         # Long texts are many times what is needed, and tokenizers take their time.
         ids = tokenizer.encode(text[: 16 * needed * load.input_len], add_special_tokens=False)
@@ -189,7 +189,7 @@ def _prompts(tokenizer: Any, texts: Mapping[str, str], load: Load) -> tuple[list
                 f"the text in {tag!r} has {len(ids)} tokens, and {needed} prompts of {load.input_len} tokens each need "
                 f"{needed * load.input_len}; expected more text, or a smaller --num_prompts or --input_len"
             )
-        windows[tag] = [
+        requests[tag] = [
             SampleRequest(
                 prompt=ids[i * load.input_len : (i + 1) * load.input_len],
                 prompt_len=load.input_len,
@@ -198,10 +198,10 @@ def _prompts(tokenizer: Any, texts: Mapping[str, str], load: Load) -> tuple[list
             )
             for i in range(needed)
         ]
-    own = load.num_prompts
-    by_language: dict[str, list[Any]] = {tag: found[:own] for tag, found in windows.items()}
-    in_turn = [windows[tag][own + i] for i in range(share) for tag in windows]
-    warm_up = [window for found in windows.values() for window in found[own + share :]]
+    count = load.num_prompts
+    by_language: dict[str, list[Any]] = {tag: tagged[:count] for tag, tagged in requests.items()}
+    in_turn = [requests[tag][count + i] for i in range(share) for tag in requests]
+    warm_up = [window for tagged in requests.values() for window in tagged[count + share :]]
     return warm_up, by_language | {MIXED: in_turn[: load.num_prompts]}
 
 

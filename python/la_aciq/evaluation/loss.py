@@ -2,7 +2,7 @@
 
 All differences are paired: both models read the same windows, and the bootstrap resamples segments of them. A segment
 is up to 128 consecutive predicted tokens of one window. Segments are taken as independent draws: a text's losses are
-correlated over short distances, most of which a segment has inside it, but neighbours of one window share a context.
+correlated over short distances, most of which a segment has inside it, but neighbors of one window share a context.
 Windows would need no such assumption, but there are too few of them (two per language by default) to tell how they
 vary.
 
@@ -163,11 +163,11 @@ class Estimate:
         """The mean of independent estimates, with Welch and Satterthwaite's degrees of freedom."""
         variances = np.array([estimate.se**2 for estimate in estimates])
         freedom = np.array([estimate.freedom for estimate in estimates])
-        own = (variances**2 / freedom).sum()
+        denominator = (variances**2 / freedom).sum()
         return cls(
             float(np.mean([estimate.value for estimate in estimates])),
             np.mean([estimate.replicates for estimate in estimates], axis=0),
-            float(variances.sum() ** 2 / own) if own > 0 else float(freedom.sum()),
+            float(variances.sum() ** 2 / denominator) if denominator > 0 else float(freedom.sum()),
         )
 
     @property

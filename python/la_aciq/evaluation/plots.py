@@ -1,7 +1,7 @@
 """The plots of a report: one PNG each, drawn from report.json alone.
 
-Colours are Okabe and Ito's, which any colour vision tells apart; most languages are grey, and the ones that a plot is
-about are in colour, with their names beside them.
+Colors are Okabe and Ito's, which any color vision tells apart; most languages are grey, and the ones that a plot is
+about are in color, with their names beside them.
 """
 
 import math
@@ -65,9 +65,9 @@ def draw_changes(report: Report) -> Figure:
             if result.change > limit:
                 axes.text(limit, y, f"{result.change:.2f} →", ha="right", va="center", color=VERMILION, fontsize=8)
                 continue
-            colour = VERMILION if tag == c.worst_language else BLUE
-            axes.plot([result.low, min(result.high, limit)], [y, y], color=colour, linewidth=1.6, alpha=0.55)
-            axes.plot([result.change], [y], "o", color=colour, markersize=4)
+            color = VERMILION if tag == c.worst_language else BLUE
+            axes.plot([result.low, min(result.high, limit)], [y, y], color=color, linewidth=1.6, alpha=0.55)
+            axes.plot([result.change], [y], "o", color=color, markersize=4)
         axes.set_title(f"{c.name}\nmean {c.mean:+.3f}, gap {c.gap:.3f}", loc="left", **_STYLE)
         axes.set_yticks(range(len(order)), order)
         axes.set_xlim(lowest - 0.03 * limit, 1.03 * limit)
@@ -81,7 +81,7 @@ def draw_changes(report: Report) -> Figure:
 
 
 def draw_clips(report: Report) -> Figure:
-    """A panel per site: normalized error against the clip; languages with the least and the largest error in colour."""
+    """A panel per site: normalized error against the clip; languages with the least and the largest error in color."""
     columns = min(3, len(report.curves))
     lines = math.ceil(len(report.curves) / columns)
     figure = _figure(3.1 * columns, 2.5 * lines + 0.4)
@@ -96,13 +96,13 @@ def draw_clips(report: Report) -> Figure:
         best = curve.optimum[by_error[0]][1]
         worst = curve.optimum[by_error[-1]][1]
         for tag in by_error[1:-1] + by_error[:1] + by_error[-1:]:
-            colour = BLUE if tag == by_error[0] else VERMILION if tag == by_error[-1] else GREY
-            axes.plot(curve.ratio, curve.mse[tag], color=colour, linewidth=1.4 if colour != GREY else 0.8)
+            color = BLUE if tag == by_error[0] else VERMILION if tag == by_error[-1] else GREY
+            axes.plot(curve.ratio, curve.mse[tag], color=color, linewidth=1.4 if color != GREY else 0.8)
         for tag in by_error:
-            colour = BLUE if tag == by_error[0] else VERMILION if tag == by_error[-1] else "#808080"
-            axes.plot(*curve.optimum[tag], "o", color=colour, markersize=4 if colour != "#808080" else 2.5)
+            color = BLUE if tag == by_error[0] else VERMILION if tag == by_error[-1] else "#808080"
+            axes.plot(*curve.optimum[tag], "o", color=color, markersize=4 if color != "#808080" else 2.5)
         # Between the branches of the curves nothing else is drawn.
-        for tag, colour, y in [(by_error[-1], VERMILION, 0.93), (by_error[0], BLUE, 0.84)][: len(by_error)]:
+        for tag, color, y in [(by_error[-1], VERMILION, 0.93), (by_error[0], BLUE, 0.84)][: len(by_error)]:
             axes.text(
                 curve.optimum[tag][0],
                 y,
@@ -110,7 +110,7 @@ def draw_clips(report: Report) -> Figure:
                 transform=axes.get_xaxis_transform(),
                 ha="center",
                 va="center",
-                color=colour,
+                color=color,
                 fontsize=8,
             )
         axes.set_xscale("log")
@@ -142,10 +142,10 @@ def draw_layers(clips: Layers, kurtosis: Layers) -> Figure:
             _plain(axes)
             for tag in order[1:-1] + order[:1] + order[-1:]:
                 values = [layers.by_language[tag][index] for index in kinds[name]]
-                colour = _colour(tag, order)
+                color = _color(tag, order)
                 axes.plot(
-                    range(len(values)), [math.nan if v is None else v for v in values], color=colour,
-                    linewidth=0.7 if colour == GREY else 1.3,
+                    range(len(values)), [math.nan if v is None else v for v in values], color=color,
+                    linewidth=0.7 if color == GREY else 1.3,
                 )  # fmt: skip
             if layers is clips:
                 axes.set_title(name, loc="left", **_STYLE)
@@ -154,7 +154,7 @@ def draw_layers(clips: Layers, kurtosis: Layers) -> Figure:
         panels[0].set_ylabel(label, **_STYLE)
         _whole_model(panels[-1], layers, order)
     grid[0, -1].set_title("whole model", loc="left", **_STYLE)
-    largest = max((v for own in kurtosis.by_language.values() for v in own if v is not None), default=0.0)
+    largest = max((v for values in kurtosis.by_language.values() for v in values if v is not None), default=0.0)
     if largest > 20:
         grid[1, 0].set_yscale("symlog", linthresh=1)
         grid[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -170,16 +170,16 @@ def _whole_model(axes: Axes, layers: Layers, order: Sequence[str]) -> None:
         value = layers.model[tag]
         if value is None:
             continue
-        colour = _colour(tag, order)
-        axes.plot([place], [value], "o", color="#808080" if colour == GREY else colour, markersize=4)
-        if colour != GREY:
+        color = _color(tag, order)
+        axes.plot([place], [value], "o", color="#808080" if color == GREY else color, markersize=4)
+        if color != GREY:
             side = "left" if place == 0 else "right"
             axes.annotate(
-                f"{value:.3g}", (place, value), (0, 6), textcoords="offset points", ha=side, color=colour, fontsize=8
+                f"{value:.3g}", (place, value), (0, 6), textcoords="offset points", ha=side, color=color, fontsize=8
             )
 
 
-def _colour(tag: str, order: Sequence[str]) -> str:
+def _color(tag: str, order: Sequence[str]) -> str:
     return BLUE if tag == order[0] else VERMILION if tag == order[-1] else GREY
 
 
