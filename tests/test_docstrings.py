@@ -10,8 +10,13 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 
-PACKAGES = ("ops", "clipping", "disparity", "profile", "models", "embedded", "tags", "nn", "calibration", "checkpoint")
-PACKAGES += ("evaluation", "integrations.transformers", "")  # the first package that has a name gives its title
+PACKAGES = ("ops", "clipping", "disparity", "profile", "models", "embedded", "udhr", "tags", "nn", "calibration")
+PACKAGES += (
+    "checkpoint",
+    "evaluation",
+    "integrations.transformers",
+    "",
+)  # the first package that has a name gives its title
 
 # Names that still lack sections; no name is added here.
 INCOMPLETE = """

@@ -18,7 +18,7 @@ LAYERS = (
     {"_C", "_deprecated", "_files", "choices", "errors", "tags"},
     {"kernels", "ops"},
     {"clipping", "disparity"},
-    {"embedded", "models", "profile"},
+    {"embedded", "models", "profile", "udhr"},
     {"nn"},
     {"calibration", "checkpoint"},
     {"evaluation"},

