@@ -11,6 +11,8 @@ import scipy.stats
 import torch
 from byte_llama import byte_llama
 from torch import nn
+from torch.nn.utils import prune
+from transformers import RwkvConfig, RwkvForCausalLM
 
 import la_aciq
 from la_aciq.errors import LaAciqError
@@ -408,3 +410,45 @@ def test_a_model_whose_first_pass_fails_is_refused_by_name():
     texts = {"en": np.arange(256) % 60}
     with pytest.raises(LaAciqError, match=r"LlamaForCausalLM cannot be calibrated: its first forward pass.*KeyError"):
         la_aciq.calibrate(model, texts, seqlen=64, tokens=128, group_size=16, progress=False)
+
+
+def test_a_model_that_rescales_its_weights_is_refused_before_it_runs():
+    sizes = {"vocab_size": 256, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    model = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=1)).eval()
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with pytest.raises(LaAciqError, match=r"RwkvForCausalLM divides weights in place .* load it with rescale_every=0"):
+        calibrated(model)
+    assert passes == []
+    ids = torch.from_numpy(random_ids()["sw"][None, :12])
+    plain = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)).eval()
+    plain.load_state_dict(model.state_dict())
+    unscaled = copy.deepcopy(model)
+    profile = calibrated(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4)  # "the same"
+    with pytest.raises(LaAciqError, match="rescale_every=0"):
+        la_aciq.quantize_model(unscaled, profile, la_aciq.QuantConfig(group_size=GROUP))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: torch.nn.utils.weight_norm(layer),
+        lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_layer_whose_weight_is_computed_is_left_alone_by_name(change):
+    model = byte_llama()
+    name = "model.layers.0.mlp.up_proj"
+    change(model.get_submodule(name))
+    ids = torch.from_numpy(random_ids()["sw"][None, :12])
+    profile = calibrated(model)
+    with pytest.warns(UserWarning, match=rf"{name}.* \(unsupported kind of layer"):
+        quantized = la_aciq.quantize_model(model, profile, la_aciq.QuantConfig(group_size=GROUP), progress=False)
+    assert name not in quantized.la_aciq.layers
+    assert len(quantized.la_aciq.layers) == 13
+    with torch.no_grad(), la_aciq.language("sw"):
+        assert quantized(ids).logits.isfinite().all()

@@ -390,13 +390,19 @@ def test_old_names_work_and_say_the_new_ones():
 class Part(nn.Module):
     """An encoder or decoder that keeps the ids its layers would read."""
 
-    def __init__(self, state, reads="input_ids"):
+    def __init__(self, state, reads="input_ids", embeds=False):
         super().__init__()
         self.state, self.main_input_name, self.seen = state, reads, {}
+        self.embeddings = nn.Embedding(1, 1) if embeds else None
 
-    def forward(self, input_ids=None, encoder_hidden_states=None, encoder_attention_mask=None, **inputs):
+    def get_input_embeddings(self):
+        if self.embeddings is None:
+            raise NotImplementedError
+        return self.embeddings
+
+    def forward(self, input_ids=None, encoder_hidden_states=None, **inputs):
         read = inputs.get(self.main_input_name, input_ids)
-        tokens = read.shape[1] if self.main_input_name == "input_ids" else 2 * read.shape[1]
+        tokens = 2 * read.shape[1] if read.is_floating_point() else read.shape[1]
         self.seen["tokens"] = self.state.ids_for(torch.zeros(len(read), tokens, 5)).clone()
         if encoder_hidden_states is not None:
             self.seen["memory"] = self.state.ids_for(encoder_hidden_states).clone()
@@ -404,11 +410,12 @@ class Part(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    def __init__(self, reads="input_ids"):
+    def __init__(self, reads="input_ids", decodes="input_ids", embeds=False, mask_name="encoder_attention_mask"):
         super().__init__()
         self.config = SimpleNamespace(is_encoder_decoder=True)
         self.state = LanguageState(ENTRIES)
-        self.encoder, self.decoder = Part(self.state, reads), Part(self.state)
+        self.encoder, self.decoder = Part(self.state, reads, embeds), Part(self.state, decodes, True)
+        self.mask_name = mask_name
         self.state.attach(self)
 
     def get_encoder(self):
@@ -419,18 +426,19 @@ class EncoderDecoder(nn.Module):
 
     def forward(self, decoder_input_ids, attention_mask=None, **inputs):
         self.decoder(
-            decoder_input_ids,
+            **{self.decoder.main_input_name: decoder_input_ids, self.mask_name: attention_mask},
             encoder_hidden_states=self.encoder(attention_mask=attention_mask, **inputs),
-            encoder_attention_mask=attention_mask,
         )
 
 
 @pytest.mark.parametrize("decoded", [1, 3, 4])
-def test_encoder_and_decoder_have_positions_of_their_own(decoded):
-    model = EncoderDecoder()
+@pytest.mark.parametrize("mask_name", ["encoder_attention_mask", "encoder_padding_mask"])  # the second one is FSMT's
+@pytest.mark.parametrize("reads", ["input_ids", "input_values"])  # SpeechT5's parts read ids under the second name
+def test_encoder_and_decoder_have_positions_of_their_own(decoded, mask_name, reads):
+    model = EncoderDecoder(reads, reads, embeds=True, mask_name=mask_name)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     with languages(["sw", "ja"]):
-        model(ids(2, decoded), attention_mask=mask, input_ids=ids(2, 3))
+        model(ids(2, decoded), attention_mask=mask, **{reads: ids(2, 3)})
     assert model.encoder.seen["tokens"].tolist() == [[SINK, SW, SW], [UND, SINK, UND]]
     # Cross-attention reads the encoder's positions, also where there are as many as the decoder's.
     assert model.decoder.seen["memory"].tolist() == [[SINK, SW, SW], [UND, SINK, UND]]

@@ -93,6 +93,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "deepseek_v4": {"o_groups": 4, "o_lora_rank": 8},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "esmc": {"num_key_value_heads": 4},
@@ -146,6 +147,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "kyutai_speech_to_text": {"audio_pad_token_id": 0},
+    "rwkv": {"rescale_every": 0},  # others are refused
     "seamless_m4t": {"speech_encoder_intermediate_size": 56},
     "seamless_m4t_v2": {"speech_encoder_intermediate_size": 56},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},

@@ -25,6 +25,7 @@ from .. import __version__, ops
 from .._files import check_output
 from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, linear_weight, output_head
+from ..models.architecture import check_constant_weights
 from ..nn.config import is_ignored
 from ..nn.forward_pass import LanguageState
 from ..nn.layout import LayoutDetector, detect_layouts
@@ -142,6 +143,7 @@ class Calibration:
     ) -> None:
         if group_size < 0 or group_size % 2:
             raise LaAciqError(f"group_size = {group_size}; expected an even number of elements, or 0 for the whole row")
+        check_constant_weights(model)
         self._readings = _readings(model, texts, tokenizer, tokens=tokens, seqlen=seqlen)
         _check_weights(model)
         self._settings = {
@@ -181,11 +183,12 @@ class Calibration:
         collector = self._collector
         total = sum(self._readings[tag].tokens for tag in tags) * (2 if self._center else 1)
         initial = sum(self._readings[tag].tokens for tag in finished)
-        if self._readings:
-            collector.detect_layouts(next(iter(self._readings.values())).calls[0], self._device)
+        calls = [call for reading in self._readings.values() for call in reading.calls]
+        if calls:
+            collector.detect_layouts(calls[0], self._device)
         with (
             tqdm(total=total, initial=initial, unit="tok", disable=not progress) as bar,
-            collector.attached() as network,
+            collector.attached({name for call in calls for name in call}) as network,
         ):
 
             def read(tag: str) -> None:
@@ -402,23 +405,26 @@ class _Collector:
                 stack.callback(handle.remove)
             stack.enter_context(torch.inference_mode())
             try:
-                self.layouts = detect_layouts(self._network, call, detector, device)
+                self.layouts = detect_layouts(self._network(call.keys()), call, detector, device)
             except Exception:  # whatever it raises, the model does not read batches, or not such short ones
                 self.layouts = {}
 
-    @property
-    def _network(self) -> Any:
-        """The part of the model that runs all measured layers."""
+    def _network(self, arguments: AbstractSet[str]) -> Any:
+        """The part of the model that runs all measured layers and takes arguments of these names."""
         # The output head is a fifth of a small model's work; where it is not measured it need not run.
         body = getattr(self._model, "base_model", self._model)
         inside = set(map(id, body.modules()))
         hooked = [*self._linears.values(), *self._experts.values()]
-        return body if all(id(module) in inside for module in hooked) else self._model
+        # SpeechT5's body has other names for the ids, and takes any name.
+        takes = arguments <= inspect.signature(getattr(body, "forward", body)).parameters.keys()
+        return body if takes and all(id(module) in inside for module in hooked) else self._model
 
     @contextmanager
-    def attached(self) -> Iterator[nn.Module]:
-        """The model to call, hooked, in evaluation mode and without gradients, as long as the block lasts."""
-        network = self._network
+    def attached(self, arguments: AbstractSet[str]) -> Iterator[nn.Module]:
+        """What to call with arguments of these names: the model or its body, hooked, in evaluation mode and without
+        gradients, as long as the block lasts.
+        """
+        network = self._network(arguments)
         training = self._model.training
         with ExitStack() as stack:
             stack.callback(self._model.train, training)

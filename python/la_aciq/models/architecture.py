@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import LaAciqError
+
 # What makes two configurations the same network; the rest of a config.json varies with versions and habits of saving.
 _ARCHITECTURE = (
     "model_type",
@@ -85,7 +87,8 @@ def sample(parameter: torch.Tensor) -> bytes:
 def linear_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight [N, K] of a linear layer: `torch.nn.Linear` itself, Falcon's, or GPT-2's Conv1D; otherwise None.
 
-    Another subclass of Linear may compute something else, so it does not count as a linear layer.
+    Another subclass of Linear may compute something else, so it does not count as a linear layer, and neither does a
+    layer whose weight is no parameter of its own.
 
     Args:
         module: any module.
@@ -93,6 +96,8 @@ def linear_weight(module: nn.Module) -> torch.Tensor | None:
     Returns:
         The weight [N, K], a view of the module's parameter, or None.
     """
+    if module._parameters.get("weight") is None:  # computed of other parameters, by pruning or weight normalization
+        return None
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if type(module) is nn.Linear or kind == "transformers.models.falcon.modeling_falcon.FalconLinear":
         return module.get_parameter("weight")
@@ -150,3 +155,21 @@ def is_quantized(config: Any) -> bool:
     """
     quantization = getattr(config, "quantization_config", None)
     return quantization is not None and "gguf" not in str(quantization).lower()
+
+
+def check_constant_weights(model: nn.Module) -> None:
+    """Check that a model's forward pass leaves its weights as they are.
+
+    Args:
+        model: any module.
+
+    Raises:
+        LaAciqError: it is an RWKV model that rescales weights in place in its first pass.
+    """
+    for module in model.modules():
+        every = getattr(getattr(module, "config", None), "rescale_every", 0)
+        if hasattr(module, "layers_are_rescaled") and every > 0:
+            raise LaAciqError(
+                f"{type(model).__name__} divides weights in place when it first runs (rescale_every = {every}), which "
+                "quantized weights cannot follow; load it with rescale_every=0, which computes the same"
+            )

@@ -185,7 +185,7 @@ class LanguageState:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             hugging_face: Any = model
             reading = [hugging_face.get_encoder(), hugging_face.get_decoder()]
-            self._features = _reads_features(reading[0])
+            self._features = _reads_features(reading[0]) and not _embeds_ids(reading[0])
         self._make_cache, self._decoder, self._stateful = make_cache, reading[-1], carries_state(model)
         modules = {id(module): module for module in [*whole, *reading]}
         self._hooked = tuple(modules.values())
@@ -323,8 +323,11 @@ class LanguageState:
         inputs = args[0] if args else arguments.get("input_ids")
         if inputs is None:
             inputs = arguments.get("inputs_embeds")
-        if inputs is None and _reads_features(model):
+        features = inputs is None and _reads_features(model)
+        if features:
             inputs = arguments.get(str(model.main_input_name))
+            # SpeechT5's decoder reads token ids as "input_values".
+            features = not (isinstance(inputs, torch.Tensor) and inputs.ndim == 2 and _are_ids(inputs))
         if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2:
             raise LaAciqError(
                 "a quantized model's call needs input_ids [batch, tokens] or inputs_embeds [batch, tokens, width]"
@@ -334,7 +337,7 @@ class LanguageState:
         self._kept = arguments.get("logits_to_keep", self._kept)
         self._batch_entries = self._entries.of_batch(batch, self._counted)
         self._counted = True
-        if _reads_features(model):  # how many positions it makes of them is its own affair, and none is a first token
+        if features:  # how many positions it makes of them is its own affair, and none is a first token
             self._ids, self._batch_ids = self._write("tokens", (batch,), device)
             return None
         tokens = inputs.shape[1]
@@ -354,7 +357,7 @@ class LanguageState:
             if self._features:
                 ids, _ = self._write("memory", (batch,), device)
             else:
-                first = first_of_memory(arguments.get("encoder_attention_mask"), memory.shape[1], device)
+                first = first_of_memory(_memory_mask(arguments), memory.shape[1], device)
                 ids, _ = self._write("memory", (batch, memory.shape[1]), device, first)
             self._memory = (memory, ids)
         if self._make_cache is None or not (model is self._decoder or self._model in self._running):
@@ -452,6 +455,25 @@ class LanguageState:
 def _reads_features(module: nn.Module) -> bool:
     """Whether a Hugging Face module reads something else than tokens or their embeddings, such as a spectrogram."""
     return getattr(module, "main_input_name", "input_ids") not in ("input_ids", "inputs_embeds")
+
+
+def _embeds_ids(module: nn.Module) -> bool:
+    """Whether what a Hugging Face module reads first goes through a table of embeddings."""
+    embeddings: Any = getattr(module, "get_input_embeddings", None)
+    try:
+        return embeddings is not None and isinstance(embeddings(), nn.Embedding)
+    except NotImplementedError:  # transformers' way to say that there are none
+        return False
+
+
+def _are_ids(inputs: torch.Tensor) -> bool:
+    return not (inputs.is_floating_point() or inputs.is_complex())
+
+
+def _memory_mask(arguments: Mapping[str, Any]) -> Any:
+    """The mask of what a decoder's cross-attention reads, by the names that transformers' decoders have for it."""
+    names = ("encoder_attention_mask", "encoder_padding_mask")  # the second one is FSMT's
+    return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
 def _matching(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:

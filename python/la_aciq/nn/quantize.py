@@ -16,9 +16,11 @@ from .. import clipping, ops
 from .._deprecated import warn_renamed
 from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, is_quantized, linear_weight, output_head
+from ..models.architecture import check_constant_weights
 from ..ops import rotation
 from ..profile import Profile
 from ..tags import UND, canonical
+from .alignment import align
 from .config import ABSMAX_SHARE, QuantConfig
 from .experts import LanguageAwareExperts
 from .forward_pass import LanguageState
@@ -147,6 +149,7 @@ class Plan:
     def __init__(self, model: nn.Module, profile: Profile, config: QuantConfig) -> None:
         if config.center is None:
             config = replace(config, center=bool(profile.centers))
+        check_constant_weights(model)
         _check_settings(profile, config)
         config = _with_language_weights(profile, config)
         config = _with_rounding(profile, config)
@@ -261,6 +264,7 @@ def adopt(model: nn.Module, quantization: Quantization) -> None:
     for name, layout in quantization.layouts.items():
         layer: Any = model.get_submodule(name)
         layer.layout = layout
+    align(model)
     for module in model.modules():
         if isinstance(module, LanguageAwareLinear):
             module.repack()  # one by one: no more than one layer's weights are there twice
