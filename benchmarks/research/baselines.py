@@ -1,4 +1,4 @@
-"""What others do to weights at 4 bits, as copies of a model whose weights are the dequantized ones.
+"""Other methods for weights at 4 bits, as copies of a model whose weights are the dequantized ones.
 
 Groups of 64 along a row share a scale and, where there is one, a zero point. Names and bits per weight:
 
@@ -9,16 +9,17 @@ Groups of 64 along a row share a scale and, where there is one, a zero point. Na
     awq             4.5   a scale per input channel and a clip per group, least error of the output (Lin et al. 2023)
     gptq            4.5   error feedback (Frantar et al. 2023) between each group's smallest and largest weight
 
-Written from the papers for comparison, not for use: the result computes in floating point. Scales and zeros are not
-rounded to their 16 bits, which favors the baselines. awq and gptq need `InputStatistics` of calibration text.
+They are written from the papers, for comparison and not for use: the copies compute in floating point. Scales and zeros
+are not rounded to 16 bits, which favors the baselines. awq and gptq need `InputStatistics` of calibration text.
 
-`PACKAGES` are the ones that are installed by themselves, with their own kernels, at the same group size:
+`PACKAGES` are other packages, installed separately, with their own kernels, at the same group size:
 
     torchao int4        4.5   between each group's smallest and largest weight; scale and zero in 16 bits
     torchao int4 hqq    4.5   the same with HQQ's zero points
     bitsandbytes nf4    4.5   NF4, a scale in 32 bits
 """
 
+import argparse
 import copy
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -279,3 +280,19 @@ PACKAGES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...]], None], str]] = 
 def packages_installed() -> list[str]:
     """The names of `PACKAGES` that can run here."""
     return [name for name, (_, package) in PACKAGES.items() if importlib.util.find_spec(package) is not None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.research.baselines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Without an option, the command lists the packages of PACKAGES that are installed.",
+    )
+    parser.parse_args()
+    for name, (_, package) in PACKAGES.items():
+        print(f"{name:18} {'installed' if name in packages_installed() else f'{package} is not installed'}")
+
+
+if __name__ == "__main__":
+    main()

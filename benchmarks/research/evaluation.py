@@ -1,16 +1,16 @@
-"""What each configuration costs each language on the embedded model, beside what others do at the same bits.
+"""What each configuration costs each language on the embedded model, beside other methods at the same bits.
 
     python -m benchmarks.research.evaluation [--only NAME ...] [--tokens N] [--skip N] [--languages TAG ...]
     python -m benchmarks.research.evaluation --speed
 
-Writes results/evaluation-embedded.json after every configuration, so that an interrupted run, or one of a few
-configurations, keeps the others' rows as long as the settings and the versions are the same; after a change of the
-code itself: --again. A row that is kept has its bits counted anew. The change in bits per byte is against the
-model in float32; everything else runs in bfloat16. Rows of a package that is not installed are passed over. Profiles
-and the float32 model's losses are kept in build/evaluation.
+The result file has a row for each configuration: the change in bits per byte against the model in float32. All other
+models run in bfloat16. The file is written after every row, so that an interrupted run continues, and a run of a few
+rows keeps the others. A row is kept when the settings and the versions are the same; after a change of the code, use
+--again. The bits of a kept row are counted again. A row is left out when its package is not installed. Profiles and
+the losses of the float32 model are kept in build/evaluation.
 
---speed measures instead how fast the rows of the file decode, those that compute as they would be used: minutes, on
-a machine that is quiet otherwise.
+--speed measures how fast the rows of the file decode: minutes, on a machine that is otherwise idle. Rows whose
+quantization is simulated have no speed.
 """
 
 import argparse
@@ -461,16 +461,27 @@ def in_words(pair: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows only; a name may end with *")
-    parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of each language (default: 4096)")
-    parser.add_argument(
-        "--skip", type=int, default=CALIBRATION, help="tokens between a text's beginning and what is read (%(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.research.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--languages", nargs="+", default=LANGUAGES, metavar="TAG")
-    parser.add_argument("--speed", action="store_true", help="measure how fast the file's rows decode, nothing else")
-    parser.add_argument("--again", action="store_true", help="also rows that are in the file already")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows; NAME* is all rows that begin so")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="evaluated tokens of each language (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--skip",
+        type=int,
+        default=CALIBRATION,
+        help="tokens before the evaluated ones in each text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--languages", nargs="+", default=LANGUAGES, metavar="TAG", help=f"default: {' '.join(LANGUAGES)}"
+    )
+    parser.add_argument("--speed", action="store_true", help="only measure how fast the rows of the file decode")
+    parser.add_argument("--again", action="store_true", help="measure rows that are in the file already again")
+    parser.add_argument("--output", type=Path, default=RESULTS, help=f"result file (default: {RESULTS.name})")
     arguments = parser.parse_args()
     if arguments.speed:
         result = json.loads(arguments.output.read_text(encoding="utf-8"))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.research.experiments [--only NAME ...] [--again] [--output FILE]
 
-Writes results/experiments-embedded.json after every row, so that an interrupted run continues. Rows are as in
-`benchmarks.research.evaluation`, of fewer languages and less text. But for two rows of the own kernels and those of
-weights, activations alone are rounded: weights stay bfloat16, and the rounding is this file's own (`Simulated`), which
-knows any number of bits and any clip. Measurements are kept in build/experiments.
+The result file has a row for each way, as `benchmarks.research.evaluation` has, with fewer languages and less text. It
+is written after every row, so that an interrupted run continues. Most rows round activations only: weights stay in
+bfloat16, and `Simulated` rounds the activations to any number of bits with any clip. The rows of the package's kernels
+and those of weights use the package. Measurements are kept in build/experiments.
 """
 
 import argparse
@@ -625,10 +625,14 @@ def results(bench: Bench, rows: dict[str, dict[str, Any]], table: dict[str, Expe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows only; a name may end with *")
-    parser.add_argument("--again", action="store_true", help="also rows that are in the file already")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.research.experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows; NAME* is all rows that begin so")
+    parser.add_argument("--again", action="store_true", help="measure rows that are in the file already again")
+    parser.add_argument("--output", type=Path, default=RESULTS, help=f"result file (default: {RESULTS.name})")
     arguments = parser.parse_args()
     table = experiments()
     rows: dict[str, dict[str, Any]] = {}
