@@ -14,21 +14,15 @@ if __name__ == "__main__":
     # Before NumPy loads its BLAS: one thread.
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-import json
-import platform
 import time
 import tracemalloc
 from collections.abc import Callable
-from datetime import UTC, datetime
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 
-import la_aciq
-from la_aciq.bench import cpu_name, in_file_names
+from benchmarks.results import write_single_core
 from la_aciq.choices import CODEBOOKS, LANGUAGE_OBJECTIVES, OBJECTIVES, TABLE_BITS
 from la_aciq.clipping import (
     Empirical,
@@ -78,7 +72,7 @@ def laws() -> dict[str, Law]:
 
 def slowest(calls: dict[str, Callable[[], Any]], clips: Callable[[Any], int]) -> dict[str, Any]:
     """The slowest call, its seconds, and the most clips and bytes of any."""
-    seconds, examined, peak = {}, 0, 0
+    seconds, examined = {}, 0
     for name, call in calls.items():
         times = []
         for _ in range(2):
@@ -120,23 +114,7 @@ def main() -> int:
         }
         rows.append({"case": f"shared by three laws, {kind}", **slowest(calls, lambda _: 0)})
         print(rows[-1], flush=True)
-    device = cpu_name()
-    target = Path(__file__).parent / "results" / f"clip-optimizer-{in_file_names(device)}.json"
-    result = {
-        "schema": 1,
-        "device": device,
-        "cores": 1,
-        "target_s": TARGET_S,
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "la_aciq": la_aciq.__version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
-        "rows": rows,
-    }
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    target = write_single_core("clip-optimizer", rows, target_s=TARGET_S)
     print(f"{target.name}: written")
     return 0 if max(row["seconds"] for row in rows) < TARGET_S else 1
 

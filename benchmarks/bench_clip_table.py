@@ -15,21 +15,15 @@ if __name__ == "__main__":
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-import json
-import platform
 import statistics
 import time
-from datetime import UTC, datetime
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy
 
-import la_aciq
+from benchmarks.results import write_single_core
 from la_aciq import Moments, clipping
-from la_aciq.bench import cpu_name, in_file_names
 
 LAYERS, LANGUAGES = 200, 100
 CASES = {
@@ -90,26 +84,7 @@ def main() -> int:
         row = {"case": case, "cpu_median_s": median, "cpu_quartiles_s": [low, high], "rounds": len(cpu_seconds) - 1}
         rows.append(row | {"elapsed_median_s": statistics.median(elapsed_seconds[1:])})
         print(f"{case}: {median:.3f} s of processor time, {rows[-1]['elapsed_median_s']:.3f} s elapsed")
-    device = cpu_name()
-    target = Path(__file__).parent / "results" / f"clip-table-{in_file_names(device)}.json"
-    target.parent.mkdir(exist_ok=True)
-    result = {
-        "schema": 1,
-        "device": device,
-        "cores": 1,
-        "layers": LAYERS,
-        "languages": LANGUAGES,
-        "target_s": TARGET_S,
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "la_aciq": la_aciq.__version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
-        "rows": rows,
-    }
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    target = write_single_core("clip-table", rows, layers=LAYERS, languages=LANGUAGES, target_s=TARGET_S)
     print(f"{target.name}: written")
     return 0 if rows[0]["cpu_median_s"] < TARGET_S else 1
 

@@ -1,12 +1,20 @@
-"""Reading a result file of the CPU operations: medians, ratios within a round, and shares of the hardware limit."""
+"""Result files: reading those of the CPU operations (medians, ratios within a round, shares of the hardware limit), and
+writing those of the clip optimizer.
+"""
 
 import json
+import platform
 import statistics
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import la_aciq
+from la_aciq.bench import cpu_name, in_file_names, versions
+
 LIMIT = "limit: "
+FOLDER = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -81,3 +89,21 @@ def from_json(name: str, content: dict[str, Any]) -> Results:
 
 def load(path: Path) -> Results:
     return from_json(path.stem, json.loads(path.read_text(encoding="utf-8")))
+
+
+def write_single_core(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
+    """Write results/<name>-<device>.json: rows measured on one core, without PyTorch, and their settings."""
+    device = cpu_name()
+    content = {
+        "schema": 1,
+        "device": device,
+        "cores": 1,
+        **settings,
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"la_aciq": la_aciq.__version__, "python": platform.python_version()}
+        | versions(("numpy", "scipy")),
+        "rows": rows,
+    }
+    target = FOLDER / f"{name}-{in_file_names(device)}.json"
+    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return target

@@ -235,28 +235,23 @@ def shown(name: str) -> str:
 
 def embedded_comparisons(results: dict) -> str:
     """Differences of pairs of rows, with the verdict that the interval of the mean gives."""
-    lines = [
-        "| configuration | against | mean difference | verdict | gap difference |",
-        "| --- | --- | ---: | --- | ---: |",
-    ]
-    lines += [
-        f"| {shown(pair['name'])} | {shown(pair['baseline'])} | {' | '.join(differences(pair))} |"
-        for pair in results["comparisons"]
-    ]
-    return "\n".join(lines) + "\n"
+    return compared(results["comparisons"])
 
 
 def embedded_best(results: dict) -> str:
     """The best of ours against every language-blind row of the same bits."""
-    lines = [
-        "| bits | configuration | against | mean difference | verdict | gap difference |",
-        "| --- | --- | --- | ---: | --- | ---: |",
+    return compared(results["best"], "bits")
+
+
+def compared(pairs: list[dict], *first: str) -> str:
+    """A table of pairs of rows; its first columns are the values of the pairs by the names in `first`."""
+    header = [*first, "configuration", "against", "mean difference", "verdict", "gap difference"]
+    rule = ["---"] * (len(first) + 2) + ["---:", "---", "---:"]
+    rows = [
+        [*(pair[name] for name in first), shown(pair["name"]), shown(pair["baseline"]), *differences(pair)]
+        for pair in pairs
     ]
-    lines += [
-        f"| {pair['bits']} | {shown(pair['name'])} | {shown(pair['baseline'])} | {' | '.join(differences(pair))} |"
-        for pair in results["best"]
-    ]
-    return "\n".join(lines) + "\n"
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
 
 
 def differences(pair: dict) -> list[str]:

@@ -1,5 +1,8 @@
 """What the benchmarks make of times: rounds, ratios within a round, shares of a limit; and when a plot is stale."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 import la_aciq.bench
@@ -101,3 +104,15 @@ def test_a_cpu_without_a_number_is_named_by_family_and_model(tmp_path, monkeypat
     cpuinfo.write_text(of_one + of_one.replace("processor\t: 0", "processor\t: 1"), encoding="utf-8")
     monkeypatch.setattr(la_aciq.bench, "_CPUINFO", cpuinfo)
     assert la_aciq.bench.cpu_name() == expected
+
+
+def test_a_result_file_of_one_core_says_where_and_with_what_it_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "cpu_name", lambda: "Some CPU 7")
+    target = results.write_single_core("clip-table", [{"case": "a"}], target_s=1.0)
+    assert target == tmp_path / "clip-table-some-cpu-7.json"
+    content = json.loads(target.read_text("utf-8"))
+    committed = json.loads((Path(results.__file__).parent / "results" / "clip-table-amd-epyc.json").read_text("utf-8"))
+    assert list(content) == [name for name in committed if name not in ("layers", "languages")]
+    assert list(content["versions"]) == list(committed["versions"])
+    assert content["rows"] == [{"case": "a"}]
