@@ -153,7 +153,7 @@ def test_a_quantized_model_of_another_model(refused, quantized_folder, texts_fol
     byte_llama(seed=1).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")
     refused(
-        "the quantized model was made from another model than --model",
+        r"--model .* is not the model that .* was quantized from",
         *("evaluate", "--model", tmp_path / "other", "--quantized", quantized_folder, "--texts", texts_folder),
         *("--output_dir", tmp_path / "out"),
     )
@@ -275,7 +275,7 @@ def test_options_that_do_not_go_together(refused, model_folder, profile_folder, 
 )
 def test_options_of_a_profile_with_a_quantized_model(refused, option, tmp_path):
     refused(
-        "--scheme and --codebook choose among a profile's configurations",
+        "--scheme, --codebook and --language_objective go with --profile",
         *("evaluate", "--model", "m", "--quantized", "q", "--texts", "t", "--output_dir", tmp_path / "out"),
         *option,
     )

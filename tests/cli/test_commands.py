@@ -59,10 +59,10 @@ def test_quantize_writes_a_model_that_loads_and_runs(quantized_folder):
 def test_weights_are_rounded_as_asked_for(run, refused, model_folder, profile_folder, texts_folder, tmp_path):
     assert (profile_folder / "second_moments.safetensors").exists()
     quantize = ("quantize", "--model", model_folder, "--scheme", "W4A16", "--output_dir")
-    for asked, done in (("auto", "feedback"), ("nearest", "nearest")):
+    for asked, rounding in (("auto", "feedback"), ("nearest", "nearest")):
         output = tmp_path / asked
         assert run(*quantize, output, "--profile", profile_folder, "--rounding", asked)[0] == 0
-        assert load_quantized(output).la_aciq.config.rounding == done
+        assert load_quantized(output).la_aciq.config.rounding == rounding
     without = tmp_path / "without"
     run(
         *("calibrate", "--model", model_folder, "--texts", texts_folder, "--output_dir", without),
@@ -293,9 +293,25 @@ def test_help_and_version_exit_with_zero(capsys, argv):
     assert "la-aciq" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "command", [["calibrate"], ["quantize"], ["evaluate"], ["bench", "serve"], ["demo"], ["serve"]]
+)
+def test_help_describes_the_command_and_its_defaults(capsys, command):
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    usage, description, options = capsys.readouterr().out.split("\n\n", 2)
+    assert usage.startswith(f"usage: la-aciq {' '.join(command)} ")
+    assert re.fullmatch(r"[A-Z].*\.", " ".join(description.split()))
+    assert "(default: )" not in options
+    zero = re.search(r"--seed SEED .*?\(default: (\d+)\)", options, re.DOTALL)
+    assert (zero is not None) == ("--seed" in options)
+    assert zero is None or zero[1] == "0"
+
+
 def test_the_installed_command():
-    done = subprocess.run([sys.executable, "-m", "la_aciq.cli", "info"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("la-aciq ")
+    command = [sys.executable, "-m", "la_aciq.cli", "info"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.startswith("la-aciq ")
 
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch):

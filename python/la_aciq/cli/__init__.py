@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     program = Parser(
         prog="la-aciq",
         description="Quantize multilingual models to INT4, with clips and centers for the language of each request.",
+        epilog="The usual order is calibrate, quantize, evaluate, serve. la-aciq COMMAND --help explains a command.",
     )
     program.add_argument("--version", action="version", version=f"la-aciq {__version__}")
     commands = Commands(program.add_subparsers(title="commands", required=True, metavar="COMMAND"))

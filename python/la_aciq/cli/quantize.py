@@ -24,10 +24,15 @@ _EXPORT_OPTIONS = "use --scheme W4A16 --codebook midtread --kv_bits 16"
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add("quantize", run, "quantize a model with the statistics of a profile, and save it")
+    parser = commands.add(
+        "quantize",
+        run,
+        "quantize a model with the statistics of a profile, and save it",
+        "The folder can be loaded with la_aciq.load_quantized or transformers, evaluated, and served.",
+    )
     add_model(parser)
     parser.add_argument("--profile", required=True, help="folder with this model's profile")
-    parser.add_argument("--scheme", choices=SCHEMES, default="W4A4", help="bits of weights and of activations")
+    parser.add_argument("--scheme", choices=SCHEMES, default="W4A4", help="bits of weights (W) and of activations (A)")
     parser.add_argument(
         "--kv_bits", type=int, choices=choices.KV_BITS, default=QuantConfig.kv, help="bits of keys and values"
     )
@@ -35,8 +40,8 @@ def add_to(commands: Commands) -> None:
         "--clip",
         choices=choices.ACTIVATION_CLIPS,
         default=QuantConfig.clip,
-        help="clips of activations: static, as the profile's statistics give them, or a factor times the rms or "
-        "absmax of each token",
+        help="clips of activations: static, fixed from the profile, or a factor times the rms or the absmax that is "
+        "measured while the model runs",
     )
     parser.add_argument(
         "--sharing",
@@ -48,16 +53,20 @@ def add_to(commands: Commands) -> None:
         "--granularity",
         choices=choices.GRANULARITIES,
         default=QuantConfig.granularity,
-        help="which activations share a clip",
+        help="which inputs share a static clip: a group, a layer, or the model. With rms and absmax, token means one "
+        "clip for all inputs of a token, and the others one clip for each group of a token",
     )
     parser.add_argument(
-        "--codebook", choices=choices.CODEBOOKS, default=QuantConfig.codebook, help="levels: midtread has a zero"
+        "--codebook",
+        choices=choices.CODEBOOKS,
+        default=QuantConfig.codebook,
+        help="16 levels: midrise is symmetric, midtread has a zero",
     )
     parser.add_argument(
         "--objective",
         choices=choices.OBJECTIVES,
         default=QuantConfig.objective,
-        help="model of the quantization error that a clip minimizes",
+        help="error that a clip minimizes: exact, or the approximations in_range and aciq (docs/theory.md)",
     )
     add_language_objective(parser)
     parser.add_argument(
@@ -69,14 +78,14 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--ignore",
         type=strings,
-        help="layers to leave alone: names or patterns, separated by commas (without it: those of the profile)",
+        help="layers to leave alone: names or patterns, separated by commas (without this option: the profile's)",
     )
     parser.add_argument(
         "--format",
         choices=("la_aciq", "compressed-tensors"),
         default="la_aciq",
-        help="format of the folder; stock kernels load compressed-tensors, which needs --scheme W4A16 --codebook "
-        "midtread and a profile without rotation",
+        help="format of the folder; transformers and vLLM load compressed-tensors without LA-ACIQ; it needs "
+        "--scheme W4A16 --codebook midtread and a profile without rotation",
     )
     parser.add_argument(
         "--report", help="folder with a report.json of this model and configuration, for the model card"

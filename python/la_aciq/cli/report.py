@@ -11,7 +11,7 @@ def add_to(commands: Commands) -> None:
     parser = commands.add(
         "report",
         run,
-        "print a report.json, and write report.md and the plots beside it; report.json does not change",
+        "print a report, and write report.md and the plots beside its report.json",
         runs_operations=False,
     )
     parser.add_argument("report", help="folder with a report.json, or the file")

@@ -14,18 +14,25 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=positive, default=8000, help="port to listen at")
     parser.add_argument(
-        "--detect_language", action="store_true", help="detect the language of requests without a tag (lingua)"
+        "--detect_language",
+        action="store_true",
+        help="detect the language of requests without a tag (needs lingua, extra detect)",
     )
     parser.add_argument(
         "--batch_invariant",
         action="store_true",
-        help="outputs that do not depend on the other requests, bit for bit (on a CPU; slower)",
+        help="make outputs independent of the other requests, bit for bit (on a CPU; slower)",
     )
     parser.add_argument(
-        "--adapt", metavar="PROFILE", help="adapt static clips to the requests, starting from this profile folder"
+        "--adapt",
+        metavar="PROFILE",
+        help="let static clips follow the served text, from the statistics of this profile folder",
     )
     parser.add_argument(
-        "--max_requests", type=positive, default=1024, help="most requests at a time; more are refused with HTTP 503"
+        "--max_requests",
+        type=positive,
+        default=1024,
+        help="largest number of requests at a time; further ones get HTTP 503",
     )
     parser.epilog = VLLM_OPTIONS
 
