@@ -59,8 +59,8 @@ CPU = (
     Fault(
         "quantize: the seventeenth of a short group",
         "kernels/quantize.h",
-        "rest > 16 ? load_partial(x + i + 16, rest - 16)",
-        "rest > 17 ? load_partial(x + i + 16, rest - 16)",
+        "rest > 16 ? load_partial(x + i + 16, rest - 16) : f32(0)",
+        "rest > 17 ? load_partial(x + i + 16, rest - 16) : f32(0)",
     ),
     Fault(
         "quantize_dynamic: elements that are not finite count in the mean square",
