@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -250,22 +250,24 @@ def compile_candidates(jobs: int) -> dict[str, Any]:
     return {"schema": 1, "triton": triton.__version__, "candidates": rows}
 
 
-def compile_all(jobs: int) -> dict[str, Any]:
-    work = [(name, target) for name, _ in cases() for target in TARGETS]
+def compile_all(jobs: int, targets: Sequence[int] = TARGETS) -> dict[str, Any]:
+    work = [(name, target) for name, _ in cases() for target in targets]
     with ProcessPoolExecutor(jobs) as pool:
         rows = [row for result in pool.map(compile_case, *zip(*work, strict=True)) for row in result]
     return {"schema": 1, "triton": triton.__version__, "kernels": rows}
 
 
-def complaints(now: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
+def complaints(now: dict[str, Any], recorded: dict[str, Any], targets: Sequence[int] = TARGETS) -> list[str]:
     """Spills, and differences from the record where the compiler is the one the record was made with."""
+    names = {f"sm_{target}" for target in targets}
+    recorded_kernels = [row for row in recorded["kernels"] if row["target"] in names]
     messages = [
         f"{row['kernel']} ({row['case']}, {row['target']}): {row['spills']} spill instructions"
         for row in now["kernels"]
         if row["spills"]
     ]
-    if now["triton"] == recorded["triton"] and now["kernels"] != recorded["kernels"]:
-        changed = [row for row in now["kernels"] if row not in recorded["kernels"]]
+    if now["triton"] == recorded["triton"] and now["kernels"] != recorded_kernels:
+        changed = [row for row in now["kernels"] if row not in recorded_kernels]
         messages.append(
             f"{RESULTS.name} is not what the kernels compile to ({len(changed)} rows changed); "
             "run python -m benchmarks.triton_compile and commit the file"
@@ -278,6 +280,7 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the committed record instead of writing it")
     mode.add_argument("--candidates", action="store_true", help="compile what tune_triton tries")
+    parser.add_argument("--target", type=int, choices=TARGETS, help="with --check: only this compute capability")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -290,12 +293,15 @@ def main() -> int:
             json.dumps(record_of_candidates, indent=1)[:-2] + f',\n "candidates": [\n  {lines}\n ]\n}}\n'
         )
         return 0
-    now = compile_all(options.jobs)
+    if options.target is not None and not options.check:
+        parser.error("--target needs --check: the record holds every target")
+    targets = TARGETS if options.target is None else (options.target,)
+    now = compile_all(options.jobs, targets)
     if not options.check:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(now, indent=1) + "\n")
         return 0
-    messages = complaints(now, json.loads(RESULTS.read_text()))
+    messages = complaints(now, json.loads(RESULTS.read_text()), targets)
     print("\n".join(messages) or f"{len(now['kernels'])} kernels as recorded, none spills")
     return 1 if messages else 0
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from allpairspy import AllPairs
 
+ALL_CASES = os.environ.get("LA_ACIQ_ALL_CASES") == "1"
+
 
 def pairwise(**values: Sequence[Any]) -> pytest.MarkDecorator:
     """`parametrize` with cases such that any two values of two parameters meet; `isa` is the fixture of that name.
@@ -19,6 +21,6 @@ def pairwise(**values: Sequence[Any]) -> pytest.MarkDecorator:
     With LA_ACIQ_ALL_CASES=1 in the environment, every combination.
     """
     choices = [list(choices) for choices in values.values()]
-    every = os.environ.get("LA_ACIQ_ALL_CASES") == "1" or len(choices) < 2
+    every = ALL_CASES or len(choices) < 2
     cases = [tuple(case) for case in (itertools.product(*choices) if every else AllPairs(choices))]
     return pytest.mark.parametrize(",".join(values), cases, indirect=["isa"] if "isa" in values else [])

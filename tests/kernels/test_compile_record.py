@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pairwise import ALL_CASES
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from benchmarks import triton_compile
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "triton-compile.json"
@@ -48,10 +51,21 @@ def test_linear_runs_on_tensor_cores(record):
             assert ("s32.s8" in row["tensor_core"]) == integers, row
 
 
-def test_the_kernels_compile_to_what_is_recorded(tmp_path):
+@pytest.mark.parametrize("target", (80, 90, 100) if ALL_CASES else (90,))
+def test_the_kernels_compile_to_what_is_recorded(tmp_path, target):
     """In a process of its own: this one may interpret kernels instead."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "benchmarks.triton_compile", "--check", "--jobs", "2"]
+    command = [sys.executable, "-m", "benchmarks.triton_compile", "--check", "--target", str(target), "--jobs", "2"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_changes_and_spills_are_noticed(record):
+    rows = [row for row in record["kernels"] if row["target"] == "sm_90"]
+    assert triton_compile.complaints(record | {"kernels": rows}, record, [90]) == []
+    changed = [{**rows[0], "registers": 1}, *rows[1:]]
+    (message,) = triton_compile.complaints(record | {"kernels": changed}, record, [90])
+    assert "1 rows changed" in message
+    spilling = [{**rows[0], "spills": 3}, *rows[1:]]
+    assert "3 spill instructions" in triton_compile.complaints(record | {"kernels": spilling}, record, [90])[0]
