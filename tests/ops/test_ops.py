@@ -96,6 +96,7 @@ class TestQuantize:
             assert torch.equal(values, torch.zeros(2, 4))
             assert tail[0, 0, 3] == 6
             assert tail[0, 0, 0] == 2
+            assert tail[0, 0, 1] == (2 if clip < 0 else 0)  # |0| is beyond -1
 
     @pytest.mark.parametrize("name", list(LANGUAGES))
     def test_language_patterns(self, isa, name, generator):
