@@ -17,7 +17,7 @@ from la_aciq.ops import reference
 from la_aciq.ops.streaming import histogram_edges, histogram_sums
 
 ISAS = available_isas()
-KS = [1, 2, 31, 64, 97, 576]
+KS = [1, 2, 17, 31, 64, 97, 576]
 GROUP_SIZES = [None, 2, 32, 64, 128]
 # Largest relative error of rounding to the type.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
