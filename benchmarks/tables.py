@@ -189,9 +189,9 @@ def findings(results: dict) -> str:
         f"{difference(weights.format('by language'), weights.format('pooled'), 'gap')} with INT4 weights "
         "(error feedback), by "
         f"{difference(activations.format('by language'), activations.format('pooled'), 'gap')} with INT4 weights and "
-        f"activations, and by {difference(nearest.format('by language'), nearest.format('pooled'), 'gap')} with weights "
-        "rounded to nearest. No difference was measured between static clips by language and pooled ones for INT4 keys and "
-        f"values ({difference(cache.format('by language'), cache.format('pooled'), 'mean')}).\n"
+        f"activations, and by {difference(nearest.format('by language'), nearest.format('pooled'), 'gap')} with "
+        "weights rounded to nearest. No difference was measured between static clips by language and pooled ones for INT4 "
+        f"keys and values ({difference(cache.format('by language'), cache.format('pooled'), 'mean')}).\n"
     )
 
 
