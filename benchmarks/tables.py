@@ -190,8 +190,8 @@ def findings(results: dict) -> str:
         "(error feedback), by "
         f"{difference(activations.format('by language'), activations.format('pooled'), 'gap')} with INT4 weights and "
         f"activations, and by {difference(nearest.format('by language'), nearest.format('pooled'), 'gap')} with "
-        "weights rounded to nearest. No difference was measured between static clips by language and pooled ones for INT4 "
-        f"keys and values ({difference(cache.format('by language'), cache.format('pooled'), 'mean')}).\n"
+        "weights rounded to nearest. No difference was measured between static clips by language and pooled ones for "
+        f"INT4 keys and values ({difference(cache.format('by language'), cache.format('pooled'), 'mean')}).\n"
     )
 
 
