@@ -20,17 +20,7 @@ PACKAGES += (
 
 # Names that still lack sections; no name is added here.
 INCOMPLETE = """
-clipping.ClipTable.from_arrays clipping.ClipTable.row clipping.Empirical.from_histogram clipping.HistogramLaw.from_bins
-clipping.HistogramLaw.quantiles clipping.Law.above clipping.Law.below clipping.Law.density clipping.Law.power_beyond
-clipping.Law.tail clipping.Law.tail_excess clipping.Law.tail_mass clipping.Law.tail_square clipping.Law.take
-clipping.curvature clipping.fit_kurtosis_rule clipping.histogram_mse clipping.kurtosis_rule clipping.minimum_samples
-clipping.mse clipping.octav clipping.optimal clipping.optimal_histogram clipping.pareto clipping.samples_for_interval
-clipping.shared clipping.slope clipping.table disparity.EffectiveLaw.from_laws disparity.EffectiveLaw.update
-disparity.deployment_bounds disparity.effective disparity.entropy_power disparity.equal_kurtosis_examples
-disparity.family_bound disparity.family_slope disparity.gaussian_distortion disparity.kurtosis_bound
-disparity.language_limits disparity.limits disparity.lloyd_max disparity.panter_dite disparity.panter_dite_constant
-disparity.regret disparity.shannon_lower_bound disparity.total_variation_bound disparity.two_point_kurtoses
-disparity.wasserstein2 disparity.wasserstein_bound
+
 """
 
 

@@ -83,7 +83,7 @@ def test_wrong_types_are_named(name):
     call, arguments = function(name), FUNCTIONS[name]
     call(**arguments)
     for _, argument, kind in (case for case in CASES if case[0] == name):
-        with pytest.raises(TypeError, match=rf"^{argument} must") as error:
+        with pytest.raises(TypeError, match=rf"^{argument}: expected") as error:
             call(**{**arguments, argument: WRONG[kind]})
         assert "\n" not in str(error.value), (argument, kind)
 
@@ -94,7 +94,7 @@ def test_nan_is_named(name):
     for argument, value in arguments.items():
         if isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float)):
             nan = np.nan if isinstance(value, float) else [np.nan] * len(value)
-            with pytest.raises(ValueError, match=rf"^{argument} must"):
+            with pytest.raises(ValueError, match=rf"^{argument}: expected"):
                 call(**{**arguments, argument: nan})
 
 

@@ -114,21 +114,21 @@ def test_shapes_and_limits():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kappa": np.nan}, "kappa must be an excess kurtosis, at least -2, got nan"),
+        ({"kappa": np.nan}, "kappa: expected an excess kurtosis of at least -2, got nan"),
         ({"kappa": -2.1}, "got -2.1"),
-        ({"kappa": np.inf}, "kappa must be finite for coefficients='fitted'"),
-        ({"kappa": 1, "bits": 5, "coefficients": "published"}, "exist for 4 bits only, got bits=5"),
+        ({"kappa": np.inf}, "kappa: expected finite values for coefficients='fitted'"),
+        ({"kappa": 1, "bits": 5, "coefficients": "published"}, "bits: expected 4 for coefficients='published', got 5"),
         (
             {"kappa": 1, "coefficients": "guessed"},
-            "coefficients must be one of fitted, published, spline, got 'guessed'",
+            "coefficients: expected one of fitted, published, spline, got 'guessed'",
         ),
-        ({"kappa": 1, "objective": "in_range"}, "objective must be one of exact, aciq, got 'in_range'"),
-        ({"kappa": 1, "bits": 1}, "bits must be an integer from 2 to 8, got 1"),
-        ({"kappa": 1, "codebook": "x"}, "codebook must be one of"),
+        ({"kappa": 1, "objective": "in_range"}, "objective: expected one of exact, aciq, got 'in_range'"),
+        ({"kappa": 1, "bits": 1}, "bits: expected an integer from 2 to 8, got 1"),
+        ({"kappa": 1, "codebook": "x"}, "codebook: expected one of"),
     ],
 )
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         kurtosis_rule(**arguments)
-    with pytest.raises(ValueError, match=r"kappa must be from -1.2 to 22.2, got 30"):
+    with pytest.raises(ValueError, match=r"kappa: expected a number from -1.2 to 22.2, got 30"):
         reference_laws(30)

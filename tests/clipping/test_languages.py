@@ -130,22 +130,22 @@ def test_histograms_share_as_laws_do(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"laws": []}, "laws must hold at least one law"),
-        ({"laws": [Gaussian([1, 2])]}, "laws must be single laws"),
+        ({"laws": []}, "laws: expected at least one law"),
+        ({"laws": [Gaussian([1, 2])]}, "laws: expected single laws"),
         (
             {"language_objective": "max"},
-            "language_objective must be one of mean, weighted, minimax, variance, got 'max'",
+            "language_objective: expected one of mean, weighted, minimax, variance, got 'max'",
         ),
-        ({"language_objective": "weighted"}, "weights must be given"),
-        ({"weights": [1, -1]}, "weights must be finite, not negative"),
+        ({"language_objective": "weighted"}, "weights: expected weights for"),
+        ({"weights": [1, -1]}, "weights: expected finite weights, none negative"),
         ({"weights": [0, 0]}, "not all zero"),
-        ({"weights": [1, 1, 1]}, r"weights must have shape \[2\], got \[3\]"),
-        ({"penalty": -1.0}, "penalty must be finite and not negative, got -1"),
-        ({"objective": "kl"}, "objective must be one of"),
+        ({"weights": [1, 1, 1]}, r"weights: expected shape \[2\], got \[3\]"),
+        ({"penalty": -1.0}, "penalty: expected a number of at least 0, got -1"),
+        ({"objective": "kl"}, "objective: expected one of"),
     ],
 )
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         shared(**{"laws": [Gaussian(), Laplace()], **change})
-    with pytest.raises(ValueError, match="points must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="points: expected at least 2, got 1"):
         pareto([Gaussian(), Laplace()], points=1)

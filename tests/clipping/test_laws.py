@@ -321,25 +321,28 @@ def test_values_outside_the_bins():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Gaussian(-1), "sigma must be positive, got -1"),
-        (lambda: Gaussian(0), "sigma must be positive, got 0"),
-        (lambda: Laplace(np.nan), "sigma must be finite, got nan"),
-        (lambda: Logistic(np.inf), "sigma must be finite, got inf"),
-        (lambda: Gaussian(1, mean=np.nan), "mean must be finite, got nan"),
-        (lambda: StudentT(2), "nu must be greater than 2"),
+        (lambda: Gaussian(-1), "sigma: expected positive values, got -1"),
+        (lambda: Gaussian(0), "sigma: expected positive values, got 0"),
+        (lambda: Laplace(np.nan), "sigma: expected finite values, got nan"),
+        (lambda: Logistic(np.inf), "sigma: expected finite values, got inf"),
+        (lambda: Gaussian(1, mean=np.nan), "mean: expected finite values, got nan"),
+        (lambda: StudentT(2), "nu: expected values above 2"),
         (lambda: StudentT([5, 1.5]), "got 1.5"),
-        (lambda: GeneralizedGaussian(0), "beta must be positive, got 0"),
-        (lambda: Gaussian([1, 2], mean=[1, 2, 3]), "must broadcast together"),
-        (lambda: Mixture([], []), "laws must hold at least one law"),
-        (lambda: Mixture([Gaussian()], [0.5]), "weights must sum to one, got 0.5"),
-        (lambda: Mixture([Gaussian(), Laplace()], [1.5, -0.5]), "weights must not be negative, got -0.5"),
-        (lambda: Mixture([Gaussian(), Laplace()], [1.0]), "one entry per law"),
-        (lambda: Mixture([Gaussian(), Laplace()], [np.nan, 1]), "weights must be finite, got nan"),
-        (lambda: Empirical([]), "samples must not be empty"),
-        (lambda: Empirical([1.0, np.inf]), "samples must be finite, got inf"),
-        (lambda: Empirical.from_histogram(np.zeros((3, 3), int)), "histogram must have shape"),
-        (lambda: Empirical.from_histogram(np.zeros((258, 2), int)), "histogram must have mass"),
-        (lambda: Empirical.from_histogram(np.full((258, 2), -1)), "must not hold negative"),
+        (lambda: GeneralizedGaussian(0), "beta: expected positive values, got 0"),
+        (lambda: Gaussian([1, 2], mean=[1, 2, 3]), "expected shapes that broadcast together"),
+        (lambda: Mixture([], []), "laws: expected at least one law"),
+        (lambda: Mixture([Gaussian()], [0.5]), "weights: expected a sum of one, got 0.5"),
+        (lambda: Mixture([Gaussian(), Laplace()], [1.5, -0.5]), "weights: expected values of at least 0, got -0.5"),
+        (lambda: Mixture([Gaussian(), Laplace()], [1.0]), "expected one weight per law"),
+        (lambda: Mixture([Gaussian(), Laplace()], [np.nan, 1]), "weights: expected finite values, got nan"),
+        (lambda: Empirical([]), "samples: expected at least one value"),
+        (lambda: Empirical([1.0, np.inf]), "samples: expected finite values, got inf"),
+        (lambda: Empirical.from_histogram(np.zeros((3, 3), int)), "histogram: expected shape"),
+        (lambda: Empirical.from_histogram(np.zeros((258, 2), int)), "histogram: expected mass"),
+        (
+            lambda: Empirical.from_histogram(np.full((258, 2), -1)),
+            "histogram: expected counts and sums of at least 0, got -1",
+        ),
     ],
 )
 def test_bad_laws_are_refused(make, message):
@@ -348,10 +351,10 @@ def test_bad_laws_are_refused(make, message):
 
 
 def test_bad_types_are_refused():
-    with pytest.raises(TypeError, match="sigma must be a number"):
+    with pytest.raises(TypeError, match="sigma: expected a number"):
         Gaussian("wide")
-    with pytest.raises(TypeError, match="laws must be clipping laws, got float"):
+    with pytest.raises(TypeError, match="laws: expected clipping laws, got float"):
         Mixture([1.0], [1.0])
-    with pytest.raises(TypeError, match="histogram must hold integers"):
+    with pytest.raises(TypeError, match="histogram: expected integers"):
         Empirical.from_histogram(np.zeros((258, 2)))
     assert not hasattr(clipping, "torch")

@@ -140,14 +140,14 @@ def test_histogram_mse_matches_the_samples():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"bits": 1}, ValueError, "bits must be an integer from 2 to 8, got 1"),
+        ({"bits": 1}, ValueError, "bits: expected an integer from 2 to 8, got 1"),
         ({"bits": 9}, ValueError, "got 9"),
-        ({"bits": 4.0}, TypeError, "bits must be an integer from 2 to 8, got 4.0"),
+        ({"bits": 4.0}, TypeError, "bits: expected an integer from 2 to 8, got 4.0"),
         ({"bits": True}, TypeError, "got True"),
-        ({"codebook": "nf4"}, ValueError, "codebook must be one of midrise, midtread, got 'nf4'"),
-        ({"objective": "kl"}, ValueError, "objective must be one of exact, in_range, aciq, got 'kl'"),
-        ({"alpha": -1.0}, ValueError, "alpha must be finite and not negative, got -1"),
-        ({"alpha": np.nan}, ValueError, "alpha must be finite and not negative, got nan"),
+        ({"codebook": "nf4"}, ValueError, "codebook: expected one of midrise, midtread, got 'nf4'"),
+        ({"objective": "kl"}, ValueError, "objective: expected one of exact, in_range, aciq, got 'kl'"),
+        ({"alpha": -1.0}, ValueError, "alpha: expected finite clips of at least 0, got -1"),
+        ({"alpha": np.nan}, ValueError, "alpha: expected finite clips of at least 0, got nan"),
     ],
 )
 def test_bad_problems_are_refused(change, error, message):

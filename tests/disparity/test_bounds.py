@@ -170,22 +170,22 @@ def test_shared_clips_can_narrow_the_raw_gap_while_every_language_loses():
 
 def test_bad_input():
     profile = synthetic_profile({"en": {"a.q_proj": normal(1)}}, normal(5), values=500)
-    with pytest.raises(ValueError, match="profile must hold at least two languages, got 1"):
+    with pytest.raises(ValueError, match="profile: expected at least two languages, got 1"):
         deployment_bounds(profile)
-    with pytest.raises(ValueError, match="kappas must hold at least one kurtosis"):
+    with pytest.raises(ValueError, match="kappas: expected at least one kurtosis"):
         family_bound([], 1.0)
-    with pytest.raises(ValueError, match="slope must not be negative, got -1"):
+    with pytest.raises(ValueError, match="slope: expected a number of at least 0, got -1"):
         family_bound([1.0], -1.0)
-    with pytest.raises(ValueError, match="languages must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="languages: expected at least 2, got 1"):
         two_point_kurtoses(1, 0, 1)
-    with pytest.raises(ValueError, match="kappas must be ascending"):
+    with pytest.raises(ValueError, match="kappas: expected at least two ascending numbers"):
         family_slope(lambda k: Gaussian(), [1.0, 1.0])
-    with pytest.raises(ValueError, match="p must not be negative and must sum to one"):
+    with pytest.raises(ValueError, match="p: expected probabilities that sum to one"):
         total_variation_bound([0.5, 0.6], [0.5, 0.5], [0, 1])
     with pytest.raises(ValueError, match="vectors of one length"):
         total_variation_bound([1.0], [0.5, 0.5], [0, 1])
     one = log_histogram(np.ones(9))
-    with pytest.raises(ValueError, match="p and q must have one shape"):
+    with pytest.raises(ValueError, match="p and q: expected one shape"):
         wasserstein2(Empirical.from_histogram(one), Empirical.from_histogram(np.stack([one, one])))
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="distance: expected values of at least 0"):
         wasserstein_bound(1.0, -1.0)

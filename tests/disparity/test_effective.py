@@ -83,18 +83,18 @@ def test_of_a_profile():
     assert laws["en"].kurtosis == pytest.approx(float(pooled.kurtosis), rel=1e-9)
     only = effective(profile, {"a.q_proj": 1.0})
     assert only["en"].kurtosis == pytest.approx(0, abs=0.1)
-    with pytest.raises(ValueError, match=r"weights must name input sites of the profile, got 'a\.k_proj\.output'"):
+    with pytest.raises(ValueError, match=r"weights: expected input sites of the profile, got 'a\.k_proj\.output'"):
         effective(profile, {"a.k_proj.output": 1.0})
 
 
 @pytest.mark.parametrize(
     ("moments", "weights", "message"),
     [
-        ([[0, 1, 0]], [1], r"moments must have shape \[n, 4\]"),
-        ([[0, -1, 0, 3]], [1], "variances must not be negative, got -1"),
-        ([[0, np.inf, 0, 3]], [1], "moments must be finite"),
-        ([[0, 1, 0, 3]], [-1], "weights must be finite, not negative"),
-        ([[0, 1, 0, 3]], [1, 1], r"weights must have shape \[1\], got \[2\]"),
+        ([[0, 1, 0]], [1], r"moments: expected shape \[n, 4\]"),
+        ([[0, -1, 0, 3]], [1], "moments: expected variances of at least 0, got -1"),
+        ([[0, np.inf, 0, 3]], [1], "moments: expected finite values"),
+        ([[0, 1, 0, 3]], [-1], "weights: expected finite weights, none negative"),
+        ([[0, 1, 0, 3]], [1, 1], r"weights: expected shape \[1\], got \[2\]"),
     ],
 )
 def test_bad_input(moments, weights, message):
@@ -104,7 +104,7 @@ def test_bad_input(moments, weights, message):
 
 def test_bad_updates():
     law = EffectiveLaw.from_laws([Gaussian(), Laplace()], [1, 0])
-    with pytest.raises(ValueError, match="weight must be finite and not negative, got -1"):
+    with pytest.raises(ValueError, match="weight: expected a number of at least 0, got -1"):
         law.update(0, -1.0)
     with pytest.raises(ValueError, match="at least one component of positive weight"):
         law.update(0, 0.0)
@@ -125,7 +125,7 @@ def test_weights_leave_no_rounding_behind():
     law.update(0, 0.0)
     assert law.weights.tolist() == [0, 1, 0]
     assert law.mean == 0
-    with pytest.raises(ValueError, match="weight must leave at least one"):
+    with pytest.raises(ValueError, match="weight: expected at least one component"):
         law.update(1, 0.0)
 
 
@@ -136,7 +136,7 @@ def test_the_sources_clip_is_sigma_times_its_rule():
     wider = EffectiveLaw([[0, 100, 0, 3e4], [0, 900, 0, 243e4]], [0.9, 0.1])
     assert source_clip(wider) == pytest.approx(10 * source_clip(law), rel=1e-12)
     assert source_clip(law, 8, "spline") > source_clip(law, 2, "spline")
-    with pytest.raises(ValueError, match="coefficients='published' exist for 4 bits only"):
+    with pytest.raises(ValueError, match="bits: expected 4 for coefficients='published'"):
         source_clip(law, 8)
-    with pytest.raises(ValueError, match="law must have positive variance"):
+    with pytest.raises(ValueError, match="law: expected positive variance"):
         source_clip(EffectiveLaw([[1, 0, 0, 0]], [1]))

@@ -128,9 +128,9 @@ def test_language_limits_average_the_layers():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="law must be a single law, got 2 of them"):
+    with pytest.raises(ValueError, match="law: expected a single law, got 2 of them"):
         lloyd_max(Gaussian([1, 2]))
-    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 0"):
+    with pytest.raises(ValueError, match="bits: expected an integer from 2 to 8, got 0"):
         gaussian_distortion(Gaussian(), 0)
     assert shannon_lower_bound(Empirical(np.repeat([0.0, 1.0], 50)), 4) == 0
 
@@ -159,6 +159,6 @@ def test_lloyd_max_is_the_best_of_many_local_optima():
 
 
 def test_a_quantizer_that_is_not_stationary_is_refused():
-    with pytest.raises(ValueError, match="law must have values that are centroids"):
+    with pytest.raises(ValueError, match="law: expected values that are centroids"):
         lloyd_max(StudentT(2.01), 8)
     assert lloyd_max(GeneralizedGaussian(0.5), 4).mse == pytest.approx(0.02663, abs=5e-6)

@@ -56,7 +56,7 @@ def test_objectives_and_bad_input():
     profile = synthetic_profile(draws, normal(9), values=5000)
     mean, worst = regret(profile), regret(profile, language_objective="minimax")
     assert worst.shared.max() < mean.shared.max()
-    with pytest.raises(ValueError, match="language_objective must be one of"):
+    with pytest.raises(ValueError, match="language_objective: expected one of"):
         regret(profile, language_objective="best")
-    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 12"):
+    with pytest.raises(ValueError, match="bits: expected an integer from 2 to 8, got 12"):
         regret(profile, bits=12)

@@ -42,14 +42,14 @@ class AdaptationRule:
 
     def __post_init__(self) -> None:
         if number("minimum", self.minimum) < 1:
-            raise ValueError(f"minimum must be at least 1 value, got {self.minimum}")
+            raise ValueError(f"minimum: expected at least 1 value, got {self.minimum}")
         for name in ("damping", "step", "span"):
             number(name, getattr(self, name))
         if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be above 0 and at most 1, got {self.damping}")
+            raise ValueError(f"damping: expected a number above 0 and at most 1, got {self.damping}")
         for name in ("step", "span"):
             if not 1 < getattr(self, name) < np.inf:
-                raise ValueError(f"{name} must be a finite factor above 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a finite factor above 1, got {getattr(self, name)}")
 
 
 @old_fields(alpha="clips")

@@ -22,16 +22,16 @@ def real_array(name: str, value: ArrayLike) -> Array:
     """`value` as float64; TypeError unless it holds real numbers (not bool, complex, str, None or other objects)."""
     if np.ma.isMaskedArray(value) and np.ma.getmaskarray(value).any():
         raise TypeError(
-            f"{name} must not have masked entries, got {int(np.ma.getmaskarray(value).sum())}: pass .compressed()"
+            f"{name}: expected no masked values, got {int(np.ma.getmaskarray(value).sum())}: pass .compressed()"
         )
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a number or an array of real numbers, got {_brief(value)}") from error
+        raise TypeError(f"{name}: expected a number or an array of real numbers, got {_brief(value)}") from error
     if array.dtype.kind not in "iuf":
         if array.size == 0 and isinstance(value, (list, tuple)):
             return np.empty(array.shape)
-        raise TypeError(f"{name} must be a number or an array of real numbers, got {_brief(value)}")
+        raise TypeError(f"{name}: expected a number or an array of real numbers, got {_brief(value)}")
     return array.astype(np.float64)
 
 
@@ -39,7 +39,7 @@ def finite_array(name: str, value: ArrayLike) -> Array:
     """`value` as finite float64."""
     array = real_array(name, value)
     if not np.all(np.isfinite(array)):
-        raise ValueError(f"{name} must be finite, got {first(array[~np.isfinite(array)])}")
+        raise ValueError(f"{name}: expected finite values, got {first(array[~np.isfinite(array)])}")
     return array
 
 
@@ -47,7 +47,7 @@ def positive_array(name: str, value: ArrayLike) -> Array:
     """`value` as finite, positive float64."""
     array = finite_array(name, value)
     if not np.all(array > 0):
-        raise ValueError(f"{name} must be positive, got {first(array[~(array > 0)])}")
+        raise ValueError(f"{name}: expected positive values, got {first(array[~(array > 0)])}")
     return array
 
 
@@ -57,8 +57,8 @@ def scale_array(name: str, value: ArrayLike) -> Array:
     outside = (array < LEAST_SCALE) | (array > LARGEST_SCALE)
     if np.any(outside):
         raise ValueError(
-            f"{name} must be from {LEAST_SCALE:.1e} to {LARGEST_SCALE:.1e}, or squared errors are no float64 numbers, "
-            f"got {first(array[outside])}: rescale the values, their clip scales with them"
+            f"{name}: expected values from {LEAST_SCALE:.1e} to {LARGEST_SCALE:.1e}, whose squares are float64 "
+            f"numbers, got {first(array[outside])}: rescale the values, their clip scales with them"
         )
     return array
 
@@ -67,9 +67,9 @@ def number(name: str, value: Any) -> float:
     """`value` as a finite float; TypeError unless it is one real number."""
     array = real_array(name, value)
     if array.ndim:
-        raise TypeError(f"{name} must be one number, got an array of shape {list(array.shape)}")
+        raise TypeError(f"{name}: expected one number, got an array of shape {list(array.shape)}")
     if not np.isfinite(array):
-        raise ValueError(f"{name} must be finite, got {float(array)}")
+        raise ValueError(f"{name}: expected a finite number, got {float(array)}")
     return float(array)
 
 
@@ -80,27 +80,27 @@ def count(name: str, value: Any, least: int) -> int:
             raise TypeError
         integer = operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be an integer, at least {least}, got {_brief(value)}") from error
+        raise TypeError(f"{name}: expected an integer of at least {least}, got {_brief(value)}") from error
     if integer < least:
-        raise ValueError(f"{name} must be at least {least}, got {integer}")
+        raise ValueError(f"{name}: expected at least {least}, got {integer}")
     return integer
 
 
 def check_bits(bits: object) -> int:
     """`bits` as an int, or an error naming the range."""
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
-        raise TypeError(f"bits must be an integer from 2 to 8, got {_brief(bits)}")
+        raise TypeError(f"bits: expected an integer from 2 to 8, got {_brief(bits)}")
     if int(bits) not in TABLE_BITS:
-        raise ValueError(f"bits must be an integer from 2 to 8, got {bits}")
+        raise ValueError(f"bits: expected an integer from 2 to 8, got {bits}")
     return int(bits)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """`value` if it is one of `choices`, or an error listing them."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(choices)}, got {_brief(value)}")
+        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {_brief(value)}")
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
 
 
@@ -118,7 +118,7 @@ def check_alpha(alpha: ArrayLike) -> Array:
     array = real_array("alpha", alpha)
     bad = ~(np.isfinite(array) & (array >= 0))
     if np.any(bad):
-        raise ValueError(f"alpha must be finite and not negative, got {first(array[bad])}")
+        raise ValueError(f"alpha: expected finite clips of at least 0, got {first(array[bad])}")
     return array
 
 

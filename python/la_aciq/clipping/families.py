@@ -22,14 +22,14 @@ class Family(Law):
         arrays = {"sigma": scale_array("sigma", sigma), "mean": finite_array("mean", mean), **parameters}
         if np.any(np.abs(arrays["mean"]) > LARGEST_SCALE):
             raise ValueError(
-                f"mean must be at most {LARGEST_SCALE:.1e} in magnitude, got {np.abs(arrays['mean']).max()}"
+                f"mean: expected a magnitude of at most {LARGEST_SCALE:.1e}, got {np.abs(arrays['mean']).max()}"
             )
         try:
             self.shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
         except ValueError as error:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
             raise ValueError(
-                f"parameters of {type(self).__name__} must broadcast together, got shapes {shapes}"
+                f"parameters of {type(self).__name__}: expected shapes that broadcast together, got {shapes}"
             ) from error
         self._parameters = {name: np.broadcast_to(array, self.shape) for name, array in arrays.items()}
 
@@ -269,7 +269,7 @@ class StudentT(Family):
         degrees = finite_array("nu", nu)
         if not np.all(degrees > 2):
             raise ValueError(
-                f"nu must be greater than 2 (the variance is infinite otherwise), got {first(degrees[~(degrees > 2)])}"
+                f"nu: expected values above 2, where the variance is finite, got {first(degrees[~(degrees > 2)])}"
             )
         super().__init__(sigma, mean, nu=degrees)
 
@@ -320,7 +320,7 @@ _LEAST_BETA = 0.05  # below it the fourth moment of the standard member leaves f
 def _beta(beta: ArrayLike) -> Array:
     array = positive_array("beta", beta)
     if np.any(array < _LEAST_BETA):
-        raise ValueError(f"beta must be at least {_LEAST_BETA}, got {first(array[array < _LEAST_BETA])}")
+        raise ValueError(f"beta: expected values of at least {_LEAST_BETA}, got {first(array[array < _LEAST_BETA])}")
     return array
 
 

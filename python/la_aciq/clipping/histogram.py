@@ -62,11 +62,11 @@ class Bins:
         """From counts [..., 258, 2], flattened to [R, 258] and normalized; a histogram without mass gives NaN rows."""
         array = np.asarray(histogram)
         if array.dtype.kind not in "iu":
-            raise TypeError(f"histogram must hold integers, got {type(histogram).__name__} of {array.dtype}")
+            raise TypeError(f"histogram: expected integers, got {type(histogram).__name__} of {array.dtype}")
         if array.shape[-2:] != (BINS, 2):
-            raise ValueError(f"histogram must have shape [..., {BINS}, 2], got {array.shape}")
+            raise ValueError(f"histogram: expected shape [..., {BINS}, 2], got {array.shape}")
         if array.size and array.min() < 0:
-            raise ValueError("histogram must not hold negative counts or sums")
+            raise ValueError(f"histogram: expected counts and sums of at least 0, got {array.min()}")
         flat = array.reshape(-1, BINS, 2)
         return cls._from_sums(flat[..., 0].astype(np.float64), histogram_sums(flat))
 
@@ -110,13 +110,20 @@ class HistogramLaw(Law):
     def __init__(self, histogram: ArrayLike) -> None:
         bins = Bins.from_histogram(histogram)
         if np.isnan(bins.weight).any():
-            raise ValueError("histogram must have mass: at least one row counted no finite value")
+            raise ValueError("histogram: expected mass in every histogram, got one that counted no finite value")
         self._build(bins)
         self._take(np.arange(len(bins.weight)).reshape(np.shape(histogram)[:-2]))
 
     @classmethod
     def from_bins(cls, bins: Bins) -> HistogramLaw:
-        """A law of shape [R] from its bins."""
+        """A law from its bins.
+
+        Args:
+            bins: weights and offsets, float64 [R, 258] each.
+
+        Returns:
+            The law, of shape [R].
+        """
         law = cls.__new__(cls)
         law._build(bins)
         law._take(np.arange(len(bins.weight)))
@@ -198,7 +205,14 @@ class HistogramLaw(Law):
         return np.asarray(self.bins.weight[self._rows])
 
     def quantiles(self, level: Array) -> Array:
-        """|x| below which a share `level` [R, n] of each of R laws lies (of |X|: the law of X is symmetric)."""
+        """Quantiles of |X| (the law of X is symmetric).
+
+        Args:
+            level: float64 [R, n] from 0 to 1, n levels for each of the R laws; a single law (shape ()) serves all R.
+
+        Returns:
+            The magnitudes below which these shares lie: float64 [R, n], in units of X.
+        """
         _, middle, half = bin_geometry()
         rows = np.broadcast_to(self._rows.ravel(), (len(level),))[:, None]
         cumulative = np.cumsum(self.bins.weight[rows[:, 0]], axis=-1)

@@ -20,8 +20,22 @@ from .objectives import mse_unchecked, noise_factor, slope, thresholds
 def histogram_mse(
     histogram: ArrayLike, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", objective: str = "exact"
 ) -> Array:
-    """Mean squared error of given clips: histogram int64 [..., 258, 2], alpha broadcasts against its leading axes;
-    NaN without mass.
+    """Mean squared error of clips, from calibration histograms.
+
+    Args:
+        histogram: int64 [..., 258, 2], as `Moments.histogram` has it.
+        alpha: clips, finite and >= 0, in units of X; broadcasts against the leading axes of the histogram.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+        objective: `exact`, `in_range` or `aciq` (see `mse`).
+
+    Returns:
+        float64 of the broadcast shape, in units of X squared; NaN where a histogram has no values.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a clip is negative or not finite, an argument is not among its choices, or the histogram has
+            another shape or negative counts.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     bins = Bins.from_histogram(histogram)
@@ -32,12 +46,25 @@ def histogram_mse(
 def optimal_histogram(
     histogram: ArrayLike, bits: int = 4, codebook: str = "midrise", objective: str = "exact"
 ) -> tuple[Array, Array]:
-    """Best clip of every histogram: int64 [..., 258, 2] -> (alpha, mse), float64 [...]; NaN where a histogram has no
-    mass.
+    """Best clip of every histogram.
 
     `aciq` is solved exactly. The other two scan 24 clips per octave from 1/8 to 128 times the `aciq` optimum in one
     matrix product, then refine the best one. With `clipping.optimal(Empirical.from_histogram(h))` one law at a time
     gets a certificate. Cost: O(R (clips x bins)) multiply-adds for R histograms, about 10 microseconds each at INT4.
+
+    Args:
+        histogram: int64 [..., 258, 2], as `Moments.histogram` has it.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+        objective: `exact`, `in_range` or `aciq` (see `mse`).
+
+    Returns:
+        The clips, in units of X, and their mean squared errors, in units of X squared: float64 [...] each; NaN where a
+        histogram has no values.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is not among its choices, or the histogram has another shape or negative counts.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     shape = np.shape(histogram)[:-2]

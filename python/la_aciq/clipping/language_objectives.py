@@ -27,16 +27,16 @@ def language_weights_array(
     """Weights of `languages` in order, summing to one: equal unless named (`weighted` needs them; `mean` has none)."""
     check_choice("language_objective", language_objective, LANGUAGE_OBJECTIVES)
     if weights is not None and not isinstance(weights, Mapping):
-        raise TypeError(f"language_weights must map languages to weights, got {type(weights).__name__}")
+        raise TypeError(f"language_weights: expected a mapping of languages to weights, got {type(weights).__name__}")
     if weights is None:
         if language_objective == "weighted":
-            raise ValueError("language_weights must be given for language_objective='weighted', got None")
+            raise ValueError("language_weights: expected weights for language_objective='weighted', got None")
         return np.full(len(languages), 1 / max(1, len(languages)))
     if language_objective == "mean":
-        raise ValueError("language_weights are for language_objective='weighted', 'minimax' or 'variance', got 'mean'")
+        raise ValueError("language_weights: expected None for language_objective='mean', got weights")
     unknown = sorted(set(weights) - set(languages))
     if unknown:
-        raise ValueError(f"language_weights must name languages of the profile, got {unknown[0]!r}")
+        raise ValueError(f"language_weights: expected languages of the profile, got {unknown[0]!r}")
     return normalized_weights("language_weights", [weights.get(language, 0.0) for language in languages])
 
 
@@ -44,7 +44,7 @@ def normalized_weights(name: str, weights: ArrayLike) -> Array:
     """Finite, non-negative weights of positive sum, divided by it."""
     w = real_array(name, weights)
     if not np.all(np.isfinite(w)) or np.any(w < 0) or w.sum() <= 0:
-        raise ValueError(f"{name} must be finite, not negative and not all zero, got {w.tolist()}")
+        raise ValueError(f"{name}: expected finite weights, none negative and not all zero, got {w.tolist()}")
     return np.asarray(w / w.sum())
 
 

@@ -55,26 +55,45 @@ def shared(
     weights: ArrayLike | None = None,
     penalty: float = 1.0,
 ) -> SharedOptimum:
-    """The clip that minimizes a language objective (`mean`, `weighted`, `minimax`, `variance`) over single laws, one
-    per language.
+    """The clip that minimizes a language objective over the laws of several languages, with a proof.
 
-    `weights` (>= 0, normalized here) are equal unless given; `penalty` multiplies the variance. Errors are MSE / E X^2.
+    Args:
+        laws: single laws (of shape ()), one per language.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+        objective: the error of a clip: `exact`, `in_range` or `aciq` (see `mse`).
+        language_objective: what is minimized over the normalized errors e_i = MSE_i / E X_i^2: `mean`, `weighted` (the
+            sum of w_i e_i), `minimax` (the largest e_i of a positive weight), or `variance` (the sum of w_i e_i +
+            penalty times the sum of w_i (e_i - mean)^2).
+        weights: w [languages], >= 0, divided here by their sum. None: all weigh the same; `weighted` needs weights.
+        penalty: weight of the variance, >= 0; read with `variance` alone.
+
+    Returns:
+        The clip, in units of X, the languages' normalized errors there, and a proved lower bound.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is not among its choices, there is no law or one that is not single, weights have
+            another shape, are negative or all zero, or penalty is negative.
+        LaAciqError: the clip cannot be proved best in float64, or not with at most `scan.MOST_CLIPS` clips.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     check_choice("language_objective", language_objective, LANGUAGE_OBJECTIVES)
     laws = list_of_laws(laws)
     if not laws:
-        raise ValueError("laws must hold at least one law, got an empty sequence")
+        raise ValueError("laws: expected at least one law, got none")
     if any(law.shape != () for law in laws):
-        raise ValueError("laws must be single laws of shape (), one per language")
+        raise ValueError(
+            f"laws: expected single laws of shape (), one per language, got shapes {[law.shape for law in laws]}"
+        )
     if language_objective == "weighted" and weights is None:
-        raise ValueError("weights must be given for language_objective='weighted', got None")
+        raise ValueError("weights: expected weights for language_objective='weighted', got None")
     penalty = number("penalty", penalty)
     if penalty < 0:
-        raise ValueError(f"penalty must be finite and not negative, got {penalty}")
+        raise ValueError(f"penalty: expected a number of at least 0, got {penalty}")
     w = normalized_weights("weights", np.ones(len(laws)) if weights is None else weights)
     if w.shape != (len(laws),):
-        raise ValueError(f"weights must have shape [{len(laws)}], got {list(w.shape)}")
+        raise ValueError(f"weights: expected shape [{len(laws)}], got {list(w.shape)}")
     problem = _Problem(laws, w, bits, codebook, objective, language_objective, penalty)
     if objective == "aciq" and language_objective != "variance":
         return problem.solve_convex()
@@ -104,6 +123,22 @@ def pareto(
 
     For the convex model it is exactly the interval between the two minimizers (on either side both errors grow). For
     the other objectives that interval is sampled and dominated points are dropped.
+
+    Args:
+        laws: single laws (of shape ()), one per language.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+        objective: the error of a clip: `exact`, `in_range` or `aciq`.
+        weights: [languages], >= 0, of the mean. None: all weigh the same.
+        points: clips between the two minimizers, at least 2; dominated ones are left out of the result.
+
+    Returns:
+        Clips, in units of X, with their mean and worst normalized errors.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is not among its choices or out of range, as for `shared`.
+        LaAciqError: a minimizer cannot be proved best.
     """
     points = count("points", points, 2)
     laws = list_of_laws(laws)
@@ -213,7 +248,7 @@ class _Problem:
             examined += len(left)
             if examined > MOST_CLIPS:
                 raise LaAciqError(
-                    f"laws must have a best shared clip that at most {MOST_CLIPS} clips prove, got one that needs "
+                    f"laws: expected a best shared clip that at most {MOST_CLIPS} clips prove, got one that needs "
                     "more: objective='aciq' has no such limit"
                 )
             middle = middle_of(left, right)
@@ -228,7 +263,7 @@ class _Problem:
             lower = min(lower, float(self._bounds(left, right, at_left, at_right).min()))
         if best - lower > 1.01 * _TOLERANCE * best + _NEGLIGIBLE:
             raise LaAciqError(
-                f"laws must have a shared clip that can be proved best in float64, got a value of {best} with a lower "
+                f"laws: expected a shared clip that can be proved best in float64, got a value of {best} with a lower "
                 f"bound of {lower}"
             )
         return SharedOptimum(best_alpha, self.errors(best_alpha), best, max(min(lower, best), 0.0), None)

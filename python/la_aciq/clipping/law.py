@@ -27,19 +27,49 @@ class Law(ABC):
 
     @abstractmethod
     def above(self, t: ArrayLike, order: int) -> Array:
-        """E[(X - t)^order ; X > t] for order 0, 1, 2; t broadcasts against `shape`."""
+        """E[(X - t)^order ; X > t], the upper partial moment.
+
+        Args:
+            t: threshold in units of X; broadcasts against `shape`.
+            order: 0, 1 or 2.
+
+        Returns:
+            float64 of the broadcast shape, in units of X^order.
+        """
 
     @abstractmethod
     def below(self, t: ArrayLike, order: int) -> Array:
-        """E[(t - X)^order ; X < t] for order 0, 1, 2; t broadcasts against `shape`."""
+        """E[(t - X)^order ; X < t], the lower partial moment.
+
+        Args:
+            t: threshold in units of X; broadcasts against `shape`.
+            order: 0, 1 or 2.
+
+        Returns:
+            float64 of the broadcast shape, in units of X^order.
+        """
 
     @abstractmethod
     def density(self, x: ArrayLike) -> Array:
-        """Probability density at x (zero where the law is a set of point masses)."""
+        """Probability density (zero where the law is a set of point masses).
+
+        Args:
+            x: where, in units of X; broadcasts against `shape`.
+
+        Returns:
+            float64 of the broadcast shape, per unit of X.
+        """
 
     @abstractmethod
     def take(self, index: NDArray[np.intp]) -> Law:
-        """The laws at these positions of the flattened array; a single law (shape ()) stands for every position."""
+        """The laws at these positions of the flattened array.
+
+        Args:
+            index: integers of any shape. A single law (shape ()) stands for every position.
+
+        Returns:
+            Laws of the shape of `index`; a single law returns itself.
+        """
 
     def decay_start(self) -> Array:
         """A t0 >= 0 such that t^2 P(X > t) and t^2 P(X < -t) do not grow for t >= t0; inf where none is known.
@@ -79,22 +109,49 @@ class Law(ABC):
         return int(np.prod(self.shape, dtype=np.int64))
 
     def tail(self, a: ArrayLike, order: int) -> Array:
-        """E[(abs(X) - a)^order ; abs(X) > a] for a >= 0: the tail mass, the expected excess and its square for
-        order 0, 1, 2.
+        """E[(abs(X) - a)^order ; abs(X) > a]: the tail's mass, the mean excess and the mean squared excess.
+
+        Args:
+            a: clips >= 0 in units of X; broadcasts against `shape`.
+            order: 0, 1 or 2.
+
+        Returns:
+            float64 of the broadcast shape, in units of X^order.
         """
         a = np.asarray(a, dtype=np.float64)
         return self.above(a, order) + self.below(-a, order)
 
     def tail_mass(self, a: ArrayLike) -> Array:
-        """P(abs(X) > a)."""
+        """P(abs(X) > a).
+
+        Args:
+            a: clips >= 0 in units of X; broadcasts against `shape`.
+
+        Returns:
+            float64 of the broadcast shape, from 0 to 1.
+        """
         return self.tail(a, 0)
 
     def tail_excess(self, a: ArrayLike) -> Array:
-        """E(abs(X) - a)+, in units of X."""
+        """E(abs(X) - a)+, the mean excess over a clip.
+
+        Args:
+            a: clips >= 0 in units of X; broadcasts against `shape`.
+
+        Returns:
+            float64 of the broadcast shape, in units of X.
+        """
         return self.tail(a, 1)
 
     def tail_square(self, a: ArrayLike) -> Array:
-        """E((abs(X) - a)+)^2, in units of X squared: the clipping error of a symmetric clip a."""
+        """E((abs(X) - a)+)^2, the clipping error of a symmetric clip.
+
+        Args:
+            a: clips >= 0 in units of X; broadcasts against `shape`.
+
+        Returns:
+            float64 of the broadcast shape, in units of X squared.
+        """
         return self.tail(a, 2)
 
     @property
@@ -108,7 +165,14 @@ class Law(ABC):
         return np.sqrt(self.power)
 
     def power_beyond(self, t: ArrayLike) -> Array:
-        """E[X^2 ; abs(X) > t] for t >= 0, in units of X squared."""
+        """E[X^2 ; abs(X) > t], the part of the power that lies beyond a threshold.
+
+        Args:
+            t: thresholds >= 0 in units of X; broadcasts against `shape`.
+
+        Returns:
+            float64 of the broadcast shape, in units of X squared.
+        """
         t = np.asarray(t, dtype=np.float64)
         return np.asarray(self.tail(t, 2) + 2 * t * self.tail(t, 1) + t**2 * self.tail(t, 0))
 
@@ -138,7 +202,7 @@ class Law(ABC):
 def check_law(law: object) -> Law:
     """`law`, or a TypeError that says what a law is."""
     if not isinstance(law, Law):
-        raise TypeError(f"law must be a clipping law such as Gaussian(), got {type(law).__name__}")
+        raise TypeError(f"law: expected a clipping law such as Gaussian(), got {type(law).__name__}")
     return law
 
 
@@ -146,17 +210,17 @@ def check_single(law: object) -> Law:
     """`law` as a single law of shape (), or an error."""
     law = check_law(law)
     if law.size != 1:
-        raise ValueError(f"law must be a single law, got {law.size} of them")
+        raise ValueError(f"law: expected a single law, got {law.size} of them")
     return law if law.shape == () else law.take(np.zeros((), dtype=np.intp))
 
 
 def list_of_laws(laws: object) -> list[Law]:
     """`laws` as a list, or a TypeError."""
     if isinstance(laws, (str, bytes, Law, Mapping)) or not isinstance(laws, Iterable):
-        raise TypeError(f"laws must be a sequence of clipping laws, got {type(laws).__name__}")
+        raise TypeError(f"laws: expected a sequence of clipping laws, got {type(laws).__name__}")
     result = []
     for law in laws:
         if not isinstance(law, Law):
-            raise TypeError(f"laws must be clipping laws, got {type(law).__name__}")
+            raise TypeError(f"laws: expected clipping laws, got {type(law).__name__}")
         result.append(law)
     return result

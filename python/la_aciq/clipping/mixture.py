@@ -25,15 +25,19 @@ class Mixture(Law):
     def __init__(self, laws: Sequence[Law], weights: ArrayLike) -> None:
         laws = list_of_laws(laws)
         if not laws:
-            raise ValueError("laws must hold at least one law, got an empty sequence")
+            raise ValueError("laws: expected at least one law, got none")
         w = finite_array("weights", weights)
         if w.ndim == 0 or w.shape[-1] != len(laws):
-            raise ValueError(f"weights must have one entry per law ({len(laws)}) on the last axis, got shape {w.shape}")
+            raise ValueError(
+                f"weights: expected one weight per law ({len(laws)}) on the last axis, got shape {w.shape}"
+            )
         if np.any(w < 0):
-            raise ValueError(f"weights must not be negative, got {first(w[w < 0])}")
+            raise ValueError(f"weights: expected values of at least 0, got {first(w[w < 0])}")
         total = w.sum(-1)
         if not np.allclose(total, 1, rtol=0, atol=1e-9):
-            raise ValueError(f"weights must sum to one, got {first(total[~np.isclose(total, 1, rtol=0, atol=1e-9)])}")
+            raise ValueError(
+                f"weights: expected a sum of one, got {first(total[~np.isclose(total, 1, rtol=0, atol=1e-9)])}"
+            )
         self.laws = tuple(laws)
         self.weights = w
         self.shape = np.broadcast_shapes(w.shape[:-1], *(law.shape for law in laws))

@@ -46,8 +46,23 @@ def thresholds(bits: int, codebook: str) -> Array:
 
 
 def mse(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", objective: str = "exact") -> Array:
-    """Mean squared error of clipping at `alpha` (finite, >= 0; broadcasts against `law.shape`), in units of X
-    squared.
+    """Mean squared error of a clipped uniform quantizer (this module's text has the formulas).
+
+    Args:
+        law: the law, or laws, of X.
+        alpha: clips, finite and >= 0, in units of X; broadcasts against `law.shape`. 0 stands for the quantizer whose
+            every value is 0.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`; the two models do not depend on it.
+        objective: `exact`: the error of the codebook. `aciq`: the clipping error plus alpha^2 / (3 K), K = (2^bits -
+            1)^2 (Banner et al. 2019). `in_range`: that noise only for values that are not clipped (Sakr et al. 2022).
+
+    Returns:
+        float64 of the broadcast shape, in units of X squared.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a clip is negative or not finite, or an argument is not among its choices.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     return mse_unchecked(check_law(law), check_alpha(alpha), bits, codebook, objective)
@@ -88,7 +103,22 @@ def _over_thresholds(
 
 
 def slope(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", objective: str = "exact") -> Array:
-    """Derivative of `mse` with respect to alpha, in units of X (a one-sided value at the kinks of an empirical law)."""
+    """Derivative of `mse` with respect to alpha.
+
+    Args:
+        law: the law, or laws, of X.
+        alpha: clips, finite and >= 0, in units of X; broadcasts against `law.shape`.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+        objective: `exact`, `in_range` or `aciq`.
+
+    Returns:
+        float64 of the broadcast shape, in units of X; one-sided at the kinks of an empirical law.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a clip is negative or not finite, or an argument is not among its choices.
+    """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     law, alpha = check_law(law), check_alpha(alpha)
     c = noise_factor(bits)
@@ -109,14 +139,30 @@ def slope(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", 
 
 
 def curvature(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", objective: str = "exact") -> Array:
-    """Second derivative of `mse` with respect to alpha (dimensionless), for `aciq` and `exact`."""
+    """Second derivative of `mse` with respect to alpha.
+
+    Args:
+        law: the law, or laws, of X.
+        alpha: clips, finite and >= 0, in units of X; broadcasts against `law.shape`.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+        objective: `exact` or `aciq`.
+
+    Returns:
+        float64 of the broadcast shape, without a unit.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a clip is negative or not finite, an argument is not among its choices, or the objective is
+            `in_range`.
+    """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     law, alpha = check_law(law), check_alpha(alpha)
     if objective == "aciq":
         return 2 * law.tail(alpha, 0) + 2 * noise_factor(bits)
     if objective == "in_range":
         raise ValueError(
-            "curvature is defined for the objectives aciq and exact, got 'in_range' (it needs the density's derivative)"
+            "objective: expected 'aciq' or 'exact', got 'in_range', whose curvature needs the density's derivative"
         )
     per_alpha = 2 / (2**bits - 1)
     delta = per_alpha * alpha

@@ -73,24 +73,43 @@ class Optimum:
 def optimal(law: Law, bits: int = 4, codebook: str = "midrise", objective: str = "exact") -> Optimum:
     """The clip that minimizes `mse(law, alpha, bits, codebook, objective)`, for one law or an array of laws.
 
+    `aciq` is solved by Newton's method in a bracket, the other two objectives by branch and bound (`clipping.scan`).
+
     Samples (`Empirical`) come with a 95 % interval on their law's best clip under `aciq`, where it holds (`Optimum`).
     Fewer than four samples per level of the codebook are refused, since then a codebook can follow the sample instead
     of the law.
 
     A constant sample c gives the clip that has c among its values (midrise |c|; midtread |c| (N-1)/(N-2), or |c|
     (N-1)/N for c < 0), whose error is 0 under the codebook itself; the models, which assume values spread over cells,
-    are not consulted. A sample of zeros has no scale, so no clip: ValueError. One-sided data (all positive) uses one
-    half of the symmetric codebook, and the exact objective accounts for it.
+    are not consulted. One-sided data (all positive) uses one half of the symmetric codebook, and the exact objective
+    accounts for it.
+
+    Args:
+        law: the law, or laws, of X.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`; the two models do not depend on it.
+        objective: `exact`, `in_range` or `aciq` (see `mse`).
+
+    Returns:
+        The clip, its error, and a certificate that it is the global minimum: arrays of `law.shape`, or floats.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is not among its choices, every value is zero, so that there is no scale for a clip, or
+            there are too few samples.
+        LaAciqError: the law is too extreme for a proof in float64, or for one with at most `scan.MOST_CLIPS` clips.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
     law = check_law(law)
     if np.any(law.power == 0):
-        raise ValueError("law must have positive power: every value is zero, which gives no scale to choose a clip by")
+        raise ValueError(
+            "law: expected positive power, got values that are all zero, which give no scale to choose a clip by"
+        )
     samples = law.samples if isinstance(law, Empirical) else None
     if samples is not None:
         if samples.size < minimum_samples(bits):
             raise ValueError(
-                f"samples must hold at least {minimum_samples(bits)} values for {bits} bits (four per level), "
+                f"samples: expected at least {minimum_samples(bits)} values for {bits} bits (four per level), "
                 f"got {samples.size}"
             )
         if samples[0] == samples[-1]:
@@ -141,7 +160,7 @@ def check_tails(law: Law) -> None:
     if wrong.any():
         point, which = np.argwhere(wrong)[0]
         raise LaAciqError(
-            f"law must have consistent tails, got {mass[point, which]}, {excess[point, which]} and "
+            f"law: expected consistent tails, got {mass[point, which]}, {excess[point, which]} and "
             f"{square[point, which]} at {grid[point]:.3g} rms: its parameters are too extreme for float64"
         )
 
@@ -159,7 +178,7 @@ def _check_certificate(certificate: Certificate, error: Array, power: Array, obj
     if not proved.all():
         i = int(np.argmin(proved))
         raise LaAciqError(
-            f"law must have a best clip that can be proved in float64, got an error of {error[i]} with a lower bound "
+            f"law: expected a best clip that can be proved in float64, got an error of {error[i]} with a lower bound "
             f"of {certificate.lower_bound[i]} and slopes of {certificate.bracket_slopes[0][i]} and "
             f"{certificate.bracket_slopes[1][i]} around it"
         )
@@ -186,20 +205,39 @@ def _least_squares(samples: Array, alpha: Array, error: Array, bits: int, codebo
 
 
 def minimum_samples(bits: int) -> int:
-    """The fewest samples `optimal` accepts: four per level."""
+    """The fewest samples that `optimal` accepts: four per level of the codebook.
+
+    Args:
+        bits: bits per value, 2 to 8.
+
+    Returns:
+        4 times 2^bits.
+    """
     return 4 << check_bits(bits)
 
 
 def samples_for_interval(law: Law, relative_half_width: float, bits: int = 4) -> Array:
-    """Independent samples after which the 95 % interval on alpha* is +- relative_half_width * alpha* (delta method,
-    convex model).
+    """Independent samples after which the 95 % interval on the best clip alpha* of the convex model is narrow enough.
 
-    alpha* solves E psi = 0 with psi = 2 alpha / (3 K) - 2 (|X| - alpha)+, so sd(alpha*) = sd(psi) / (E''(alpha)
-    sqrt(n)): finite for every law of finite variance, whereas the kurtosis' own error needs eight moments.
+    alpha* solves E psi = 0 with psi = 2 alpha / (3 K) - 2 (|X| - alpha)+, so by the delta method sd(alpha*) = sd(psi) /
+    (E''(alpha) sqrt(n)): finite for every law of finite variance, whereas the error of a sample's kurtosis needs eight
+    moments.
+
+    Args:
+        law: the law, or laws, of X.
+        relative_half_width: half the interval's width over alpha*, between 0 and 1.
+        bits: bits per value, 2 to 8.
+
+    Returns:
+        How many samples, rounded up: float64 of `law.shape`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: relative_half_width is not between 0 and 1, or bits not from 2 to 8.
     """
     law, relative_half_width = check_law(law), number("relative_half_width", relative_half_width)
     if not 0 < relative_half_width < 1:
-        raise ValueError(f"relative_half_width must be between 0 and 1, got {relative_half_width}")
+        raise ValueError(f"relative_half_width: expected a number between 0 and 1, got {relative_half_width}")
     alpha = optimal(law, bits, objective="aciq").alpha
     spread = 4 * (law.tail(alpha, 2) - law.tail(alpha, 1) ** 2)
     bend = curvature(law, alpha, bits, objective="aciq")
@@ -226,13 +264,25 @@ def octav(law: Law, bits: int = 4, tolerance: float = 1e-4, max_steps: int = 100
     """Sakr et al. 2022 (OCTAV): a <- E[|X| ; |X| > a] / (c P(|X| <= a) + P(|X| > a)), c = 4^-bits / 3, from a = 0.
 
     Newton's step for the in-range model with the density at the clip left out; the sums it needs are tail counts and
-    tail sums of |x|, which a quantization kernel returns for free. Stops when no iterate moves by more than
-    `tolerance` relative.
+    tail sums of |x|, which a quantization kernel returns for free.
+
+    Args:
+        law: the law, or laws, of X.
+        bits: bits per value, 2 to 8.
+        tolerance: iteration stops when no clip moves by more than this share; positive.
+        max_steps: the most iterations, at least 1.
+
+    Returns:
+        The last clips, in units of X, all iterates, and whether they converged.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: tolerance is not positive, or bits or max_steps is out of range.
     """
     c = 4.0 ** -check_bits(bits) / 3
     law, tolerance = check_law(law), number("tolerance", tolerance)
     if tolerance <= 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
+        raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
     max_steps = count("max_steps", max_steps, 1)
     trace = [np.zeros(law.shape)]
     converged = False

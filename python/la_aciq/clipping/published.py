@@ -42,7 +42,7 @@ def uniform_gaussian_quantizer(levels: int) -> tuple[float, float]:
     """
     levels = count("levels", levels, 2)
     if levels % 2:
-        raise ValueError(f"levels must be even and at least 2, got {levels}")
+        raise ValueError(f"levels: expected an even number of at least 2, got {levels}")
     law = Gaussian()
     j = np.arange(1, levels // 2)
 

@@ -22,12 +22,12 @@ class Empirical(Law):
     def __init__(self, samples: ArrayLike) -> None:
         x = finite_array("samples", samples).ravel()
         if x.size == 0:
-            raise ValueError("samples must not be empty")
+            raise ValueError("samples: expected at least one value, got none")
         largest = float(np.abs(x).max())
         if largest > LARGEST_SCALE or 0 < largest < LEAST_SCALE:
             raise ValueError(
-                f"samples must be 0 or reach a magnitude from {LEAST_SCALE:.1e} to {LARGEST_SCALE:.1e}, or squared "
-                f"errors are no float64 numbers, got {largest}: rescale the values, their clip scales with them"
+                f"samples: expected a largest magnitude of 0 or from {LEAST_SCALE:.1e} to {LARGEST_SCALE:.1e}, whose "
+                f"squares are float64 numbers, got {largest}: rescale the values, their clip scales with them"
             )
         self.shape = ()
         self.samples = np.sort(x)
@@ -41,7 +41,19 @@ class Empirical(Law):
 
     @staticmethod
     def from_histogram(histogram: ArrayLike) -> Law:
-        """The law of a calibration log-histogram [..., 258, 2] (see `HistogramLaw`)."""
+        """The law of calibration log-histograms (see `HistogramLaw`).
+
+        Args:
+            histogram: int64 [..., 258, 2]: per bin of |x| the number of values and the bits of their sum, as
+                `Moments.histogram` has them.
+
+        Returns:
+            A `HistogramLaw` of shape [...].
+
+        Raises:
+            TypeError: the histogram does not hold integers.
+            ValueError: another shape, a negative count, or a histogram without values.
+        """
         return HistogramLaw(histogram)
 
     def __repr__(self) -> str:

@@ -246,7 +246,7 @@ def global_scan(law: Law, convex: Array, bits: int, codebook: str, objective: st
         examined += len(active.left)
         if examined > MOST_CLIPS * len(convex):
             raise LaAciqError(
-                f"law must have a best clip that at most {MOST_CLIPS} clips prove, got one that needs more: "
+                f"law: expected a best clip that at most {MOST_CLIPS} clips prove, got one that needs more: "
                 "objective='aciq' has no such limit"
             )
         middle = middle_of(active.left, active.right)

@@ -215,7 +215,7 @@ def table(
     weights = language_weights_array(language_objective, languages, language_weights)
     penalty = number("penalty", penalty)
     if penalty < 0:
-        raise ValueError(f"penalty must not be negative, got {penalty}")
+        raise ValueError(f"penalty: expected a number of at least 0, got {penalty}")
     chosen = _Choice(entries, languages, weights, bits, codebook, objective, sharing, language_objective, penalty)
 
     solved: dict[str, _Clips] = {}
@@ -264,7 +264,7 @@ _BATCH = 2048  # problems solved together: enough to keep the matrix product bus
 def _histogram(profile: Any, site: str) -> NDArray[np.int64]:
     histogram = profile.sites[site].moments.histogram
     if histogram is None:
-        raise ValueError(f"profile must hold histograms, got none for site {site!r}")
+        raise ValueError(f"profile: expected histograms, got none for site {site!r}")
     return np.asarray(histogram)
 
 
@@ -328,7 +328,7 @@ class _Choice:
         offset = np.where(with_mass[..., None], bins.offset.reshape(entries, groups, -1), 0)
         if not with_mass[0].all():
             raise LaAciqError(
-                f"profile must have values in every group, got none for {group_names[int(np.argmin(with_mass[0]))]!r}: "
+                f"profile: expected values in every group, got none for {group_names[int(np.argmin(with_mass[0]))]!r}: "
                 "calibrate on more text"
             )
 

@@ -52,7 +52,19 @@ class EqualKurtosis:
 
 
 def equal_kurtosis_examples(bits: int = 4) -> tuple[EqualKurtosis, EqualKurtosis]:
-    """The two counterexamples to any bound by the spread of kurtosis, computed (see the module's text)."""
+    """The two counterexamples to any bound by the spread of kurtosis, computed (see the module's text).
+
+    Args:
+        bits: bits per value, 2 to 8.
+
+    Returns:
+        Two Gaussians of different variance under `midrise`, and a law of three points with a Laplace law under
+        `midtread`.
+
+    Raises:
+        TypeError: bits is not an integer.
+        ValueError: bits is not from 2 to 8.
+    """
     # {0, +-sqrt 6} with probabilities 10/12, 1/12, 1/12: variance 1, fourth moment 6. Repeated, so that it is a sample
     # large enough to fit.
     points = Empirical(np.tile(np.sqrt(6) * np.array([-1, 1] + [0] * 10), 2 ** check_bits(bits)))
@@ -77,15 +89,27 @@ def equal_kurtosis_examples(bits: int = 4) -> tuple[EqualKurtosis, EqualKurtosis
 def family_slope(
     law_of_kurtosis: Callable[[float], Law], kappas: ArrayLike, bits: int = 4, codebook: str = "midrise"
 ) -> float:
-    """L: the largest difference quotient of the best normalized error over a grid of kurtoses (ascending, at least
-    two).
+    """L: the largest difference quotient of the best normalized error over a grid of kurtoses.
 
     A Lipschitz constant is at least this. In the families here the error is concave in kappa, so the largest quotient
     is at the lower end: let the grid start with a small step.
+
+    Args:
+        law_of_kurtosis: gives the single law of an excess kurtosis.
+        kappas: excess kurtoses [n], ascending, at least two.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+
+    Returns:
+        The quotient: normalized error (MSE / E X^2, exact objective) per unit of kurtosis.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: kappas are not ascending, or fewer than two, or an argument is not among its choices.
     """
     k = finite_array("kappas", kappas)
     if k.ndim != 1 or len(k) < 2 or np.any(np.diff(k) <= 0):
-        raise ValueError(f"kappas must be ascending and at least two, got {k.tolist()}")
+        raise ValueError(f"kappas: expected at least two ascending numbers, got {k.tolist()}")
     errors = np.array([float(optimal(law_of_kurtosis(float(x)), bits, codebook).normalized_mse) for x in k])
     return float(np.max(np.abs(np.diff(errors) / np.diff(k))))
 
@@ -95,19 +119,41 @@ def family_bound(kappas: ArrayLike, slope: float) -> float:
 
     max - min <= sqrt(2 n) sd for any n numbers (population sd): the two extremes alone contribute (max - min)^2 / 2 to
     n sd^2.
+
+    Args:
+        kappas: excess kurtoses of the n languages, of any shape, at least one.
+        slope: L >= 0, normalized error per unit of kurtosis (`family_slope`).
+
+    Returns:
+        The bound, a difference of normalized errors.
+
+    Raises:
+        TypeError: an argument does not hold real numbers.
+        ValueError: there is no kurtosis, one is not finite, or the slope is negative.
     """
     k = finite_array("kappas", kappas).ravel()
     if not len(k):
-        raise ValueError("kappas must hold at least one kurtosis, got none")
+        raise ValueError("kappas: expected at least one kurtosis, got none")
     slope = number("slope", slope)
     if slope < 0:
-        raise ValueError(f"slope must not be negative, got {slope}")
+        raise ValueError(f"slope: expected a number of at least 0, got {slope}")
     return float(slope * np.sqrt(2 * len(k)) * np.std(k))
 
 
 def two_point_kurtoses(languages: int, center: float, distance: float) -> Array:
-    """Kurtoses [languages] that attain sqrt(2 n): one language at each of center +- distance, all others at the
-    center.
+    """Kurtoses that attain the factor sqrt(2 n) of `family_bound`.
+
+    Args:
+        languages: how many, at least 2.
+        center: the kurtosis of all languages but the first and the last.
+        distance: how far the first lies below the center and the last above it.
+
+    Returns:
+        float64 [languages].
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: fewer than two languages, or a number that is not finite.
     """
     k = np.full(count("languages", languages, 2), number("center", center))
     distance = number("distance", distance)
@@ -116,10 +162,20 @@ def two_point_kurtoses(languages: int, center: float, distance: float) -> Array:
 
 
 def kurtosis_bound(law: Law, bits: int = 4) -> Array:
-    """Upper bound of min MSE for the convex model: E X^2 sqrt(E X^4 / (E X^2)^2 / 12) / (2^bits - 1), moments about
-    zero.
+    """Upper bound of the convex model's least error: sqrt(E X^4 / 12) / (2^bits - 1), the moment about zero.
 
     From (x - a)+^2 <= x^4 / (16 a^2), minimized over a together with a^2 / (3 K).
+
+    Args:
+        law: the law, or laws, of X.
+        bits: bits per value, 2 to 8.
+
+    Returns:
+        float64 of `law.shape`, in units of X squared; inf where the fourth moment is.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: bits is not from 2 to 8.
     """
     law = check_law(law)
     mu = law.mean
@@ -128,30 +184,54 @@ def kurtosis_bound(law: Law, bits: int = 4) -> Array:
 
 
 def total_variation_bound(p: ArrayLike, q: ArrayLike, losses: ArrayLike) -> float:
-    """abs(sum p e - sum q e) <= TV(p, q) (max e - min e) for two probability vectors over cells (layers, say) of
-    losses e.
+    """Bound of the difference of two mean losses: abs(sum p e - sum q e) <= TV(p, q) (max e - min e).
+
+    TV is half the sum of abs(p - q). Cells that neither p nor q reaches play no part.
+
+    Args:
+        p, q: probabilities [cells], >= 0, each summing to one (to 1e-9).
+        losses: e [cells], finite.
+
+    Returns:
+        The bound, in the unit of the losses.
+
+    Raises:
+        TypeError: an argument does not hold real numbers.
+        ValueError: the shapes differ, a number is not finite, or p or q is no probability vector.
     """
     a, b, e = finite_array("p", p), finite_array("q", q), finite_array("losses", losses)
     if not a.shape == b.shape == e.shape or a.ndim != 1:
-        raise ValueError(f"p, q and losses must be vectors of one length, got shapes {a.shape}, {b.shape}, {e.shape}")
+        raise ValueError(f"p, q and losses: expected vectors of one length, got shapes {a.shape}, {b.shape}, {e.shape}")
     for name, x in (("p", a), ("q", b)):
         if np.any(x < 0) or not np.isclose(x.sum(), 1, rtol=0, atol=1e-9):
-            raise ValueError(f"{name} must not be negative and must sum to one, got sum {x.sum()}")
+            raise ValueError(
+                f"{name}: expected probabilities that sum to one, got {x.min()} to {x.max()} with the sum {x.sum()}"
+            )
     used = (a > 0) | (b > 0)
     return float(0.5 * np.abs(a - b).sum() * np.ptp(e[used]))
 
 
 def wasserstein2(p: HistogramLaw, q: HistogramLaw, scaled: bool = False) -> Array:
-    """W_2 of pairs of symmetric histogram laws of one shape [pairs] or (): root mean square distance of equal
-    quantiles.
+    """W_2 of pairs of symmetric histogram laws: the root mean square distance of equal quantiles.
 
-    In units of X, or with scaled=True of the two laws brought to unit power. Relative accuracy 1e-6.
+    By Gauss and Legendre's quadrature between the bins' edges; relative accuracy 1e-6.
+
+    Args:
+        p, q: laws of one shape, [pairs] or ().
+        scaled: compare the laws at unit power.
+
+    Returns:
+        float64 of the laws' shape, in units of X, or without a unit if scaled.
+
+    Raises:
+        TypeError: p or q is not a `HistogramLaw`.
+        ValueError: the shapes differ.
     """
     for name, law in (("p", p), ("q", q)):
         if not isinstance(law, HistogramLaw):
-            raise TypeError(f"{name} must be a HistogramLaw, got {type(law).__name__}")
+            raise TypeError(f"{name}: expected a HistogramLaw, got {type(law).__name__}")
     if p.shape != q.shape:
-        raise ValueError(f"p and q must have one shape, got {p.shape} and {q.shape}")
+        raise ValueError(f"p and q: expected one shape, got {p.shape} and {q.shape}")
     laws = [law.take(np.arange(law.size)) for law in (p, q)]
     cumulative = [np.cumsum(np.broadcast_to(law.bin_probabilities, (p.size, HISTOGRAM_BINS)), axis=-1) for law in laws]
     # Both quantile functions are smooth between the merged breakpoints: Gauss-Legendre there.
@@ -166,11 +246,23 @@ def wasserstein2(p: HistogramLaw, q: HistogramLaw, scaled: bool = False) -> Arra
 
 
 def wasserstein_bound(error_p: ArrayLike, distance: ArrayLike) -> tuple[Array, Array]:
-    """The interval that MSE_Q must lie in, given MSE_P and W_2(P, Q) >= the true one: ((sqrt - W)+^2, (sqrt + W)^2)."""
+    """The interval that the error of Q lies in: ((r - W)+^2, (r + W)^2) with r = sqrt MSE_P and W >= W_2(P, Q).
+
+    Args:
+        error_p: mean squared errors of P, >= 0, in units of X squared.
+        distance: W_2(P, Q) or more, >= 0, in units of X; broadcasts against error_p.
+
+    Returns:
+        The lower and the upper end, float64 of the broadcast shape each, in units of X squared.
+
+    Raises:
+        TypeError: an argument does not hold real numbers.
+        ValueError: a number is negative or not finite.
+    """
     error, w = finite_array("error_p", error_p), finite_array("distance", distance)
     for name, values in (("error_p", error), ("distance", w)):
         if np.any(values < 0):
-            raise ValueError(f"{name} must not be negative, got {values.min()}")
+            raise ValueError(f"{name}: expected values of at least 0, got {values.min()}")
     root = np.sqrt(error)
     return np.maximum(root - w, 0) ** 2, (root + w) ** 2
 
@@ -227,11 +319,24 @@ def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") ->
     - Wasserstein: abs(D_l - D_m) <= W (sqrt D_l + sqrt D_m), where W^2 is the mean over layers of W_2^2 (for separate
       clips, of the laws scaled to unit power). All layers weigh the same for every language, so errors and distances
       add up layer by layer.
+
+    Args:
+        profile: a `la_aciq.Profile` of at least two languages.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+
+    Returns:
+        The errors by language, and the bounds of their gaps.
+
+    Raises:
+        TypeError: bits is not an integer, or the codebook not a string.
+        ValueError: an argument is not among its choices, or the profile has fewer than two languages or no layer input
+            with values of each.
     """
     bits, codebook, _ = check_problem(bits, codebook, "exact")
     languages = tuple(profile.languages)
     if len(languages) < 2:
-        raise ValueError(f"profile must hold at least two languages, got {len(languages)}")
+        raise ValueError(f"profile: expected at least two languages, got {len(languages)}")
     entries = [tuple(profile.entries).index(language) for language in languages]
     weights = language_weights_array("mean", languages, None)[:, None]
     pairs = list(combinations(range(len(languages)), 2))
@@ -264,7 +369,7 @@ def deployment_bounds(profile: Any, bits: int = 4, codebook: str = "midrise") ->
         square_shared += wasserstein2(law.take(left), law.take(right)) ** 2 / power
         square_separate += wasserstein2(law.take(left), law.take(right), scaled=True) ** 2
     if not layers:
-        raise ValueError("profile must hold an input site with values of every language, got none")
+        raise ValueError("profile: expected an input site with values of every language, got none")
     shared, separate = shared / layers, separate / layers
 
     def by_distance(errors: Array, square: Array) -> float:

@@ -45,17 +45,29 @@ class EffectiveLaw:
         """
         self._components = finite_array("moments", moments)
         if self._components.ndim != 2 or self._components.shape[1] != 4 or not len(self._components):
-            raise ValueError(f"moments must have shape [n, 4] with n >= 1, got {list(self._components.shape)}")
+            raise ValueError(f"moments: expected shape [n, 4] with n >= 1, got {list(self._components.shape)}")
         if np.any(self._components[:, 1] < 0):
-            raise ValueError(f"variances must not be negative, got {self._components[:, 1].min()}")
+            raise ValueError(f"moments: expected variances of at least 0, got {self._components[:, 1].min()}")
         self._weights = normalized_weights("weights", weights).copy()
         if self._weights.shape != (len(self._components),):
-            raise ValueError(f"weights must have shape [{len(self._components)}], got {list(self._weights.shape)}")
+            raise ValueError(f"weights: expected shape [{len(self._components)}], got {list(self._weights.shape)}")
         self.names = tuple(names) if names is not None else tuple(str(i) for i in range(len(self._components)))
 
     @classmethod
     def from_laws(cls, laws: Sequence[Law], weights: ArrayLike) -> EffectiveLaw:
-        """The effective law of single laws (each of shape ())."""
+        """The effective law of single laws.
+
+        Args:
+            laws: laws of shape (), with a third and a fourth moment.
+            weights: float [n], not negative, not all zero; they need not sum to one.
+
+        Returns:
+            The effective law.
+
+        Raises:
+            TypeError: a law is no law, or weights are not real numbers.
+            ValueError: a law is not single, a moment is not finite, or weights have another shape or are not valid.
+        """
         singles = [check_single(law) for law in laws]
         rows = [[float(x) for x in (law.mean, law.variance, law.third_moment, law.fourth_moment)] for law in singles]
         return cls(rows, weights)
@@ -72,14 +84,18 @@ class EffectiveLaw:
         Args:
             component: its number.
             weight: finite, not negative; at least one component must keep a positive weight.
+
+        Raises:
+            TypeError: weight is not a number.
+            ValueError: weight is negative or not finite, or no component would have a positive weight.
         """
         weight = number("weight", weight)
         if weight < 0:
-            raise ValueError(f"weight must be finite and not negative, got {weight}")
+            raise ValueError(f"weight: expected a number of at least 0, got {weight}")
         changed = self._weights.copy()
         changed[component] = weight
         if not np.any(changed > 0):
-            raise ValueError("weight must leave at least one component of positive weight, got 0")
+            raise ValueError("weight: expected at least one component of positive weight, got 0 for the last one")
         self._weights = changed
 
     def _distances(self) -> tuple[Array, Array, Array, Array]:
@@ -150,9 +166,9 @@ def source_clip(
     """
     check_bits(bits)
     if not isinstance(law, EffectiveLaw):
-        raise TypeError(f"law must be an EffectiveLaw, got {type(law).__name__}")
+        raise TypeError(f"law: expected an EffectiveLaw, got {type(law).__name__}")
     if not law.std > 0:
-        raise ValueError("law must have positive variance, got a constant")
+        raise ValueError("law: expected positive variance, got a constant")
     # Rounding may put a two-point law's kurtosis below -2, where none is.
     return law.std * float(kurtosis_rule(max(law.kurtosis, -2.0), bits, coefficients, codebook, objective))
 
@@ -164,15 +180,22 @@ def effective(profile: Any, weights: Mapping[str, float] | None = None) -> dict[
         profile: a `la_aciq.Profile`.
         weights: a_l(lambda) by site name, all languages alike. By default a site weighs as many values as it has seen
             of the language, so that the effective law is that of one value drawn from everything the language put
-            through the model.
+            through the model. A site that is not named weighs 0.
+
+    Returns:
+        By language its effective law, with one component per site that has values of the language.
+
+    Raises:
+        ValueError: the profile has no layer input or no values of a language, or weights name other sites, are
+            negative or all zero.
     """
     sites = [name for name, site in profile.sites.items() if site.kind == "input"]
     if not sites:
-        raise ValueError("profile must hold at least one site of kind 'input', got none")
+        raise ValueError("profile: expected at least one site of kind 'input', got none")
     if weights is not None:
         unknown = sorted(set(weights) - set(sites))
         if unknown:
-            raise ValueError(f"weights must name input sites of the profile, got {unknown[0]!r}")
+            raise ValueError(f"weights: expected input sites of the profile, got {unknown[0]!r}")
     pooled = [profile.sites[name].moments.pool(1).state for name in sites]
     result = {}
     for language in profile.languages:
@@ -180,7 +203,7 @@ def effective(profile: Any, weights: Mapping[str, float] | None = None) -> dict[
         state = np.stack([s[row] for s in pooled])
         seen = state[:, COUNT] > 0
         if not seen.any():
-            raise ValueError(f"profile must hold values of every language, got none of {language!r}")
+            raise ValueError(f"profile: expected values of every language, got none of {language!r}")
         n = state[seen, COUNT]
         moments = np.stack([state[seen, MEAN], *(state[seen, k] / n for k in (M2, M3, M4))], axis=-1)
         names = [name for name, use in zip(sites, seen, strict=True) if use]

@@ -27,23 +27,73 @@ from ..errors import LaAciqError
 
 
 def gaussian_distortion(law: Law, bits: int) -> Array:
-    """Variance x 4^-bits: each bit quarters the distortion. No law of this variance is harder to code."""
+    """The rate-distortion function of a Gaussian, variance x 4^-bits (Shannon 1948).
+
+    Each bit quarters the distortion. No law of this variance is harder to code.
+
+    Args:
+        law: the law, or laws, of X.
+        bits: bits per value, 2 to 8.
+
+    Returns:
+        float64 of `law.shape`, in units of X squared.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: bits is not from 2 to 8.
+    """
     return np.asarray(check_law(law).variance * 4.0 ** -check_bits(bits))
 
 
 def shannon_lower_bound(law: Law, bits: int) -> Array:
-    """No code of `bits` bits per value has a smaller error (0 for point masses); equality for a Gaussian."""
+    """Shannon's lower bound, e^(2 h) / (2 pi e) 4^-bits with h the entropy (Cover and Thomas, chapter 10).
+
+    No code of `bits` bits per value has a smaller error. For a Gaussian the bound is the rate-distortion function.
+
+    Args:
+        law: the law, or laws, of X.
+        bits: bits per value, 2 to 8.
+
+    Returns:
+        float64 of `law.shape`, in units of X squared; 0 for point masses.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: bits is not from 2 to 8.
+    """
     return np.asarray(entropy_power(law) * 4.0 ** -check_bits(bits))
 
 
 def entropy_power(law: Law) -> Array:
-    """e^(2 h) / (2 pi e): the variance of the Gaussian of equal entropy, at most the law's variance."""
+    """e^(2 h) / (2 pi e): the variance of the Gaussian of equal entropy h, at most the law's variance.
+
+    Args:
+        law: the law, or laws, of X.
+
+    Returns:
+        float64 of `law.shape`, in units of X squared; 0 for point masses.
+
+    Raises:
+        TypeError: `law` is no law.
+    """
     return np.asarray(np.exp(2 * check_law(law).entropy()) / (2 * np.pi * np.e))
 
 
 def panter_dite(law: Law, bits: int) -> float:
-    """High-resolution error of the best quantizer of a single law, by quadrature (relative 1e-8); infinite if the
-    integral is.
+    """High-resolution error of the best quantizer, (integral of f^(1/3))^3 / 12 4^-bits (Panter and Dite 1951).
+
+    By quadrature, with a relative accuracy of 1e-8.
+
+    Args:
+        law: a single law with a density f.
+        bits: bits per value, 2 to 8.
+
+    Returns:
+        The error in units of X squared; infinite if the integral is.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the law is not single, or bits is not from 2 to 8.
     """
     law = check_single(law)
     levels = 2.0 ** check_bits(bits)
@@ -51,7 +101,20 @@ def panter_dite(law: Law, bits: int) -> float:
 
 
 def panter_dite_constant(law: Law) -> float:
-    """(integral of f^(1/3))^3 / (12 variance): 2.72 for a Gaussian, 4.5 for a Laplace law, 1 for a uniform one."""
+    """The error of `panter_dite` over `gaussian_distortion`: (integral of f^(1/3))^3 / (12 variance).
+
+    2.72 for a Gaussian, 4.5 for a Laplace law, 1 for a uniform one.
+
+    Args:
+        law: a single law with a density f.
+
+    Returns:
+        The constant, without a unit.
+
+    Raises:
+        TypeError: `law` is no law.
+        ValueError: the law is not single.
+    """
     law = check_single(law)
     return _cube_root_mass(law) ** 3 / 12 / float(law.variance)
 
@@ -112,9 +175,14 @@ def lloyd_max(law: Law, bits: int = 4) -> LloydMax:
 
     Args:
         law: a single law with a density.
-        bits: 2 to 8.
+        bits: bits per value, 2 to 8.
+
+    Returns:
+        The quantizer, its values and error in units of X and X squared.
 
     Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the law is not single, or bits is not from 2 to 8.
         LaAciqError: no start leads to values that are centroids to 1e-6 of the standard deviation: the tails are too
             heavy for float64.
     """
@@ -124,7 +192,7 @@ def lloyd_max(law: Law, bits: int = 4) -> LloydMax:
     usable = [quantizer for quantizer in quantizers if quantizer.residual <= 1e-6 and np.isfinite(quantizer.mse)]
     if not usable:
         raise LaAciqError(
-            f"law must have values that are centroids of their cells in float64, got a residual of "
+            f"law: expected values that are centroids of their cells in float64, got a residual of "
             f"{min(quantizer.residual for quantizer in quantizers):.2g} standard deviations at {bits} bits"
         )
     return min(usable, key=lambda quantizer: quantizer.mse)
@@ -249,7 +317,21 @@ class Limits:
 
 
 def limits(law: Law, bits: int = 4, codebook: str = "midrise") -> Limits:
-    """The clipped uniform quantizer at its best clip beside the limits, for a single law with a density."""
+    """The clipped uniform quantizer at its best clip beside the limits.
+
+    Args:
+        law: a single law with a density.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`, of the uniform quantizer.
+
+    Returns:
+        The errors, each divided by E X^2.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the law is not single, or an argument is not among its choices.
+        LaAciqError: the law is too extreme for `lloyd_max` or `optimal`.
+    """
     law, bits = check_single(law), check_bits(bits)
     power = float(np.ravel(law.power)[0])
     return Limits(
@@ -266,10 +348,23 @@ def language_limits(profile: Any, bits: int = 4, codebook: str = "midrise") -> d
     reached.
 
     Each layer input counts once, as the law of all its values of that language (its histogram summed over groups).
+
+    Args:
+        profile: a `la_aciq.Profile`.
+        bits: bits per value, 2 to 8.
+        codebook: `midrise` or `midtread`.
+
+    Returns:
+        By language the averages of the errors, each divided by E X^2.
+
+    Raises:
+        TypeError: bits is not an integer, or the codebook not a string.
+        ValueError: an argument is not among its choices, or the profile has no layer input or no values of a language.
+        LaAciqError: a law is too extreme for `lloyd_max` or `optimal`.
     """
     names = [name for name, site in profile.sites.items() if site.kind == "input"]
     if not names:
-        raise ValueError("profile must hold at least one site of kind 'input', got none")
+        raise ValueError("profile: expected at least one site of kind 'input', got none")
     result = {}
     for language in profile.languages:
         row = tuple(profile.entries).index(language)
@@ -279,7 +374,7 @@ def language_limits(profile: Any, bits: int = 4, codebook: str = "midrise") -> d
             if histogram[..., 0].sum() > 0:
                 each.append(limits(HistogramLaw(histogram), bits, codebook))
         if not each:
-            raise ValueError(f"profile must hold values of every language, got none of {language!r}")
+            raise ValueError(f"profile: expected values of every language, got none of {language!r}")
         means = {name: float(np.mean([getattr(x, name) for x in each])) for name in Limits.__dataclass_fields__}
         result[language] = Limits(**means)
     return result

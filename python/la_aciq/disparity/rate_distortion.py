@@ -49,12 +49,12 @@ def rate_distortion(law: Law, bits: int = 4, tolerance: float = 2e-3) -> RateDis
     """
     bits = check_bits(bits)
     if bits > 6:
-        raise ValueError(f"bits must be at most 6, got {bits}: Shannon's lower bound is as good there")
+        raise ValueError(f"bits: expected at most 6, got {bits}: Shannon's lower bound is as good there")
     law, tolerance = check_single(law), number("tolerance", tolerance)
     if tolerance < 1e-3:
-        raise ValueError(f"tolerance must be at least 0.001, got {tolerance}")
+        raise ValueError(f"tolerance: expected at least 0.001, got {tolerance}")
     if not np.isfinite(law.entropy()):
-        raise LaAciqError("law must have a density for its rate-distortion function, got point masses")
+        raise LaAciqError("law: expected a density for its rate-distortion function, got point masses")
     least = float(np.exp(2 * law.entropy()) / (2 * np.pi * np.e)) * 4.0**-bits
     p, step = _grid(law, float(np.sqrt(least)) / 6)
     target = bits * np.log(2)
@@ -77,7 +77,9 @@ def rate_distortion(law: Law, bits: int = 4, tolerance: float = 2e-3) -> RateDis
             return RateDistortion(float(bits), lower, upper)
         # Near the end of the curve the rate grows by a half of ln s; a little less than the target is aimed at.
         s *= np.exp(np.clip(2 * (target - 2e-4 - rate), -1, 1))
-    raise LaAciqError(f"rate-distortion function must be found to {tolerance}, got {lower} to {upper}")
+    raise LaAciqError(
+        f"tolerance: expected a bracket within {tolerance} of the rate-distortion function, got {lower} to {upper}"
+    )
 
 
 def _grid(law: Law, step: float) -> tuple[Array, float]:
@@ -86,7 +88,9 @@ def _grid(law: Law, step: float) -> tuple[Array, float]:
     while float(law.power_beyond(abs(center) + reach)) > 1e-6 * float(law.power):
         reach *= 1.2
         if 2 * reach / step > _MOST_POINTS:
-            raise LaAciqError("law must have tails that a grid reaches, got one whose power lies too far out")
+            raise LaAciqError(
+                f"law: expected tails that a grid of {_MOST_POINTS} points reaches, got power too far out"
+            )
     n = int(np.ceil(reach / step))
     x = center + step * np.arange(-n, n + 1)
     edges = np.append(x - step / 2, x[-1] + step / 2)
