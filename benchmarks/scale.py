@@ -1,4 +1,4 @@
-"""What calibration and serving keep and send for a large model: arithmetic on shapes, nothing measured.
+"""Memory and traffic of calibration and serving for a large model: computed from its shapes, nothing is measured.
 
 `python -m benchmarks.tables` puts it into docs/serving.md. Per layer of a Llama the sites are the inputs of q, k and v,
 of o, of gate and up, and of down, and keys and values by head.
@@ -88,15 +88,17 @@ def table() -> str:
         weights, tables = layer_bytes(model, config)
         columns.append(
             {
-                "calibration, of one language, sent once, at most": gib(part),
-                f"the same of {LANGUAGES} languages, which the first process takes in": gib(LANGUAGES * part),
-                "seconds for that at 100 Gbit/s": f"{LANGUAGES * part / NETWORK:.1f}",
-                "second moments in each process's memory": gib(matrices),
-                "second moments, sent by each process": gib(triangles),
-                "seconds for that at 100 Gbit/s, per process": f"{triangles / NETWORK:.1f}",
-                "serving, INT4 weights and scales of a replica": gib(weights),
-                f"tables of {LANGUAGES} languages (clips, centers, biases) of a replica": gib(tables),
-                "tables per language": gib(tables / (LANGUAGES + 2)),
+                "calibration: statistics of one language, which a process sends once, at most": gib(part),
+                f"calibration: statistics of {LANGUAGES} languages, which the first process receives": gib(
+                    LANGUAGES * part
+                ),
+                "calibration: seconds to receive them at 100 Gbit/s": f"{LANGUAGES * part / NETWORK:.1f}",
+                "calibration: second moments in the memory of each process": gib(matrices),
+                "calibration: second moments that each process sends": gib(triangles),
+                "calibration: seconds to send them at 100 Gbit/s": f"{triangles / NETWORK:.1f}",
+                "serving: INT4 weights with their clips, in a replica": gib(weights),
+                f"serving: tables of {LANGUAGES} languages (clips, centers, biases), in a replica": gib(tables),
+                "serving: tables of one language": gib(tables / (LANGUAGES + 2)),
             }
         )
     lines = ["| |" + "".join(f" {model.name} |" for model in MODELS), "|---|" + "--:|" * len(MODELS)]
