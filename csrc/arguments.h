@@ -158,5 +158,21 @@ inline void check_linear(const Tensor& weight, const Tensor& weight_clip, const 
   TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef({n}), "bias: expected shape [", n, "]");
 }
 
+inline Groups check_rounding(const Tensor& weight, const Tensor& second_moments, const Tensor& factor,
+                             int64_t group_size) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) > 0,
+                    "weight: expected shape [N, K] with K >= 1, got ", weight.sizes());
+  const int64_t k = weight.size(1);
+  const auto check = [&](const char* name, const Tensor& matrix) {
+    TORCH_CHECK_TYPE(matrix.scalar_type() == at::kFloat, name, ": expected float32, got ",
+                     matrix.scalar_type());
+    TORCH_CHECK_VALUE(matrix.sizes() == at::IntArrayRef({k, k}), name, ": expected shape [", k, ", ", k,
+                      "], got ", matrix.sizes());
+  };
+  check("second_moments", second_moments);
+  check("factor", factor);
+  return groups_of(k, group_size);
+}
+
 }  // namespace
 }  // namespace la_aciq

@@ -24,4 +24,7 @@ TORCH_LIBRARY(la_aciq, m) {
       "str activation_clip=\"static\", Tensor? clips=None, Tensor? language_ids=None, int "
       "activation_group_size=0, "
       "str activation_codebook=\"midrise\") -> Tensor");
+  m.def(
+      "round_weights(Tensor weight, Tensor second_moments, Tensor factor, int group_size=0, "
+      "str codebook=\"midrise\") -> (Tensor, Tensor)");
 }

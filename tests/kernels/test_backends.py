@@ -71,6 +71,15 @@ def test_compiled_kernels_come_first_and_triton_without_them(available):
     assert backends.choose("moments", fake_cuda(4, 64)) == "reference"
 
 
+def test_weights_are_rounded_on_their_device_whatever_kernels_there_are(available, monkeypatch):
+    available("reference", "cpu", "triton")
+    for forced in (None, "triton"):
+        monkeypatch.setattr(backends._choice, "backend", forced)
+        assert backends.choose("round_weights", fake_cuda(4, 64)) == ("reference" if backends.WHY_NO_CORE else "cuda")
+    monkeypatch.setattr(backends._choice, "backend", "reference")
+    assert backends.choose("round_weights", fake_cuda(4, 64)) == "reference"
+
+
 def test_cpu_tensors_use_the_compiled_kernel_even_where_triton_interprets(available):
     available("reference", "cpu", "triton")
     expected = "cpu" if backends.WHY_NO_CORE is None else "reference"

@@ -61,6 +61,10 @@ def make_inputs(op, dtype):
             ((codes, table[:, :1]), {"k": 40, "dtype": dtype}),
             ((codes, row_clips), {"k": 39, **groups, "per_row": True, "codebook": "midtread", "dtype": torch.float32}),
         ],
+        "round_weights": [
+            ((x[0], torch.eye(40), torch.eye(40)), {}),
+            ((x[0].T.contiguous().T, torch.eye(40), torch.eye(40), 16, "midtread"), {}),
+        ],
         "rotate": [((x, signs), {}), ((x.transpose(0, 1), signs.to(torch.int8), 4), {})],
         "linear": [
             ((x, codes, row_clips[:, :1]), {}),

@@ -33,18 +33,21 @@ def run_python(code, **environment):
 
 @needs_core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("op", ["moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear"])
+@pytest.mark.parametrize("op", [*backends.OPERATIONS, "round_weights"])
 def test_opcheck(op, dtype):
     for args, kwargs in make_inputs(op, dtype):
         torch.library.opcheck(getattr(torch.ops.la_aciq, op).default, args, kwargs)
 
 
 @pytest.mark.parametrize(("backend", "namespace"), [("cpu", "la_aciq"), ("triton", "la_aciq_triton")])
-@pytest.mark.parametrize("op", backends.OPERATIONS)
+@pytest.mark.parametrize("op", [*backends.OPERATIONS, "round_weights"])
 def test_the_reference_has_the_signatures_of_the_schema(op, backend, namespace):
     """ops.py leaves out what is a default of the reference, and the operator then takes its own."""
     if (reason := backends.why_unavailable(backend)) is not None:
         pytest.skip(reason)
+    if backend == "triton" and op in backends.IN_PYTORCH_ON_CUDA:
+        assert not hasattr(torch.ops.la_aciq_triton, op)
+        return
     operator = getattr(getattr(torch.ops, namespace), op).default
     arguments = operator._schema.arguments
     expected = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in arguments}
@@ -94,6 +97,20 @@ def test_wrappers_compile_without_graph_breaks(backend, dynamic):
             arguments = (x, clips, language_ids, signs, weight, weight_clip)
             for got, expected in zip(compiled(*arguments), everything(*arguments), strict=True):
                 torch.testing.assert_close(got, expected)
+
+
+@needs_core
+def test_rounding_weights_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    weight, eye = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)), torch.eye(48)
+
+    def rounded(weight, eye):
+        codes, row_clips = ops.round_weights(weight * 2, eye, eye, group_size=16)
+        return la_aciq.dequantize(codes, row_clips=row_clips, k=48, group_size=16)
+
+    compiled = torch.compile(rounded, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (weight, weight[:3]):
+        torch.testing.assert_close(compiled(rows, eye), rounded(rows, eye))
 
 
 @needs_core

@@ -9,7 +9,7 @@ from la_aciq.ops import backends
 
 pytestmark = pytest.mark.skipif(backends.WHY_NO_CORE is not None, reason="needs the compiled core")
 
-EVERY = "for name in ('moments', 'quantize', 'quantize_dynamic', 'dequantize', 'rotate', 'linear'): "
+EVERY = "for name in ('moments', 'quantize', 'quantize_dynamic', 'dequantize', 'rotate', 'linear', 'round_weights'): "
 META = "print(torch.ops.la_aciq.rotate(torch.ones(2, 8, device='meta'), torch.ones(8, device='meta')).shape)"
 
 

@@ -6,13 +6,14 @@
 #include "cpu/kernels/products.h"
 #include "cpu/kernels/quantize.h"
 #include "cpu/kernels/rotate.h"
+#include "cpu/kernels/round.h"
 
 namespace la_aciq::cpu {
 
 extern const Kernels LA_ACIQ_KERNELS;
 const Kernels LA_ACIQ_KERNELS = {
-    LA_ACIQ_ISA, moments,         unpack_histogram, quantize,          dequantize,
-    rotate,      float_product(), float_product(),  integer_product(),
+    LA_ACIQ_ISA,   moments,       unpack_histogram, quantize,        dequantize,        rotate,
+    round_scratch, round_weights, float_product(),  float_product(), integer_product(),
 };
 
 }  // namespace la_aciq::cpu

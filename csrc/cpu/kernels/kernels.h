@@ -74,6 +74,25 @@ struct RotateArgs {
   DType out_dtype;
 };
 
+// Weights [n, k] of dtype -> codes [n, ceil(k / 2)] and clips [n, groups], rounded with error feedback.
+constexpr int64_t kRoundBlock =
+    128;  // columns whose errors are weighed together when a group's clip is chosen
+struct RoundArgs {
+  const void* weight;
+  DType dtype;
+  int64_t k;
+  int64_t group_size;
+  int64_t groups;
+  const float* second_moments;  // [k, k], symmetric
+  const float* factor;          // [k, k], upper triangular: its transpose times it inverts second_moments
+  // [k, kRoundBlock]: the inverses of the factor's blocks on the diagonal, those of each group from its first
+  // column on; row j is that of column j in its block.
+  const float* inverses;
+  Codebook codebook;
+  uint8_t* codes;
+  float* clips;
+};
+
 // Members [start, start + length) of K, all in one group of the activations and one of the weights. start is
 // even. Segments that are decoded together make a tile.
 struct Segment {
@@ -173,6 +192,9 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end, float* scratch, double* tail);
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);
   void (*rotate)(const RotateArgs&, int64_t begin, int64_t end, float* scratch);
+  // Rows [begin, end); scratch: as many floats as round_scratch says for so many rows.
+  int64_t (*round_scratch)(const RoundArgs&, int64_t rows);
+  void (*round_weights)(const RoundArgs&, int64_t begin, int64_t end, float* scratch);
   Product float_product;     // of float32, bfloat16 or float16
   Product bfloat16_product;  // of bfloat16: the one above, or one that multiplies without widening
   Product integer_product;   // of codes

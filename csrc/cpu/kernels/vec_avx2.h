@@ -61,6 +61,9 @@ inline F32 muladd(F32 x, F32 y, F32 z) {
 inline F32 min(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F32 max(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F32 keep(Mask m, F32 x) { return {_mm256_and_ps(m.a, x.a), _mm256_and_ps(m.b, x.b)}; }
+inline F32 where(Mask m, F32 x, F32 y) {
+  return {_mm256_blendv_ps(y.a, x.a, m.a), _mm256_blendv_ps(y.b, x.b, m.b)};
+}
 inline F32 negated(uint16_t lanes, F32 x) {
   // Shifted to the left by 31 - i, the bit of lane i is the sign of a float32.
   const __m256i bits = _mm256_set1_epi32(lanes), first = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
@@ -199,6 +202,7 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
 
 constexpr int kHadamardRadix = 4;
 constexpr int kPowerSums = 2;
+constexpr int kRoundColumns = 6;
 
 template <int kHalf>
 inline __m256 butterfly8(__m256 x) {

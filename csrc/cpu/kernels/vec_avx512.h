@@ -68,6 +68,7 @@ inline Mask finite(F32 a) { return _mm512_cmp_ps_mask(abs(a), f32(3.402823466e+3
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline int count(Mask m) { return __builtin_popcount(m); }
 inline F32 keep(Mask m, F32 a) { return _mm512_maskz_mov_ps(m, a); }
+inline F32 where(Mask m, F32 a, F32 b) { return _mm512_mask_mov_ps(b, m, a); }
 inline F32 negated(uint16_t lanes, F32 a) { return _mm512_mask_xor_ps(a, lanes, a, f32(-0.0f)); }
 
 inline F64 f64(double x) { return _mm512_set1_pd(x); }
@@ -133,6 +134,7 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
 
 constexpr int kHadamardRadix = 16;
 constexpr int kPowerSums = 4;
+constexpr int kRoundColumns = 12;
 
 template <int kHalf>
 inline F32 butterfly(F32 a) {

@@ -164,6 +164,10 @@ inline F32 keep(const Mask& m, const F32& x) {  // 0 elsewhere
   return lanes<F32>([&](int i) { return m.lane[i] ? x.lane[i] : 0.0f; });
 }
 
+inline F32 where(const Mask& m, const F32& x, const F32& y) {
+  return lanes<F32>([&](int i) { return m.lane[i] ? x.lane[i] : y.lane[i]; });
+}
+
 inline F32 negated(uint16_t mask, const F32& x) {  // the lanes whose bit is set
   return lanes<F32>([&](int i) {
     const uint32_t sign = static_cast<uint32_t>(mask >> i & 1) << 31;
@@ -245,6 +249,7 @@ inline void load_nibble_planes(const uint8_t* p, I32& even16, I32& odd16) {
 
 constexpr int kHadamardRadix = 4;  // vectors of a pass over a block, as many as registers hold
 constexpr int kPowerSums = 2;      // sets of sums of powers, as many as registers hold
+constexpr int kRoundColumns = 2;   // vectors of sums over columns, as many as registers hold
 
 // One stage of the Hadamard transform within the vector: lanes i and i + kHalf become their sum and
 // difference.

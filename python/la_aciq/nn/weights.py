@@ -1,11 +1,11 @@
 """INT4 weights: the codes of a weight matrix, and the clip of each group of them.
 
-Rounding to nearest takes each weight for itself. `feedback` looks at what the layer computes: for its inputs x_t, with
-second moments H = sum_t x_t x_t^T, replacing the weight W by Q changes the outputs by
+Rounding to nearest takes each weight for itself. Error feedback looks at what the layer computes: for its inputs x_t,
+with second moments H = sum_t x_t x_t^T, replacing the weight W by Q changes the outputs by
 
     sum_t |(W - Q) x_t|^2 = tr((W - Q) H (W - Q)^T),
 
-which is quadratic in Q and the same problem for every row. It is made small in three steps:
+which is quadratic in Q and the same problem for every row. `ops.round_weights` makes it small in three steps:
 
 1. Column after column is rounded, and the columns still to come take over its error as well as they can (GPTQ, Frantar
    et al. 2023). With H^-1 = U^T U, U upper triangular, the error e_j of column j, divided by U_jj, changes column k by
@@ -89,17 +89,7 @@ def _best_clips(rows: Tensor, codebook: Codebook, padding: Tensor) -> Tensor:
     return best_share * largest
 
 
-# Clips tried for a group that is reached by the feedback, as shares of its largest magnitude, and then around the best.
-_REACHED = [0.44 + 0.04 * i for i in range(15)]
-_AROUND = (-0.02, 0.02)
 _DAMPING = 0.01
-_SWEEPS = 1
-# A clip's least squares are a refinement: one far from the clip searched for comes of rounding errors in H.
-_LEAST_RATIO, _LARGEST_RATIO = 0.7, 1.4
-# Columns that are rounded before the rest of the matrix hears of it, and weights worked on at once (64 MiB of each of
-# five float32 copies).
-_BLOCK = 128
-_AT_ONCE = 1 << 24
 
 
 class Rounding:
@@ -152,7 +142,7 @@ class Rounding:
             # Of the two Cholesky decompositions the first is of a matrix with the damping on its diagonal.
             damped, lower = self._cholesky(device)
             upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-            self._factors = damped.float(), upper.float()
+            self._factors = damped.float(), upper.float().contiguous()
         return self._factors
 
 
@@ -175,35 +165,11 @@ def quantize_weight(
         ValueError: second moments that do not fit the weight, or that cannot be any inputs'.
     """
     if second_moments is None:
-        values, clips = weight.float(), weight_clips(weight, group_size, codebook)
-    else:
-        values, clips = feedback(weight, second_moments, group_size, codebook)
-    row = torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device)
-    # Each output is a "language" with an entry in the table of clips. Feedback returns values of the codebook already;
-    # to quantize them is to look up their codes.
-    codes: Tensor = ops.quantize(values, clips, row, group_size=group_size, codebook=codebook)
-    return codes, clips
-
-
-def feedback(
-    weight: Tensor, second_moments: Tensor | Rounding, group_size: int, codebook: Codebook = "midrise"
-) -> tuple[Tensor, Tensor]:
-    """Values of the codebook, float32 [N, K], and clips, float32 [N, groups], with a small error of the layer's output.
-
-    This module's text says how. Time and memory: about 3 N K^2 multiplications and 6 float64 matrices [K, K].
-
-    Args:
-        weight: as in `quantize_weight`.
-        second_moments: as in `quantize_weight`.
-        group_size: as in `quantize_weight`.
-        codebook: as in `quantize_weight`.
-
-    Returns:
-        The values and the clips, on the weight's device.
-
-    Raises:
-        ValueError: as `quantize_weight`.
-    """
+        clips = weight_clips(weight, group_size, codebook)
+        row = torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device)
+        # Each output is a "language" with an entry in the table of clips.
+        codes: Tensor = ops.quantize(weight.float(), clips, row, group_size=group_size, codebook=codebook)
+        return codes, clips
     n, k = weight.shape
     rounding = second_moments if isinstance(second_moments, Rounding) else Rounding(second_moments)
     if rounding.k != k:
@@ -211,18 +177,10 @@ def feedback(
             f"second_moments: expected finite values of shape {[k, k]} for a weight of shape {[n, k]}, got shape "
             f"{[rounding.k, rounding.k]}"
         )
-    problem = _Problem(*rounding.factors(weight.device), group_size or k, 0.5 * (codebook == "midrise"))
-    values = torch.empty((n, k), dtype=torch.float32, device=weight.device)
-    clips = torch.empty((n, -(-k // problem.group)), dtype=torch.float32, device=weight.device)
-    rows_at_once = max(_AT_ONCE // max(k, 1), 1)
-    for start in range(0, n, rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        columns = weight[rows].float().T.contiguous()  # [K, rows]: a column of the weight lies together
-        rounded, steps = problem.round(columns.clone())
-        for _ in range(_SWEEPS):
-            problem.descend(columns, rounded, steps)
-        values[rows], clips[rows] = rounded.T, steps.T * 7.5
-    return values, clips
+    factors = rounding.factors(weight.device)
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    return ops.round_weights(weight, *factors, group_size=group_size, codebook=codebook)
 
 
 def _damped(h: Tensor) -> Tensor:
@@ -235,90 +193,3 @@ def _damped(h: Tensor) -> Tensor:
     h = h / mean
     h.diagonal().copy_(torch.where(seen, diagonal / mean, 1.0) + _DAMPING)
     return h
-
-
-class _Problem:
-    """Rounding columns [K, rows] of a weight, the transpose of some of its rows, under damped second moments.
-
-    h: [K, K]. u: upper triangular with u^T u = h^-1. group: columns that share a clip. half: 0.5 where the codebook's
-    values are odd multiples of half a step, 0 where they are multiples of a step.
-    """
-
-    def __init__(self, h: Tensor, u: Tensor, group: int, half: float) -> None:
-        self.h, self.u, self.group, self.half = h, u, group, half
-
-    def nearest(self, x: Tensor, step: Tensor) -> Tensor:
-        """The value of the codebook nearest x, elementwise; a step of 0 has the value 0 alone."""
-        level = (x / step.clamp(min=torch.finfo(torch.float32).tiny)).sub_(self.half).round_().clamp_(-8, 7)
-        return level.add_(self.half).mul_(step)
-
-    def round(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [K, rows] and steps [groups, rows]; `columns` is used up."""
-        k = len(columns)
-        values = torch.empty_like(columns)
-        steps = torch.empty((-(-k // self.group), columns.shape[1]), dtype=columns.dtype, device=columns.device)
-        for i, (first, last) in enumerate(_spans(0, k, self.group)):
-            steps[i] = self._reached(columns, first, last)
-            for a, b in _spans(first, last, _BLOCK):
-                errors = torch.empty_like(columns[a:b])
-                for j in range(a, b):
-                    values[j] = self.nearest(columns[j], steps[i])
-                    errors[j - a] = (columns[j] - values[j]) / self.u[j, j]
-                    columns[j + 1 : b].addr_(self.u[j, j + 1 : b], errors[j - a], alpha=-1)
-                columns[b:].addmm_(self.u[a:b, b:].T, errors, alpha=-1)
-        return values, steps
-
-    def _reached(self, columns: Tensor, first: int, last: int) -> Tensor:
-        """The steps [rows] of the group of these columns."""
-        group = columns[first:last]
-        # Within a group of several blocks each block's errors are weighed for themselves.
-        weigh = [
-            (a - first, b - first, torch.linalg.inv(self.u[a:b, a:b]).T.contiguous())
-            for a, b in _spans(first, last, _BLOCK)
-        ]
-        largest = group.abs().amax(dim=0) / 7.5
-        best, best_share = torch.full_like(largest, torch.inf), torch.ones_like(largest)
-
-        def attempt(share: Tensor) -> None:
-            nonlocal best, best_share
-            errors = group - self.nearest(group, share * largest)
-            error = sum(((m @ errors[a:b]).square().sum(dim=0) for a, b, m in weigh), torch.zeros_like(largest))
-            better = error < best
-            best, best_share = torch.where(better, error, best), torch.where(better, share, best_share)
-
-        for share in _REACHED:
-            attempt(torch.full_like(largest, share))
-        coarse = best_share
-        for offset in _AROUND:
-            attempt(coarse + offset)
-        return best_share * largest
-
-    def descend(self, columns: Tensor, values: Tensor, steps: Tensor) -> None:
-        """One sweep of coordinate descent from values [K, rows] and steps [groups, rows], in place."""
-        pull = self.h @ (columns - values)  # minus half the error's gradient
-        for i, (first, last) in enumerate(_spans(0, len(columns), self.group)):
-            h = self.h[first:last, first:last].contiguous()
-            group, before = values[first:last], values[first:last].clone()
-            local = pull[first:last].clone()
-            tiny = torch.finfo(torch.float32).tiny
-            # The step, given the codes: values are step * levels.
-            levels = group / steps[i].clamp(min=tiny)
-            ratio = 1 + (levels * local).sum(dim=0) / ((levels * (h @ levels)).sum(dim=0) * steps[i]).clamp(min=tiny)
-            ratio = torch.where((ratio > _LEAST_RATIO) & (ratio < _LARGEST_RATIO), ratio, 1.0)
-            steps[i] *= ratio
-            group *= ratio
-            local.addmm_(h, group - before, alpha=-1)
-            # The codes, each given all others.
-            for a, b in _spans(0, last - first, _BLOCK):
-                start = group[a:b].clone()
-                for j in range(a, b):
-                    old = group[j].clone()
-                    group[j] = self.nearest(old + local[j] / h[j, j], steps[i])
-                    local[j + 1 : b].addr_(h[j, j + 1 : b], group[j] - old, alpha=-1)
-                local[b:].addmm_(h[b:, a:b], group[a:b] - start, alpha=-1)
-            pull.addmm_(self.h[:, first:last], group - before, alpha=-1)
-
-
-def _spans(first: int, last: int, size: int) -> list[tuple[int, int]]:
-    """[first, last) in pieces of `size`, the last one maybe shorter."""
-    return [(a, min(a + size, last)) for a in range(first, last, size)]

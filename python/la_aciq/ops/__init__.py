@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         repack_weight,
         restore_weight,
         rotate,
+        round_weights,
     )
     from .streaming import Moments
 
@@ -44,6 +45,7 @@ __all__ = [
     "restore_weight",
     "rotate",
     "rotation",
+    "round_weights",
     "streaming",
     "use_backend",
     "why_unavailable",
@@ -65,6 +67,7 @@ __getattr__ = _lazy(
             "repack_weight",
             "restore_weight",
             "rotate",
+            "round_weights",
         ),
         "reference": (),
         "rotation": (),

@@ -25,8 +25,11 @@ from ..errors import LaAciqError, UnavailableError
 from . import fakes, reference
 
 Backend = Literal["reference", "cpu", "cuda", "triton"]
+# Those with kernels of every backend.
 OPERATIONS = ("moments", "quantize", "quantize_dynamic", "dequantize", "rotate", "linear")
 ROUNDED = "linear, rounded activations"
+# Operations without Triton kernels, whose operators run in PyTorch on CUDA tensors: nothing to choose from.
+IN_PYTORCH_ON_CUDA = ("round_weights",)
 
 Rules = tuple[tuple[float, tuple[Backend, ...]], ...]
 
@@ -162,18 +165,18 @@ class _Choice(threading.local):
 _choice = _Choice()
 
 
-def _overloads(namespace: Any) -> dict[str, Callable[..., Any]]:
-    return {name: getattr(namespace, name).default for name in OPERATIONS}
+def _overloads(namespace: Any, names: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
+    return {name: getattr(namespace, name).default for name in names}
 
 
 # By backend and operation. Looking one up in torch.ops in every call takes twice as long.
 _FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "reference": {name: getattr(reference, name) for name in OPERATIONS}
+    "reference": {name: getattr(reference, name) for name in (*OPERATIONS, *IN_PYTORCH_ON_CUDA)}
 }
 if WHY_NO_CORE is None:
-    _FUNCTIONS["cpu"] = _FUNCTIONS["cuda"] = _overloads(torch.ops.la_aciq)
+    _FUNCTIONS["cpu"] = _FUNCTIONS["cuda"] = _overloads(torch.ops.la_aciq, (*OPERATIONS, *IN_PYTORCH_ON_CUDA))
 if _WHY_NOT["triton"] is None:
-    _FUNCTIONS["triton"] = _overloads(torch.ops.la_aciq_triton)
+    _FUNCTIONS["triton"] = _overloads(torch.ops.la_aciq_triton, OPERATIONS)
 
 
 def register() -> None:
@@ -257,6 +260,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
 def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
     """The backend that runs an operation on x [..., K]; `rounded`: `linear` with INT8 or INT4 activations.
 
+    An operation without a Triton kernel runs on its device's own backend where "triton" is asked for.
+
     Raises RuntimeError if the backend this thread is held to cannot run on x.
     """
     forced = _choice.backend
@@ -267,11 +272,14 @@ def choose(operation: str, x: Tensor, rounded: bool = False) -> str:
             raise _unavailable(forced, f"x is on {x.device}")
         if forced == "triton" and x.device.type != "cuda" and not _INTERPRETS:
             raise _unavailable(forced, f"x is on {x.device}, and {_NOT_INTERPRETED}")
-        return forced
+        if forced != "triton" or operation not in IN_PYTORCH_ON_CUDA:
+            return forced
     if x.is_cpu:
         return "cpu" if WHY_NO_CORE is None else "reference"
     if x.device.type != "cuda":
         return "reference"
+    if operation in IN_PYTORCH_ON_CUDA:
+        return "cuda" if WHY_NO_CORE is None else "reference"
     rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 1
     for bound, backends in PREFERENCES[ROUNDED if rounded else operation]:
         if rows <= bound:

@@ -1,6 +1,7 @@
 """The shapes and dtypes of the operators' results, for torch.compile and torch.export.
 
-`register` attaches them to `torch.ops.la_aciq.*`, whose schemas are in csrc/ops.cpp.
+`register` attaches them to `torch.ops.la_aciq.*`, whose schemas are in csrc/ops.cpp, with what runs on CUDA tensors in
+PyTorch.
 """
 
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference, rounding
 from .streaming import HISTOGRAM_BINS, STATE_SIZE
 
 
@@ -72,7 +74,26 @@ def linear(x: Tensor, weight: Tensor, weight_clip: Tensor, bias: Tensor | None =
     return x.new_empty((*x.shape[:-1], weight_clip.shape[0]))
 
 
+def round_weights(
+    weight: Tensor, second_moments: Tensor, factor: Tensor, group_size: int = 0, codebook: str = "midrise"
+) -> tuple[Tensor, Tensor]:
+    n, k = weight.shape
+    groups = reference.group_count(k, group_size)
+    return (
+        weight.new_empty((n, (k + 1) // 2), dtype=torch.uint8),
+        weight.new_empty((n, groups), dtype=torch.float32),
+    )
+
+
+def _round_weights_on_cuda(
+    weight: Tensor, second_moments: Tensor, factor: Tensor, group_size: int = 0, codebook: str = "midrise"
+) -> tuple[Tensor, Tensor]:
+    codes, clips = rounding.round_weights(weight, second_moments, factor, group_size, codebook, torch.float32)
+    return reference.pack(codes), clips
+
+
 def register() -> None:
     """Attach the functions of this module to the operators; the compiled core has declared them."""
-    for function in (moments, quantize, quantize_dynamic, dequantize, rotate, linear):
+    for function in (moments, quantize, quantize_dynamic, dequantize, rotate, linear, round_weights):
         torch.library.register_fake(f"la_aciq::{function.__name__}", function)
+    torch.library.impl("la_aciq::round_weights", "CUDA", _round_weights_on_cuda)

@@ -493,6 +493,54 @@ def linear(
 
 
 @_names_misfits
+def round_weights(
+    weight: Tensor,
+    second_moments: Tensor,
+    factor: Tensor,
+    *,
+    group_size: int | None = None,
+    codebook: Codebook = "midrise",
+) -> tuple[Tensor, Tensor]:
+    """INT4 codes and clips of weights, rounded with error feedback under second moments of the layer's inputs.
+
+    Columns are rounded one after the other, and those still to come take over the error (GPTQ, Frantar et al. 2023);
+    a group's clip is chosen when the group is reached; a sweep of coordinate descent over clips and codes follows
+    (QuantEase, Behdin et al. 2023). Rows do not depend on each other. `la_aciq.nn.weights.quantize_weight` damps and
+    factors second moments. On the CPU sums are in float32; on CUDA tensors the operation runs in PyTorch.
+
+    Args:
+        weight: float32, bfloat16 or float16 [N, K], finite.
+        second_moments: float32 [K, K], H: symmetric, positive definite.
+        factor: float32 [K, K], upper triangular U with U^T U = H^-1. What is below its diagonal is not read.
+        group_size: Weights along K that share a clip, an even number; None for the whole row.
+        codebook: "midrise" or "midtread", as in `quantize`.
+
+    Returns:
+        Codes, uint8 [N, ceil(K / 2)], packed as in `quantize`, and clips, float32 [N, groups], which `dequantize` takes
+        as `row_clips`. A group of zeros has clip 0 and dequantizes to zeros.
+
+    Raises:
+        TypeError: An argument has a type or dtype that does not fit; the message names it.
+        ValueError: An argument has a shape or a value that does not fit; the message names it.
+    """
+    if weight.dtype not in _DTYPES:
+        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {_name(weight.dtype)}")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight: expected shape [N, K] with K >= 1, got {list(weight.shape)}")
+    k = weight.shape[1]
+    for name, matrix in (("second_moments", second_moments), ("factor", factor)):
+        if matrix.dtype != torch.float32:
+            raise TypeError(f"{name}: expected float32, got {_name(matrix.dtype)}")
+        if matrix.shape != (k, k):
+            raise ValueError(f"{name}: expected shape {[k, k]}, got {list(matrix.shape)}")
+        _check_device(name, matrix, weight, "weight")
+    size = _checked_group_size("group_size", group_size)
+    _check_choice("codebook", codebook, CODEBOOKS)
+    codes, clips = implementation("round_weights", weight)(weight, second_moments, factor, size, codebook)
+    return codes, clips
+
+
+@_names_misfits
 def repack_weight(weight: Tensor) -> Tensor:
     """INT4 codes in the order in which the CPU multiplies fastest; `restore_weight` undoes it.
 

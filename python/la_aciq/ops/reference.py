@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import rotation
+from . import rotation, rounding
 from .streaming import HISTOGRAM_BINS
 
 
@@ -295,3 +295,11 @@ def linear(
     )
     out = torch.nn.functional.linear(y, dense, None if bias is None else bias.to(torch.float64))
     return out.to(x.dtype)
+
+
+def round_weights(
+    weight: Tensor, second_moments: Tensor, factor: Tensor, group_size: int = 0, codebook: str = "midrise"
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, ceil(K / 2)] and clips float32 [N, groups]; rounding.py defines them."""
+    codes, clips = rounding.round_weights(weight, second_moments, factor, group_size, codebook, torch.float64)
+    return pack(codes), clips

@@ -734,15 +734,155 @@ void check_product(Random& random) {
   }
 }
 
+// Weights rounded under second moments that are made from their factor: U is drawn, H is U^-1 U^-T.
+void check_round_weights(Random& random) {
+  Shape shape(random);
+  shape.k = random.size(60, 330);
+  shape.group_size = random.once_in(4) ? shape.k : std::min(2 * random.between(1, 90), shape.k + shape.k % 2);
+  shape.groups = (shape.k + shape.group_size - 1) / shape.group_size;
+  const int64_t k = shape.k, middle = random.between(shape.begin, shape.end);
+  Elements weight(random, any_dtype(random), shape.rows * k);
+  weight.fill(random);
+  Array<float> factor(random, k * k), second_moments(random, k * k), inverses(random, k * kRoundBlock);
+  std::vector<double> inverse(static_cast<size_t>(k * k), 0.0);
+  for (int64_t i = k - 1; i >= 0; i--) {
+    for (int64_t j = 0; j < k; j++) {
+      const double drawn = j == i ? 0.5 + random.uniform() : random.normal() / static_cast<double>(k);
+      factor[i * k + j] = j < i ? NAN : static_cast<float>(drawn);  // what is below the diagonal is not read
+    }
+    inverse[i * k + i] = 1;
+    for (int64_t m = i + 1; m < k; m++) {
+      for (int64_t j = m; j < k; j++) inverse[i * k + j] -= factor[i * k + m] * inverse[m * k + j];
+    }
+    for (int64_t j = i; j < k; j++) inverse[i * k + j] /= factor[i * k + i];
+  }
+  for (int64_t i = 0; i < k; i++) {
+    for (int64_t j = 0; j < k; j++) {
+      double sum = 0;
+      for (int64_t m = std::max(i, j); m < k; m++) sum += inverse[i * k + m] * inverse[j * k + m];
+      second_moments[i * k + j] = static_cast<float>(sum);
+    }
+    const int64_t group = i / shape.group_size * shape.group_size,
+                  first = group + (i - group) / kRoundBlock * kRoundBlock,
+                  last = std::min({first + kRoundBlock, group + shape.group_size, k});
+    std::fill_n(inverses.data() + i * kRoundBlock, kRoundBlock, NAN);
+    for (int64_t j = first; j < last; j++) {
+      inverses[i * kRoundBlock + j - first] = static_cast<float>(inverse[i * k + j]);
+    }
+  }
+  const Codebook codebook = any_codebook(random);
+  const auto ordinary = [&](int64_t row) {
+    double largest = 0;
+    for (int64_t i = 0; i < k; i++) {
+      const double v = weight.get(row * k + i);
+      if (!(fabs(v) < 1e12) || (v != 0 && fabs(v) < 1e-12)) return false;
+      largest = std::max(largest, fabs(v));
+    }
+    return largest > 0;
+  };
+
+  struct Output {
+    Array<uint8_t> codes;
+    Array<float> clips;
+  };
+  std::unique_ptr<Output> fused;  // of the first instruction set that fuses multiply-adds
+  for (const Kernels* kernels : available_kernels()) {
+    auto output = std::make_unique<Output>(
+        Output{{random, shape.rows * shape.row_bytes()}, {random, shape.rows * shape.groups}});
+    Output& out = *output;
+    RoundArgs args{
+        .weight = weight.data(),
+        .dtype = weight.dtype,
+        .k = k,
+        .group_size = shape.group_size,
+        .groups = shape.groups,
+        .second_moments = second_moments.data(),
+        .factor = factor.data(),
+        .inverses = inverses.data(),
+        .codebook = codebook,
+        .codes = out.codes.data(),
+        .clips = out.clips.data(),
+    };
+    const auto run = [&](int64_t begin, int64_t end) {
+      if (begin == end) return;
+      Array<float> scratch(random, kernels->round_scratch(args, end - begin));
+      kernels->round_weights(args, begin, end, scratch.data());
+    };
+    run(shape.begin, shape.end);
+    const auto untouched = [&](Memory& memory) {
+      const int64_t row = memory.bytes() / shape.rows;
+      return memory.unwritten(0, shape.begin * row) && memory.unwritten(shape.end * row, memory.bytes());
+    };
+    if (!untouched(out.codes) || !untouched(out.clips)) {
+      fail(kernels->isa, "round_weights wrote rows it was not asked for");
+    }
+    Output parts{{random, out.codes.bytes()}, {random, shape.rows * shape.groups}};
+    args.codes = parts.codes.data();
+    args.clips = parts.clips.data();
+    run(shape.begin, middle);
+    run(middle, shape.end);
+    for (int64_t row = shape.begin; row < shape.end; row++) {
+      const int64_t row_bytes = shape.row_bytes();
+      if (memcmp(parts.codes.data() + row * row_bytes, out.codes.data() + row * row_bytes,
+                 static_cast<size_t>(row_bytes)) != 0) {
+        fail(kernels->isa, "round_weights: codes depend on the rows beside them");
+      }
+      if (k % 2 && out.codes[(row + 1) * row_bytes - 1] > 15) {
+        fail(kernels->isa, "round_weights: the unused half of the last byte of a row is not zero");
+      }
+      if (!ordinary(row)) continue;
+      std::vector<double> left(static_cast<size_t>(k)), plain(static_cast<size_t>(k));
+      for (int64_t i = 0; i < k; i++) {
+        const double w = weight.get(row * k + i), clip = out.clips[row * shape.groups + i / shape.group_size];
+        const int code = out.codes[row * row_bytes + i / 2] >> i % 2 * 4 & 15;
+        if (!(clip >= 0 && clip <= FLT_MAX))
+          fail(kernels->isa, "round_weights, clip of " + at(row, i, clip, 1));
+        left[i] = w - exact_level(code, 4, codebook) * clip;
+        double nearest = fabs(w);
+        for (int other = 0; other < 16; other++) {
+          const double value = exact_level(other, 4, codebook) * clip;
+          if (other == 0 || fabs(w - value) < fabs(nearest)) nearest = w - value;
+        }
+        plain[i] = nearest;
+      }
+      double error = 0, plain_error = 0, last_gradient = 0, magnitude = 0;
+      for (int64_t i = 0; i < k; i++) {
+        for (int64_t j = 0; j < k; j++) {
+          const double h = second_moments[i * k + j];
+          error += left[i] * h * left[j];
+          plain_error += plain[i] * h * plain[j];
+          magnitude += fabs(weight.get(row * k + i) * h * weight.get(row * k + j));
+        }
+        last_gradient += second_moments[(k - 1) * k + i] * left[i];
+      }
+      if (!(error <= 1.5 * plain_error + 1e-9 * magnitude)) {
+        fail(kernels->isa, "round_weights, error of the output: " + at(row, 0, error, plain_error));
+      }
+      // The last column's code is the best, given all others.
+      const double clip = out.clips[(row + 1) * shape.groups - 1], step = clip * 2 / 15,
+                   curvature = second_moments[k * k - 1];
+      const double best = weight.get((row + 1) * k - 1) - left[k - 1] + last_gradient / curvature;
+      const int code = out.codes[(row + 1) * row_bytes - 1] >> (k - 1) % 2 * 4 & 15;
+      const double slack = 1e-3 * step + 1e-5 * sqrt(magnitude / curvature);
+      if (!right_code(code, best, slack, clip, 4, codebook)) {
+        fail(kernels->isa, "round_weights, code of " + at(row, k - 1, code, best / step));
+      }
+      if (fused && memcmp(fused->codes.data() + row * row_bytes, out.codes.data() + row * row_bytes,
+                          static_cast<size_t>(row_bytes)) != 0) {
+        fail(kernels->isa, "round_weights: codes differ between instruction sets with fused multiply-adds");
+      }
+    }
+    if (kernels != *available_kernels().begin() && !fused) fused = std::move(output);
+  }
+}
+
 using Check = void (*)(Random&);
 constexpr struct {
   const char* name;
   Check check;
-} kChecks[] = {{"quantize", check_quantize},
-               {"dequantize", check_dequantize},
-               {"rotate", check_rotate},
-               {"moments", check_moments},
-               {"product", check_product}};
+} kChecks[] = {{"quantize", check_quantize}, {"dequantize", check_dequantize},
+               {"rotate", check_rotate},     {"moments", check_moments},
+               {"product", check_product},   {"round_weights", check_round_weights}};
 
 // Mistakes that the sanitizers and the comparisons have to find.
 int make_fault(const std::string& kind) {
