@@ -1,6 +1,7 @@
 """Evaluation end to end on a small Llama, checked against numbers computed here by hand."""
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -280,3 +281,17 @@ def test_a_configuration_that_does_not_fit_its_profile_is_named_before_the_model
     }
     with pytest.raises(LaAciqError, match=r"configuration 'unrotated': rotate = False, but the profile"):
         evaluate_configurations(model, profile, configurations, texts=with_bytes(random_texts()), **SETTINGS)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_progress_bar_counts_the_layers_that_are_quantized(model, profile, capsys, progress):
+    configurations = {"W4A8": QuantConfig(activations=8, group_size=16), "bf16": torch.bfloat16}
+    settings = SETTINGS | {"progress": progress}
+    evaluate_configurations(model, profile, configurations, texts=random_texts(), **settings)
+    shown = capsys.readouterr().err
+    if progress:
+        layers = len(quantize_model(model, profile, configurations["W4A8"], progress=False).la_aciq.layers)
+        assert re.search(rf"Quantizing: +0%.* 0/{layers} \[00:00<\?, \?layer/s\]", shown)
+        assert "Evaluating: 100%" in shown
+    else:
+        assert shown == ""

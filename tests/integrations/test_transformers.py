@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import torch
 from tiny_llama import random_texts, tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging
 
 import la_aciq
 from la_aciq.checkpoint import load_quantized, save_quantized
@@ -366,3 +368,20 @@ def test_a_distributed_model_is_not_quantized(model, profile, tmp_path):
     assert "layers.1.mlp.up_proj.weight' is distributed over processes; expected a model" in process.stdout, (
         process.stderr
     )
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_progress_bar_counts_the_layers_that_are_quantized_on_load(folder, profile, capsys, shown):
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=LaAciqConfig(profile), dtype=torch.float32
+        )
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+    error = capsys.readouterr().err
+    if shown:
+        assert re.search(rf"Quantizing: +0%.* 0/{len(loaded.la_aciq.layers)} \[00:00<\?, \?layer/s\]", error)
+    else:
+        assert "layer" not in error

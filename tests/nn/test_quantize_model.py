@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import dataclasses
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -615,3 +616,12 @@ def test_weights_of_languages_that_the_profile_lacks(model, profile):
     ):
         with pytest.raises(LaAciqError, match=message):
             quantized(model, profile, language_objective="weighted", language_weights=weights)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_progress_bar_has_the_layers_and_the_time_that_is_left(model, profile, capsys, inplace):
+    quantized = quantize_model(copy.deepcopy(model), profile, config_of(), inplace=inplace)
+    count = len(quantized.la_aciq.layers)
+    assert re.search(rf"Quantizing: 100%.* {count}/{count} \[00:\d\d<00:00, .*layer", capsys.readouterr().err)
+    quantize_model(copy.deepcopy(model), profile, config_of(), inplace=inplace, progress=False)
+    assert capsys.readouterr().err == ""

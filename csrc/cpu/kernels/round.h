@@ -62,10 +62,10 @@ inline RoundBuffers buffers_of(const RoundArgs& args, int64_t rows, float* scrat
   buffers.strips = strips;
   buffers.panel = panel;
   buffers.panel_stride = stride;
+  int64_t taken = 0;
   const auto take = [&](int64_t count) {
-    float* p = scratch;
-    scratch += count;
-    return p;
+    taken += count;
+    return scratch + taken - count;
   };
   buffers.packed = take(kPackedColumns * kMembersAtOnce);
   buffers.errors = take(16 * kRoundBlock);

@@ -161,7 +161,7 @@ def evaluate_configurations(
         for name, config in configurations.items():
             bar.set_postfix_str(name)
             if isinstance(config, QuantConfig):
-                candidate = previous = quantize_model(model, chosen[name], config, like=previous, progress=False)
+                candidate = previous = quantize_model(model, chosen[name], config, like=previous, progress=progress)
             else:
                 candidate = _cast(model, config)
             results[name] = data.losses(candidate, bar), _describe(candidate)

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.folder import (
@@ -128,6 +130,7 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
         self._samples: dict[str, bytes] = {}  # of the parameters that are not there any more
         self._replaced: set[str] = set()
         self._failure: LaAciqError | None = None
+        self._bar: tqdm[Any] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For a model that is unpickled: its attention is looked up by name, so the module that has it is imported."""
@@ -237,11 +240,20 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
             self._samples[name] = sample(tensor)
             setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
             if not any(tensor.is_meta for tensor in module.parameters()):
+                if self._bar is None:  # beneath transformers' own, which counts parameters
+                    self._bar = tqdm(
+                        total=len(self._plan.names),
+                        desc="Quantizing",
+                        unit="layer",
+                        leave=None,
+                        disable=not logging.is_progress_bar_enabled(),
+                    )
                 quantized = self._plan.quantized(layer, module)
                 for buffer in quantized.buffers():
                     buffer._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would initialize it
                 model.set_submodule(layer, quantized)
                 self._replaced.add(layer)
+                self._bar.update()
         except LaAciqError as error:
             self._failure = error  # transformers would log it and go on; it is raised when loading ends
 
@@ -249,6 +261,9 @@ class LaAciqQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._quantization is not None:
             adopt(model, self._quantization)
             return
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
         plan, profile = self._plan, self.quantization_config.profile
         if plan is None or profile is None:
             raise RuntimeError("transformers ended loading a model before it began")

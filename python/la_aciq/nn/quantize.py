@@ -93,7 +93,7 @@ def quantize_model(
             model is left as it was, and the copy shares nothing with it.
         like: this model as it was quantized before; INT4 weights that would come out the same are shared with it, so
             that trying many clips costs the weights once.
-        progress: show a progress bar on standard error.
+        progress: show a progress bar on standard error: layers, and the time that is left.
 
     Returns:
         The quantized model. Its `la_aciq` is a `Quantization`; `skipped` there says what was left alone and why.
@@ -126,7 +126,8 @@ def quantize_model(
         plan.check_second_moments(model)
     # A module that is replaced is never copied: the copy finds its replacement in place of it.
     replaced: dict[int, Any] = {}
-    for name in tqdm(plan.names, desc="Quantizing", unit="layer", disable=not progress):
+    # Beneath another progress bar it leaves no line behind.
+    for name in tqdm(plan.names, desc="Quantizing", unit="layer", leave=None, disable=not progress):
         original: Any = model.get_submodule(name)
         if inplace:
             model.set_submodule(name, plan.quantized(name, original, like))
