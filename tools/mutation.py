@@ -1,7 +1,7 @@
 """Seeds faults in the kernels and shows which tests find them.
 
-    python tools/mutation.py cpu [--all-cases] [--only NAME]
-    python tools/mutation.py cuda [--all-cases] [--only NAME]
+    python tools/mutation.py cpu [--all-cases] [--only NAME ...]
+    python tools/mutation.py cuda [--all-cases] [--only NAME ...]
 
 A copy of the tree is built once with every fault in it, each behind a switch that the environment sets; then the
 operations' tests run once per fault and stop at the first failure. --all-cases runs every combination of parameters in
@@ -134,12 +134,12 @@ CPU = (
         "2.0 * static_cast<double>(n) * s2",
     ),
     Fault(
-        "moments: the last bin has an edge",
+        "moments: the first bin has an edge",
         "kernels/moments.h",
         "bin > 0 && bin < kHistogramBins - 1",
-        "bin > 0",
+        "bin < kHistogramBins - 1",
     ),
-    Fault("linear: bias of the first outputs", "kernels/product.h", "load(bias + i)", "load(bias)"),
+    Fault("linear: bias of the first outputs", "kernels/product.h", "args.bias + first", "args.bias"),
     Fault(
         "linear: the clip of the first group of activations",
         "kernels/product.h",
@@ -293,7 +293,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kernels", choices=FAULTS)
     parser.add_argument("--all-cases", action="store_true", help="every combination of parameters, not pairs")
-    parser.add_argument("--only", default="", help="faults whose name begins so")
+    parser.add_argument("--only", nargs="+", default=("",), metavar="NAME", help="faults whose names begin so")
     parser.add_argument("--output", type=Path, help="JSON file to write; what it has of other faults is kept")
     arguments = parser.parse_args()
     faults, tests = FAULTS[arguments.kernels], TESTS[arguments.kernels]
@@ -317,7 +317,7 @@ def main() -> int:
         print(f"{time.perf_counter() - started:6.1f} s  without a fault: passed", flush=True)
         results = []
         for number, fault in enumerate(faults, 1):
-            if not fault.name.startswith(arguments.only):
+            if not fault.name.startswith(tuple(arguments.only)):
                 continue
             started = time.perf_counter()
             verdict = outcome(tree, tests, environment | {"LA_ACIQ_FAULT": str(number)})

@@ -64,6 +64,16 @@ def test_low_precision_input_is_summed_in_float64(dtype, offset):
     check(la_aciq.moments(x), x.double().numpy(), rtol=1e-9)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_range_of_values_of_one_sign_is_theirs(dtype, sign):
+    """What fills up the last vector is no element."""
+    x = sign * (torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
+    for n in range(1, 41):
+        m = la_aciq.moments(x[:n])
+        assert (m.min, m.max) == (float(x[:n].min()), float(x[:n].max())), n
+
+
 @settings(deadline=None, max_examples=60)
 @given(ARRAYS)
 def test_any_array(x):
@@ -203,6 +213,13 @@ def test_histogram_edges_of_the_range():
     assert (counts[0], counts[1], counts[256], counts[257]) == (4, 1, 1, 3)
     assert counts.sum() == 9
     assert m.histogram[0, 1] == m.histogram[257, 1] == 0
+
+
+@pytest.mark.parametrize("n", [5, 200_000])
+def test_the_first_bin_has_no_edge_to_measure_from(n):
+    """Nor has it one where many elements are counted, which goes another way."""
+    x = torch.full((n,), 1.9 * 2.0**-17)
+    assert la_aciq.moments(x, histogram=True).histogram[0].tolist() == [n, 0]
 
 
 def test_histograms_of_languages_add_up():
