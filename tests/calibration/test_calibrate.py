@@ -12,7 +12,14 @@ import torch
 from byte_llama import byte_llama
 from torch import nn
 from torch.nn.utils import prune
-from transformers import RwkvConfig, RwkvForCausalLM
+from transformers import (
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 import la_aciq
 from la_aciq.errors import LaAciqError
@@ -452,3 +459,31 @@ def test_a_layer_whose_weight_is_computed_is_left_alone_by_name(change):
     assert len(quantized.la_aciq.layers) == 13
     with torch.no_grad(), la_aciq.language("sw"):
         assert quantized(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("start", [None, 5])
+def test_a_decoders_text_begins_with_what_generate_begins_with(start):
+    """T5Gemma's configuration has no decoder_start_token_id."""
+    part = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    part |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+    model = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=part, decoder=part)).eval()
+    model.generation_config.decoder_start_token_id = start
+    generated = model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=1, do_sample=False)
+    windows = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: windows.append(kwargs["decoder_input_ids"]), with_kwargs=True
+    )
+    la_aciq.calibrate(
+        model, {"en": random_ids()["en"]}, seqlen=SEQLEN, tokens=TOKENS, group_size=GROUP, ignore=[], progress=False
+    )
+    # Batches of several rows are those that find layouts.
+    assert {int(ids[0, 0]) for ids in windows if len(ids) == 1} == {int(generated[0, 0])}
+
+
+def test_a_model_without_a_limit_of_positions():
+    """XLNet says max_position_embeddings = -1."""
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=256, d_model=32, n_layer=1, n_head=4, d_inner=48)).eval()
+    assert model.config.max_position_embeddings == -1
+    profile = calibrated(model)
+    assert profile.languages == TAGS
+    assert any(name.endswith("ff.layer_1") for name in profile.layers)

@@ -29,6 +29,15 @@ GROUP = 16
 
 # What every family's configuration calls its sizes, as far as it has them.
 SIZES = tiny_llama.SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "bos_token_id": 1}
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "global_head_dim": 16,  # heads of another width in layers with full attention
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "eos_token_id": None,
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 BART = {
     "d_model": 32,
@@ -55,6 +64,7 @@ DECODERS = [
     ("qwen3", {}, 14),
     ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 8}, 14),
     ("gemma3_text", {"sliding_window": 8, "query_pre_attn_scalar": 8}, 14),
+    ("gemma4_text", GEMMA4, 19),
     ("phi3", {}, 8),
     ("gpt2", GPT2, 8),
     ("gpt_neox", {}, 8),

@@ -416,7 +416,7 @@ STATE_SPACES = {
     "Mamba": {"state_size": 8, "expand": 2},
     "Mamba2": {"state_size": 8, "expand": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "FalconMamba": {"state_size": 8},
-    "Rwkv": {"attention_hidden_size": 32, "intermediate_size": 48, "context_length": 128},
+    "Rwkv": {"attention_hidden_size": 32, "intermediate_size": 48, "context_length": 128, "rescale_every": 0},
     "Jamba": {
         **ATTENTION,
         "attn_layer_offset": 1,
@@ -480,7 +480,8 @@ def test_state_spaces_decode_what_one_pass_gives(name):
 
 
 @pytest.mark.parametrize("sink", [True, False])
-def test_export_and_tracing_are_refused(llama, sink):
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
+def test_export_and_tracing_are_refused(llama, sink, tmp_path):
     """The program would keep the language of its example."""
     quantized = quantize_model(*llama, QuantConfig(group_size=16, clip="static", sink=sink), progress=False)
     kwargs = {"input_ids": IDS, "use_cache": False}
@@ -490,3 +491,7 @@ def test_export_and_tracing_are_refused(llama, sink):
         torch.export.export(quantized, (), kwargs, strict=True)
     with pytest.raises(LaAciqError, match="cannot be exported or traced"):
         torch.jit.trace(quantized, (IDS,), check_trace=False)
+    with pytest.raises(LaAciqError, match="cannot be exported or traced"):  # PyTorch's other exporter is torch.export
+        torch.onnx.export(quantized, (IDS,), tmp_path / "model.onnx", dynamo=False)
+    with pytest.raises(LaAciqError, match="cannot be exported or traced"):
+        torch.export.export(quantized.model, (IDS,), {"use_cache": False}, strict=False)

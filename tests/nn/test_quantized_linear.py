@@ -327,9 +327,13 @@ def test_a_deep_copy_computes_the_same():
 @pytest.mark.parametrize("clip", ["static", "rms", "absmax"])
 @pytest.mark.parametrize(("weights", "activations"), [(4, 4), (4, 8), (4, 16), (16, 4)])
 @pytest.mark.parametrize("center", [False, True])
-def test_a_backward_pass_warns(clip, weights, activations, center):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backward_pass_warns(clip, weights, activations, center, compiled):
     config = QuantConfig(weights=weights, activations=activations, clip=clip, group_size=16, center=center)
     _, layer, x, _ = make(64, 24, config)
+    if compiled:
+        torch._dynamo.reset()
+        layer = torch.compile(layer, backend="aot_eager")
     for again in range(2):
         inputs = x.clone().requires_grad_()
         before = torch.nn.Parameter(torch.ones(64))

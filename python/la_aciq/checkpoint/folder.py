@@ -112,8 +112,11 @@ def save_quantized(
     """
     if not isinstance(getattr(model, "la_aciq", None), Quantization):
         raise LaAciqError("save_quantized needs a model that quantize_model or load_quantized returned")
-    if not hasattr(model, "save_pretrained"):
-        raise LaAciqError(f"save_quantized needs a Hugging Face model, got a {type(model).__name__}")
+    if not hasattr(model, "hf_quantizer"):  # what PEFT's wrappers save is their adapters
+        raise LaAciqError(
+            f"save_quantized needs a model of transformers, got a {type(model).__name__}; merge adapters before "
+            "calibration"
+        )
     hugging_face: Any = model
     with new_folder(folder, ARCHITECTURE, force) as temporary:
         hugging_face.save_pretrained(temporary)

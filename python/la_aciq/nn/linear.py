@@ -462,7 +462,8 @@ class LanguageAwareLinear(LanguageAwareModule):
             biases = entries_of(table, language_ids, y) if entry is None else self._entry("bias", table, entry)
             y.add_(biases if biases.dtype == y.dtype else biases.to(y.dtype))
         if source is not None:
-            y = _WithoutGradient.apply(y, source)  # type: ignore[no-untyped-call]
+            # A piece of a compiled graph may return a view, which autograd lets nobody mark as written.
+            y = _WithoutGradient.apply(y.clone() if y._is_view() else y, source)  # type: ignore[no-untyped-call]
         return y
 
     def _entry(self, name: str, table: torch.Tensor, entry: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from .joined import JoinedLayers
 from .kv import KeyValueClips, site
 from .linear import LanguageAwareLinear, check_finite
 from .padding import keep_zero_rows
+from .refusals import adapters, refuse_methods
 from .weights import Rounding
 
 # Called with every model that is quantized or loaded: integrations prepare it for what they do with models.
@@ -81,9 +82,9 @@ def quantize_model(
 ) -> nn.Module:
     """The model with its linear layers quantized as `config` says, with the clips of the profile's statistics.
 
-    Layers left alone because they are tied, of an unsupported kind, or not in the profile are named in one warning
-    unless they are tied. A model on the meta device becomes a quantized one there, without values: its shapes and
-    sizes.
+    Layers left alone because they are of an unsupported kind or not in the profile are named in one warning. Tied
+    layers and adapters of PEFT are left alone without a warning. A model on the meta device becomes a quantized one
+    there, without values: its shapes and sizes.
 
     Args:
         model: a model in any floating-point dtype, on one device or several.
@@ -281,6 +282,7 @@ def adopt(model: nn.Module, quantization: Quantization) -> None:
     else:
         quantization.state.attach(model)
     add_language_to_generate(model)
+    refuse_methods(model)
     for prepare in AFTER_QUANTIZING:
         prepare(model, quantization)
 
@@ -455,6 +457,7 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
     head = output_head(model)
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     layouts = profile.metadata.get("layouts", {})
+    added = adapters(model)
     layers: list[str] = []
     skipped: dict[str, str] = {}
     unexpected: list[str] = []
@@ -464,6 +467,8 @@ def _select(model: nn.Module, profile: Profile, config: QuantConfig) -> tuple[tu
             continue
         if config.ignores(name, head):
             skipped[name] = "ignored by the configuration"
+        elif name in added:
+            skipped[name] = "an adapter of PEFT"
         elif any(part in name.split(".") for part in kept):
             skipped[name] = "its architecture keeps it in float32"
         elif not inputs_of(name, module):
