@@ -32,8 +32,8 @@ def public_objects() -> Iterator[tuple[str, object]]:
         module = importlib.import_module(f"la_aciq.{package}".rstrip("."))
         names = getattr(module, "__all__", None)
         if names is None:
-            own = vars(module).items()
-            names = [name for name, value in own if getattr(value, "__module__", None) == module.__name__]
+            attributes = vars(module).items()
+            names = [name for name, value in attributes if getattr(value, "__module__", None) == module.__name__]
         for name in names:
             value = getattr(module, name)
             if name.startswith("_") or not callable(value) or value in seen:

@@ -361,16 +361,16 @@ def test_a_plotting_package_that_is_missing_is_found_before_the_work(refused, co
 
 
 def test_in_a_process_of_its_own(tmp_path):
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "la_aciq.cli", "calibrate", "--model", tmp_path / "x", "--texts", "y"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("la-aciq: error: the following arguments are required: --output_dir")
-    assert done.stderr.count("\n") == 1
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr.startswith("la-aciq: error: the following arguments are required: --output_dir")
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

@@ -24,11 +24,18 @@ _WIDTH = 110
 
 @dataclass(frozen=True)
 class LanguageResult:
-    """One configuration in one language. bpb is bits per byte (bits per token when the report's unit says so).
+    """One configuration in one language.
 
-    change = bpb - reference_bpb, with the paired bootstrap's standard error se and the 95 % interval low..high of
-    Student's t with it; nats is the same change in nats per predicted token. tail_rate is the share of segments that
-    lost more than the threshold.
+    Attributes:
+        reference_bpb: bits per byte of the unquantized model (bits per token when the report's unit says so).
+        bpb: bits per byte of the configuration.
+        change: bpb - reference_bpb.
+        low, high: the 95 % interval of the change, by Student's t.
+        se: the standard error of the change, by the paired bootstrap.
+        nats: the change in nats per predicted token.
+        tail_rate: share of segments whose loss rose by more than the report's threshold.
+        tokens: predicted tokens.
+        segments: segments of the bootstrap.
     """
 
     reference_bpb: float
@@ -47,13 +54,21 @@ class LanguageResult:
 class Configuration:
     """One configuration over all languages.
 
-    config: the `QuantConfig`'s fields, or {"dtype": ...} for the unquantized model. bits: stored bits per weight of the
-    replaced layers, their clips, centers and biases included. mean: of the languages' changes, each language counting
-    the same; mean_low, mean_high, mean_se: its 95 % interval and standard error from the text drawn (not from the
-    choice of languages). worst: the largest change, worst_language: whose. gap: the largest minus the smallest change,
-    biased upwards as every such range of noisy numbers is; gap_low, gap_high: its 95 % interval, which holds whichever
-    languages are the extremes and is wide. nats: the mean change in nats per token. skipped: layers left alone, and
-    why.
+    Attributes:
+        name: of the configuration.
+        config: the fields of the `QuantConfig`, or {"dtype": ...} for the unquantized model.
+        bits: stored bits per weight of the replaced layers, with their clips, centers and biases.
+        mean: mean change over the languages, with equal weights.
+        mean_low, mean_high: the 95 % interval of the mean. It is about the text, not about the choice of languages.
+        mean_se: the standard error of the mean.
+        worst: the largest change.
+        worst_language: the language with the largest change.
+        gap: the largest minus the smallest change. It is biased upwards, as every range of noisy numbers is.
+        gap_low, gap_high: the 95 % interval of the gap. It holds whichever languages are the extremes, and is wide.
+        tail_rate: mean of the tail rates over the languages.
+        nats: mean change in nats per predicted token.
+        by_language: results by tag.
+        skipped: names of layers that were left alone, with the reason.
     """
 
     name: str
@@ -85,11 +100,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Each language's own statistics, clips or means (`name`), against the pooled ones (`baseline`).
+    """Two configurations that differ only in whose clips and centers they use: by language, or pooled.
 
-    Both are otherwise configured alike, and compared paired over segments. mean: of the languages' differences.
-    gap: the difference of the two gaps. by_language: with intervals that hold together with 95 % (Bonferroni); those of
-    mean and gap are 95 % intervals each.
+    Attributes:
+        name: the configuration by language.
+        baseline: the pooled configuration.
+        mean: mean difference over the languages, paired over segments, with its 95 % interval.
+        gap: difference of the two gaps, with its 95 % interval.
+        by_language: differences by tag, with intervals that hold together with 95 % (Bonferroni).
+        segments: segments of all languages.
     """
 
     name: str
@@ -100,7 +119,7 @@ class Comparison:
     segments: int
 
     def sentence(self, unit: str = "byte") -> str:
-        """Whether statistics by language beat the pooled ones, in words, by the interval alone.
+        """In words, whether statistics by language lose less than pooled ones, as the intervals say.
 
         Args:
             unit: "byte" or "token", as the report has it.
@@ -109,11 +128,11 @@ class Comparison:
             The sentence.
         """
         if self.mean.high < 0:
-            verdict = "the languages' own statistics beat the pooled ones"
+            verdict = "statistics by language lose less than pooled ones"
         elif self.mean.low > 0:
-            verdict = "the languages' own statistics are worse than the pooled ones"
+            verdict = "statistics by language lose more than pooled ones"
         else:
-            verdict = "no measurable difference between the languages' own statistics and the pooled ones"
+            verdict = "no difference between statistics by language and pooled ones was measured"
         gap = "smaller" if self.gap.high < 0 else "larger" if self.gap.low > 0 else "not measurably different"
         better = [tag for tag, d in self.by_language.items() if d.high < 0]
         worse = [tag for tag, d in self.by_language.items() if d.low > 0]
@@ -158,13 +177,22 @@ class Layers:
 class Report:
     """What quantization costs each language. `save` and `load` are its report.json.
 
-    settings: seqlen, tokens, segment, tail_nats, resamples, confidence, seed. model: name, parameters, dtype,
-    fingerprint.
-    texts: per language the tokens skipped and read. regret: by kind of layer and language, the excess of the pooled
-    clip's normalized MSE over the own clip's, relative to the latter. clips: alpha*(language) / rms; kurtosis: excess
-    kurtosis.
-    curves: MSE against the clip at a few sites. The last four describe the profile and are empty in a report without
-    one.
+    regret, clips, kurtosis and curves describe the profile, and are empty in a report without one.
+
+    Attributes:
+        created: date and time.
+        versions: of la_aciq, Python, PyTorch and NumPy.
+        settings: seqlen, tokens, segment, tail_nats, resamples, confidence, seed.
+        model: name, parameters, dtype, fingerprint.
+        texts: by tag, the tokens skipped and read.
+        unit: "byte" or "token".
+        configurations: results of each configuration.
+        comparisons: pairs of configurations, by language and pooled.
+        regret: by kind of layer and tag, how much the pooled clip raises the normalized MSE over that of the language's
+            clip, relative to the latter.
+        clips: alpha* / rms by layer and language.
+        kurtosis: excess kurtosis by layer and language.
+        curves: MSE against the clip at a few sites.
     """
 
     created: str
