@@ -460,13 +460,21 @@ def in_words(pair: dict[str, Any]) -> str:
     return f"{pair['name']} - {pair['baseline']}: {mean}; gap {gap}"
 
 
-def main() -> None:
+def command_line(name: str, description: str, results: Path) -> argparse.ArgumentParser:
+    """The parser of a command that measures rows into a result file."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.research.evaluation",
-        description=__doc__,
+        prog=f"python -m benchmarks.research.{name}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows; NAME* is all rows that begin so")
+    parser.add_argument("--again", action="store_true", help="measure rows that are in the file already again")
+    parser.add_argument("--output", type=Path, default=results, help=f"result file (default: {results.name})")
+    return parser
+
+
+def main() -> None:
+    parser = command_line("evaluation", __doc__, RESULTS)
     parser.add_argument(
         "--tokens", type=int, default=4096, help="evaluated tokens of each language (default: %(default)s)"
     )
@@ -480,8 +488,6 @@ def main() -> None:
         "--languages", nargs="+", default=LANGUAGES, metavar="TAG", help=f"default: {' '.join(LANGUAGES)}"
     )
     parser.add_argument("--speed", action="store_true", help="only measure how fast the rows of the file decode")
-    parser.add_argument("--again", action="store_true", help="measure rows that are in the file already again")
-    parser.add_argument("--output", type=Path, default=RESULTS, help=f"result file (default: {RESULTS.name})")
     arguments = parser.parse_args()
     if arguments.speed:
         result = json.loads(arguments.output.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ bfloat16, and `Simulated` rounds the activations to any number of bits with any 
 and those of weights use the package. Measurements are kept in build/experiments.
 """
 
-import argparse
 import copy
 import dataclasses
 import datetime
@@ -38,7 +37,7 @@ from la_aciq.profile import Profile
 from la_aciq.profile.second_moments import SecondMoments
 from la_aciq.tags import SINK
 
-from .evaluation import CALIBRATION, SEQLEN, Bench, chosen, comparison, in_words, summary, write
+from .evaluation import CALIBRATION, SEQLEN, Bench, chosen, command_line, comparison, in_words, summary, write
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments-embedded.json"
@@ -625,15 +624,7 @@ def results(bench: Bench, rows: dict[str, dict[str, Any]], table: dict[str, Expe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.research.experiments",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows; NAME* is all rows that begin so")
-    parser.add_argument("--again", action="store_true", help="measure rows that are in the file already again")
-    parser.add_argument("--output", type=Path, default=RESULTS, help=f"result file (default: {RESULTS.name})")
-    arguments = parser.parse_args()
+    arguments = command_line("experiments", __doc__, RESULTS).parse_args()
     table = experiments()
     rows: dict[str, dict[str, Any]] = {}
     if arguments.output.exists():
