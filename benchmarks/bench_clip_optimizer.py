@@ -14,6 +14,7 @@ if __name__ == "__main__":
     # Before NumPy loads its BLAS: one thread.
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
+import argparse
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -90,6 +91,11 @@ def slowest(calls: dict[str, Callable[[], Any]], clips: Callable[[Any], int]) ->
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_clip_optimizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     rows = []
     for name, law in laws().items():
         calls = {

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
+import argparse
 import statistics
 import time
 from types import SimpleNamespace
@@ -69,6 +70,11 @@ def bench_clip_table(benchmark, profile, case):
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_clip_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     profile = synthetic_profile()
     rows = []
     for case, arguments in CASES.items():

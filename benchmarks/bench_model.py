@@ -9,6 +9,7 @@ loss far from float32's stops the run. The output head stays as it is in all of 
 with the numbers of rows that it had not finished, when the versions and the threads are still the same.
 """
 
+import argparse
 import copy
 import gc
 import json
@@ -112,6 +113,11 @@ def run(model: Any, ids: Tensor) -> tuple[float, list[float]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     torch.set_grad_enabled(False)
     model, tokenizer = embedded.load_model()
     texts = embedded.load_texts(TAGS)

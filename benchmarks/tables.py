@@ -4,6 +4,7 @@ A table stands between `<!-- name -->` and `<!-- /name -->`. `python -m benchmar
 `--check` it changes nothing and fails when one is not what its file gives, which is how the test suite calls it.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -134,22 +135,27 @@ def soaks(folder: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when a table or plot is out of date")
+    check = parser.parse_args(argv).check
     stale = {path: text for path, text in pages().items() if path.read_text(encoding="utf-8") != text}
     for path, text in stale.items():
-        print(f"{path.relative_to(ROOT)}: {'differs from its result file' if argv else 'rewritten'}")
-        if not argv:
+        print(f"{path.relative_to(ROOT)}: {'differs from its result file' if check else 'rewritten'}")
+        if not check:
             path.write_text(text, encoding="utf-8")
     measured = next(iter(cpu_tables.by_date(RESULTS)), None)
     served = serve_tables.latest(RESULTS)
     drawn = plots.stale(measured, PLOTS) if measured else []
     drawn += serve_tables.stale(served, SERVING_PLOTS) if served else []
     for path in drawn:
-        print(f"{path.relative_to(ROOT)}: {'is of another result file' if argv else 'drawn'}")
-    if drawn and measured and not argv:
+        print(f"{path.relative_to(ROOT)}: {'is of another result file' if check else 'drawn'}")
+    if drawn and measured and not check:
         plots.draw(measured, PLOTS)
-    if drawn and served and not argv:
+    if drawn and served and not check:
         serve_tables.draw(served, SERVING_PLOTS)
-    return 1 if argv and (stale or drawn) else 0
+    return 1 if check and (stale or drawn) else 0
 
 
 def excerpt(results: dict) -> dict:

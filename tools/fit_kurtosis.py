@@ -4,6 +4,7 @@ rule's form changes).
     python tools/fit_kurtosis.py
 """
 
+import argparse
 from pathlib import Path
 
 from la_aciq.clipping import kurtosis
@@ -13,6 +14,7 @@ KINDS = {"midrise": ("midrise", "exact"), "midtread": ("midtread", "exact"), "ac
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = [
         '"""Written by tools/fit_kurtosis.py; keys are (codebook, or `aciq` for the convex model; bits)."""',
         "",
