@@ -65,9 +65,9 @@ def copy(source: Tensor, target: Tensor) -> Callable[[], object]:
     return lambda: function(source.data_ptr(), target.data_ptr(), source.nbytes, threads)
 
 
-def multiply(dtype: str) -> tuple[Callable[[], object], int] | None:
+def multiply(dtype: str, steps: int = STEPS) -> tuple[Callable[[], object], int] | None:
     """A function and the multiply-adds of a call, all threads together; None where the CPU has no such instruction."""
     threads = torch.get_num_threads()
     function = getattr(library(), f"roofline_{dtype}")
     count = function(1, threads)
-    return (functools.partial(function, STEPS, threads), count * STEPS * threads) if count else None
+    return (functools.partial(function, steps, threads), count * steps * threads) if count else None

@@ -1,12 +1,13 @@
 """What the benchmarks make of times: rounds, ratios within a round, shares of a limit; and when a plot is stale."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
 
 import la_aciq.bench
-from benchmarks import measure, plots, results, roofline
+from benchmarks import bench_rounding, measure, plots, results, roofline
 from benchmarks.results import Case
 
 CASE = Case(
@@ -116,3 +117,23 @@ def test_a_result_file_of_one_core_says_where_and_with_what_it_was_measured(monk
     assert list(content) == [name for name in committed if name not in ("layers", "languages")]
     assert list(content["versions"]) == list(committed["versions"])
     assert content["rows"] == [{"case": "a"}]
+
+
+def test_the_total_of_a_model_of_8_billion_weights_is_that_of_its_shapes():
+    rows = [
+        {"n": n, "k": k, "times_s": {"la_aciq": [seconds, seconds, 9.0]}, "factor_s": factor}
+        for (n, k), seconds, factor in [
+            ((4096, 4096), 2.0, 1.5), ((1024, 4096), 0.5, 1.0), ((14336, 4096), 7.0, 1.25), ((4096, 14336), 30.0, 40.0),
+        ]
+    ]  # fmt: skip
+    total = bench_rounding.total_8b(rows)
+    assert total == {"rounding_s": 32 * (2 * 2 + 2 * 0.5 + 2 * 7 + 30), "factors_s": 32 * (3 * 1.0 + 40.0)}
+    weights = 32 * sum(count * n * k for (n, k), count in bench_rounding.MATRICES_8B.items())
+    assert 6.9e9 < weights < 7.1e9  # without the embedding and the head
+
+
+def test_a_neighbor_is_busy_as_long_as_it_is_wanted():
+    with bench_rounding.busy_neighbor():
+        (neighbor,) = multiprocessing.active_children()
+        assert neighbor.is_alive()
+    assert not multiprocessing.active_children()

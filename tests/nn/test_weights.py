@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import la_aciq
-from la_aciq import ops
+from la_aciq import embedded, ops
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageAwareLinear, LanguageState, QuantConfig
 from la_aciq.nn.weights import quantize_weight, weight_clips
@@ -166,6 +166,27 @@ def test_second_moments_that_do_not_fit():
         quantize_weight(weights(4, 32), 16, "midrise", broken)
     with pytest.raises(ValueError, match=r"second_moments: .* not positive semidefinite"):
         quantize_weight(weights(4, 32), 16, "midrise", INDEFINITE)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["layers.3.self_attn.q_proj", "layers.20.mlp.gate_proj"])
+def test_a_layer_of_a_real_model_loses_as_much_as_by_the_definition(name):
+    model, tokenizer = embedded.load_model()
+    ids = torch.tensor([tokenizer(embedded.load_texts(["en"])["en"])["input_ids"][:300]])
+    layer, seen = model.model.get_submodule(name), []
+    handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()[0].double()))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    (x,) = seen
+    weight, second_moments = layer.weight.detach()[:96].float(), x.T @ x
+    errors = []
+    for backend in ("cpu", "reference"):
+        with ops.use_backend(backend):
+            values, _ = feedback(weight, second_moments, 64)
+        errors.append(output_error(weight, values, x.numpy()).sum())
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    assert errors[0] < 0.5 * output_error(weight, nearest(weight, 64, "midrise"), x.numpy()).sum()
 
 
 class TestLayer:

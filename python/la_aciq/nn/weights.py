@@ -20,6 +20,8 @@ few of them, leave the weights they touch rounded to nearest.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -90,6 +92,11 @@ def _best_clips(rows: Tensor, codebook: Codebook, padding: Tensor) -> Tensor:
 
 
 _DAMPING = 0.01
+# LAPACK hands matrices that are smaller to threads in pieces so short that one thread that is not running holds up the
+# other: beside a busy process, 1536 inputs took ten times as long with two threads as with one.
+_THREADS_FROM = 4096
+# A triangular matrix this small is inverted column by column.
+_SMALL = 192
 
 
 class Rounding:
@@ -121,28 +128,29 @@ class Rounding:
     def digest(self) -> str:
         return hashlib.sha256(self._second_moments.float().cpu().contiguous().numpy().data).hexdigest()
 
-    def _cholesky(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The damped second moments H and their lower Cholesky factor, float64 [K, K]."""
+    def _decomposed(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The damped second moments H and R, upper triangular with R R^T = H: float64 [K, K]."""
         damped = _damped(self._second_moments.to(device, torch.float64))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # The lower Cholesky factor of the reversed matrix, reversed.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if bool(failed):
             raise ValueError(
                 "second_moments: expected those of some inputs, got a matrix that is not positive semidefinite"
             )
-        return damped, lower
+        return damped, lower.flip(0, 1)
 
     def check(self, device: torch.device) -> None:
         """Raises `ValueError` when the second moments cannot be any inputs': when they are indefinite."""
         if self._factors is None:
-            self._cholesky(device)
+            with _few_threads(self.k, device):
+                self._decomposed(device)
 
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """H, damped, and U, upper triangular with U^T U = H^-1: float32 [K, K]. Raises `ValueError` as `check` does."""
         if self._factors is None or self._factors[0].device != device:
-            # Of the two Cholesky decompositions the first is of a matrix with the damping on its diagonal.
-            damped, lower = self._cholesky(device)
-            upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-            self._factors = damped.float(), upper.float().contiguous()
+            with _few_threads(self.k, device):
+                damped, upper = self._decomposed(device)
+                self._factors = damped.float(), _inverse(upper).float()
         return self._factors
 
 
@@ -181,6 +189,35 @@ def quantize_weight(
     if weight.dtype == torch.float64:
         weight = weight.float()
     return ops.round_weights(weight, *factors, group_size=group_size, codebook=codebook)
+
+
+@contextmanager
+def _few_threads(k: int, device: torch.device) -> Iterator[None]:
+    """Runs linear algebra on [K, K] matrices on one thread where more do not pay (`_THREADS_FROM`)."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or k >= _THREADS_FROM or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix [K, K], by products of its halves: half as long as solving for it."""
+    k = len(upper)
+    if k <= _SMALL:
+        identity = torch.eye(k, dtype=upper.dtype, device=upper.device)
+        solved: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return solved
+    half = k // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half] = _inverse(upper[:half, :half])
+    inverse[half:, half:] = _inverse(upper[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ (upper[:half, half:] @ inverse[half:, half:])
+    return inverse
 
 
 def _damped(h: Tensor) -> Tensor:
