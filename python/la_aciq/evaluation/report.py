@@ -2,7 +2,9 @@
 Markdown.
 """
 
+import base64
 import dataclasses
+import html
 import json
 import math
 import os
@@ -10,7 +12,7 @@ import textwrap
 import types
 import typing
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +22,29 @@ from ..errors import LaAciqError
 SCHEMA = 1
 _PER_TABLE = 5  # configurations side by side in a terminal
 _WIDTH = 110
+# The policy holds the page to what it is: text, style and images of its own.
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font-family: sans-serif; color: #333; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.2rem; }}
+table {{ border-collapse: collapse; margin: 1.5rem 0; font-variant-numeric: tabular-nums; }}
+caption {{ text-align: left; font-weight: bold; padding: .3rem .6rem; }}
+th, td {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }}
+.name {{ text-align: left; }}
+img {{ max-width: 100%; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +81,10 @@ class Configuration:
 
     Attributes:
         name: of the configuration.
-        config: the fields of the `QuantConfig`, or {"dtype": ...} for the unquantized model.
-        bits: stored bits per weight of the replaced layers, with their clips, centers and biases.
+        config: the fields of the `QuantConfig`, or {"dtype": ...} for the unquantized model; of `compare` also the
+            method of another package, the .gguf file or the server.
+        bits: stored bits per weight of the replaced layers, with their clips, centers and biases; None where they are
+            not known.
         mean: mean change over the languages, with equal weights.
         mean_low, mean_high: the 95 % interval of the mean. It is about the text, not about the choice of languages.
         mean_se: the standard error of the mean.
@@ -73,7 +100,7 @@ class Configuration:
 
     name: str
     config: dict[str, Any]
-    bits: float
+    bits: float | None
     mean: float
     mean_low: float
     mean_high: float
@@ -182,8 +209,8 @@ class Report:
     Attributes:
         created: date and time.
         versions: of la_aciq, Python, PyTorch and NumPy.
-        settings: seqlen, tokens, segment, tail_nats, resamples, confidence, seed.
-        model: name, parameters, dtype, fingerprint.
+        settings: seqlen, tokens, segment, tail_nats, resamples, confidence, seed; of `compare` also bits_per_byte.
+        model: the reference: name, parameters, dtype, fingerprint; of `compare` name, config, identity.
         texts: by tag, the tokens skipped and read.
         unit: "byte" or "token".
         configurations: results of each configuration.
@@ -275,6 +302,11 @@ class Report:
             raise LaAciqError(f"{str(path)!r} is not JSON: {error}") from error
         return cls.from_dict(values, str(path))
 
+    @property
+    def reference(self) -> str:
+        """The model that the configurations are compared with, in words."""
+        return "the reference" if "identity" in self.model else "the unquantized model"
+
     def terminal(self) -> str:
         """The tables and the verdicts as text for a terminal with a fixed-width font."""
         everything = range(len(self.configurations))
@@ -305,9 +337,30 @@ class Report:
             parts.append(_markdown_table(*self._regret()))
         return "\n\n".join([self._heading(), *parts, *self._notes()]) + "\n"
 
+    def html(self, images: Mapping[str, bytes] | None = None) -> str:
+        """One page with the tables, the verdicts and images, which loads nothing from elsewhere.
+
+        Args:
+            images: contents of PNG files by name.
+
+        Returns:
+            The HTML.
+        """
+        everything = range(len(self.configurations))
+        tables = [self._summary(), self._languages(everything, intervals=True)]
+        if self.regret:
+            tables.append(self._regret())
+        parts = [f"<h1>{html.escape(self._heading())}</h1>", *(_html_table(*table) for table in tables)]
+        parts += [f"<p>{html.escape(note)}</p>" for note in self._notes()]
+        parts += [
+            f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+            for name, content in (images or {}).items()
+        ]
+        return _PAGE.format(title=html.escape(self._heading()), body="\n".join(parts))
+
     def _heading(self) -> str:
         return (
-            f"Change in bits per {self.unit} against the unquantized model, {self.settings['tokens']} held-out tokens "
+            f"Change in bits per {self.unit} against {self.reference}, {self.settings['tokens']} held-out tokens "
             f"in each of {len(self.texts)} languages ({self.model['name']})"
         )
 
@@ -317,7 +370,7 @@ class Report:
             [
                 str(number),
                 c.name,
-                f"{c.bits:.2f}",
+                "–" if c.bits is None else f"{c.bits:.2f}",
                 f"{c.mean:+.3f} ±{c.mean_high - c.mean:.3f}",
                 f"{c.worst:+.3f} {c.worst_language}",
                 f"{c.gap:.3f} [{c.gap_low:.3f}, {c.gap_high:.3f}]",
@@ -339,7 +392,8 @@ class Report:
                 for r in results
             ]
             rows.append([tag, f"{results[0].reference_bpb:.3f}", *cells])
-        title = "Change by language with its 95 % interval; reference is the unquantized model's bits per " + self.unit
+        reads = f"{self.reference}'s bits per {self.unit}"
+        title = f"Change by language with its 95 % interval; reference is {reads}"
         return title, header, rows
 
     def _regret(self) -> tuple[str, list[str], list[list[str]]]:
@@ -388,6 +442,20 @@ def _markdown_table(title: str, header: Sequence[str], rows: Sequence[Sequence[s
     rule = ["---" if column in left else "---:" for column in range(len(header))]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, rule, *rows)]
     return "\n".join([f"**{title}**", "", *lines])
+
+
+def _html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    left = _text_columns(rows)
+
+    def line(cells: Sequence[str], kind: str) -> str:
+        written = [
+            f"<{kind}{' class=name' if column in left else ''}>{html.escape(cell)}</{kind}>"
+            for column, cell in enumerate(cells)
+        ]
+        return f"<tr>{''.join(written)}</tr>"
+
+    lines = [line(header, "th"), *(line(cells, "td") for cells in rows)]
+    return "\n".join(["<table>", f"<caption>{html.escape(title)}</caption>", *lines, "</table>"])
 
 
 def _text_columns(rows: Sequence[Sequence[str]]) -> set[int]:

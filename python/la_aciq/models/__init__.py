@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         output_head,
         sample,
     )
-    from .loading import load_model
+    from .loading import load_config, load_model, load_tokenizer, usable_device
 
 __all__ = [
     "EXPERT_WEIGHTS",
@@ -24,9 +24,12 @@ __all__ = [
     "is_experts",
     "is_quantized",
     "linear_weight",
+    "load_config",
     "load_model",
+    "load_tokenizer",
     "output_head",
     "sample",
+    "usable_device",
 ]
 
 __getattr__ = _lazy(
@@ -42,6 +45,6 @@ __getattr__ = _lazy(
             "output_head",
             "sample",
         ),
-        "loading": ("load_model",),
+        "loading": ("load_config", "load_model", "load_tokenizer", "usable_device"),
     },
 )

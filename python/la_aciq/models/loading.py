@@ -9,8 +9,12 @@ from safetensors import SafetensorError
 from ..errors import LaAciqError
 from .architecture import is_quantized
 
+_LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError)
 
-def load_model(name: str, *, device: str = "cpu", dtype: str | None = None, causal: bool = True) -> tuple[Any, Any]:
+
+def load_model(
+    name: str, *, device: str = "cpu", dtype: str | None = None, causal: bool = True, quantized: bool = False
+) -> tuple[Any, Any]:
     """A language model in evaluation mode, and its tokenizer.
 
     Args:
@@ -19,50 +23,118 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None, caus
         device: a device of PyTorch, such as "cpu" or "cuda:0".
         dtype: "float32", "bfloat16", "float16" or "auto" (as stored). None is float32 on a CPU and "auto" elsewhere.
         causal: whether the model must be a causal language model. If not, config.json names the class of transformers.
+        quantized: also load quantized models, in the dtype of the file where `dtype` is None. The package of the
+            quantization method must be installed.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        LaAciqError: there is no such model, it is not causal and must be, it is quantized already, or the device
-            cannot be used.
+        LaAciqError: there is no such model, it is not causal and must be, it is quantized already and must not be, or
+            the device cannot be used.
     """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    # None, transformers' default, would ask on stdin whether to run the model's code.
-    place: dict[str, Any] = {**_locate(name), "trust_remote_code": False}
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise LaAciqError(f"device {device!r} cannot be used: {_first_line(error)}") from error
-    if dtype is None:
-        dtype = "float32" if target.type == "cpu" else "auto"
-    try:
-        config = AutoConfig.from_pretrained(**place)
+    place = _place(name)
+    target = usable_device(device)
+    config = load_config(name)
+    if not quantized:
         _check_unquantized(name, config)
+    if causal:
+        _check_causal(name, config)
+    if dtype is None:
+        dtype = "float32" if target.type == "cpu" and not is_quantized(config) else "auto"
+    tokenizer = load_tokenizer(name)
+    # Weights of other packages' formats cannot be moved: transformers puts them where they belong.
+    mapped = {"device_map": {"": target}} if is_quantized(config) and target.type != "cpu" else {}
+    try:
         kind = AutoModelForCausalLM
-        if causal:
-            _check_causal(name, config)
-        elif config.architectures:
+        if not causal and config.architectures:
             kind = getattr(transformers, config.architectures[0])
-        tokenizer = AutoTokenizer.from_pretrained(**place)
         model = kind.from_pretrained(
             **place,
+            **mapped,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if "gguf_file" in place else True,  # never pickle
         )
     except LaAciqError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if "gguf_file" in place:
         # The weights are floating-point now. The file's own quantization is of no use any more, and forbids saving.
         del model.config.quantization_config
         if getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.remove_quantization_config(model)
-    return model.to(target).eval(), tokenizer
+    return (model if mapped else model.to(target)).eval(), tokenizer
+
+
+def usable_device(device: str) -> torch.device:
+    """A device of PyTorch.
+
+    Args:
+        device: its name, such as "cpu" or "cuda:0".
+
+    Returns:
+        The device.
+
+    Raises:
+        LaAciqError: there is no such device here.
+    """
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise LaAciqError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+    return target
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model.
+
+    Args:
+        name: as for `load_model`.
+
+    Returns:
+        A configuration of transformers.
+
+    Raises:
+        LaAciqError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    place = _place(name)
+    try:
+        return AutoConfig.from_pretrained(**place)
+    except _LOADING_ERRORS as error:
+        raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        name: as for `load_model`.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        LaAciqError: there is no such model, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    place = _place(name)
+    try:
+        return AutoTokenizer.from_pretrained(**place)
+    except _LOADING_ERRORS as error:
+        raise LaAciqError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _place(name: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained`. None for trust_remote_code would ask on stdin whether to run the model's code."""
+    return {**_locate(name), "trust_remote_code": False}
 
 
 def _locate(name: str) -> dict[str, str]:
