@@ -1,7 +1,7 @@
 """Whole-model speed on the CPU: `python -m benchmarks.bench_model` writes results/model-<device>.json and the table of
 docs/speed.md.
 
-The embedded model decodes with 1, 4 and 16 rows, each in another language, after a prompt of 128 tokens: the model in
+The embedded model decodes with 1, 4 and 16 rows, in different languages, after a prompt of 128 tokens: the model in
 float32 and bfloat16, with torch's INT4 matrix product (the one that torchao's INT4 weights use on a CPU) in place of
 its linear layers, with torchao itself where it is installed, and quantized by LA-ACIQ. All of them run on the same
 threads in turns, so that what disturbs the machine disturbs all. Before the timing each reads the same texts, and a

@@ -12,8 +12,8 @@ _CPUINFO = Path("/proc/cpuinfo")
 def cpu_name() -> str:
     """The model of this machine's CPU, as Linux names it, or its architecture elsewhere.
 
-    A virtual machine may call CPUs of several generations by one name without a number, such as "AMD EPYC": then family
-    and model are added.
+    A virtual machine may call CPUs of several generations by one name without a number, such as "AMD EPYC". Then the
+    name gets the family and the model.
     """
     lines = _CPUINFO.read_text("utf-8").splitlines() if _CPUINFO.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
@@ -31,7 +31,14 @@ def in_file_names(device: str) -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those that are installed, by the names that pip knows them by."""
+    """The versions of installed packages; a package that is not installed is left out.
+
+    Args:
+        packages: names as pip knows them.
+
+    Returns:
+        Versions by name.
+    """
     installed = {}
     for package in packages:
         try:

@@ -1,7 +1,7 @@
-"""How long one quantized linear layer takes by the number of rows, beside `torch.nn.Linear`; under a minute.
+"""The time of one quantized linear layer by the number of rows, beside `torch.nn.Linear`; under a minute.
 
-Every row is in another language, as in a served batch. The layers of a contender are several copies that take turns, so
-that their weights come from memory and not from the cache, as those of a model do.
+The rows of a batch are in different languages, as in a served batch. Each contender has several copies that take turns,
+so that weights come from memory and not from the cache, as in a model.
 """
 
 import copy
@@ -18,7 +18,7 @@ from ..nn.forward_pass import LanguageState
 
 _LANGUAGES = 12
 ROWS = (1, 4, 16, 128)
-# What the copies of a contender's weights take together, at the least.
+# The copies of the weights of a contender take at least this many bytes together.
 _BYTES = 128 << 20
 
 CONFIGURATIONS = {
@@ -40,7 +40,7 @@ class LayerTiming:
 
 
 class _Rows(LanguageState):
-    """Every row of an input in another language."""
+    """A language state whose rows are in different languages."""
 
     def __init__(self) -> None:
         super().__init__(("und", *(f"x-{i}" for i in range(_LANGUAGES))))
@@ -58,10 +58,19 @@ def measure(
     rounds: int = 7,
     step: Callable[[], object] | None = None,
 ) -> list[LayerTiming]:
-    """Time each contender for each number of rows, in rounds that all of them take turns in.
+    """Time each contender for each number of rows; in every round all contenders take their turn.
 
-    rows: at most `max(ROWS)` each. Quantized layers get bfloat16 inputs, as `torch bfloat16` does. step: called after
-    each number of rows, for progress.
+    Quantized layers get bfloat16 inputs, as `torch bfloat16` does.
+
+    Args:
+        in_features: inputs of the layer.
+        out_features: outputs of the layer.
+        rows: numbers of rows, at most `max(ROWS)` each.
+        rounds: how often each contender is timed.
+        step: called after each number of rows, for progress.
+
+    Returns:
+        A timing for each contender.
     """
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(in_features, out_features, bias=False)

@@ -1,4 +1,4 @@
-"""How fast the operations run on this machine, beside PyTorch's fastest read of the same memory; half a minute.
+"""The speed of the operations on this machine, beside PyTorch's fastest read of the same memory; half a minute.
 
 The repository's benchmarks/ measure the same operations with more repetitions and beside other libraries.
 """
@@ -30,32 +30,38 @@ class Timing:
 
 
 def measure(nbytes: int | None = None, rounds: int = 7, step: Callable[[], object] | None = None) -> list[Timing]:
-    """Time every operation on a float32 input of about `nbytes` bytes; the first timing is the read.
+    """Time every operation on a float32 input.
 
-    nbytes: None for 256 MiB with the compiled core, 4 MiB with the reference. step: called after each, for progress.
+    Args:
+        nbytes: approximate bytes of the input; None for 256 MiB with the compiled core, 4 MiB with the reference.
+        rounds: how often each operation is timed.
+        step: called after each operation, for progress.
+
+    Returns:
+        Timings; the first one is the read.
     """
     if nbytes is None:
         nbytes = _REFERENCE_BYTES if ops.why_unavailable("cpu") else _BYTES
     rows = max(nbytes // (4 * _K), 1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, _K, generator=generator)
-    language = (torch.arange(rows) % _LANGUAGES).to(torch.int32)
-    clip = torch.linspace(2.0, 3.0, _LANGUAGES * _K // _GROUP).reshape(_LANGUAGES, -1)
+    language_ids = (torch.arange(rows) % _LANGUAGES).to(torch.int32)
+    clips = torch.linspace(2.0, 3.0, _LANGUAGES * _K // _GROUP).reshape(_LANGUAGES, -1)
     signs = torch.where(torch.rand(_K, generator=generator) < 0.5, -1.0, 1.0)
-    codes = ops.quantize(x, clip, language, group_size=_GROUP)
+    codes = ops.quantize(x, clips, language_ids, group_size=_GROUP)
     # As many rows of packed weights as take half the input's bytes, with the clips of their groups.
     weight = torch.randint(0, 256, (4 * rows, _K // 2), dtype=torch.uint8, generator=generator)
     weight_clip = torch.rand(4 * rows, _K // _GROUP, generator=generator) + 0.5
 
     operations: dict[str, tuple[Callable[[], object], int]] = {
-        "moments": (lambda: ops.moments(x, language, _LANGUAGES), x.nbytes),
-        "quantize": (lambda: ops.quantize(x, clip, language, group_size=_GROUP), x.nbytes + codes.nbytes),
+        "moments": (lambda: ops.moments(x, language_ids, _LANGUAGES), x.nbytes),
+        "quantize": (lambda: ops.quantize(x, clips, language_ids, group_size=_GROUP), x.nbytes + codes.nbytes),
         "quantize_dynamic": (
-            lambda: ops.quantize_dynamic(x, clip, language, group_size=_GROUP),
+            lambda: ops.quantize_dynamic(x, clips, language_ids, group_size=_GROUP),
             x.nbytes + codes.nbytes + 4 * rows * _K // _GROUP,
         ),
         "dequantize": (
-            lambda: ops.dequantize(codes, clip, language, k=_K, group_size=_GROUP),
+            lambda: ops.dequantize(codes, clips, language_ids, k=_K, group_size=_GROUP),
             x.nbytes + codes.nbytes,
         ),
         "rotate": (lambda: ops.rotate(x, signs), 2 * x.nbytes),

@@ -1,9 +1,9 @@
 """Latency of served models by language, all of them under the same load; minutes.
 
-Each model has a server of its own, all of them up at once. A run sends a server a number of prompts, so many at a time:
-prompts of one language, or of all of them mixed, tagged where the model is one of ours. The servers take turns run by
-run, so that what disturbs the machine disturbs all. The client and what it measures are vLLM's own (`vllm bench
-serve`), and so are the names of the results: `mean_ttft_ms`, `p99_tpot_ms` and so on.
+Each model has its own server, and all servers run at once. A run sends a server prompts of one language, or of all
+languages mixed, with a limit on the requests at a time. Requests to a model of LA-ACIQ are tagged. The servers take
+turns run by run, so that a disturbance of the machine affects all of them. The client and its measurements are those of
+`vllm bench serve`, and so are the names of the results: `mean_ttft_ms`, `p99_tpot_ms` and so on.
 """
 
 import asyncio
@@ -40,8 +40,13 @@ _SERVER = "vllm.entrypoints.openai.api_server"
 
 @dataclass(frozen=True)
 class Load:
-    """What every server is sent in one run: prompts of input_len tokens, answered by output_len tokens each,
-    max_concurrency of them at a time, as fast as they are answered.
+    """The requests of one run, sent as fast as they are answered.
+
+    Attributes:
+        num_prompts: prompts of the run.
+        input_len: tokens of a prompt.
+        output_len: tokens of an answer.
+        max_concurrency: requests at a time.
     """
 
     num_prompts: int = 24
@@ -60,7 +65,17 @@ class Contender:
 
 
 def contender(folder: str) -> Contender:
-    """What a model's folder has in it, in words; `LaAciqError` where it is no model's."""
+    """The model in a folder, described in words.
+
+    Args:
+        folder: the folder of a model.
+
+    Returns:
+        The contender.
+
+    Raises:
+        LaAciqError: the folder is not that of a model.
+    """
     try:
         config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
         quantization = config.get("quantization_config") or {}
@@ -83,15 +98,26 @@ def measure(
     vllm_arguments: Sequence[str] = (),
     step: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
-    """Serve each folder and measure it under the load in each of the texts' languages and in all of them mixed; then
-    what the languages cost the first one, which is a model of ours (`data_plane`).
+    """Serve the models and measure them under the load, in each language of the texts and in all languages mixed.
 
-    vllm_arguments: options of every server, such as ["--max-model-len", "512"]. step: called after each run, for
-    progress. Returns JSON types: what was measured, and where and under what load. A server that does not start is
-    listed under "failed" with its last words, and the others are measured without it.
+    Then `data_plane` measures what the languages cost the first model. A server that does not start is listed under
+    "failed" with its last message, and the others are measured without it.
+
+    Args:
+        folders: folders of models; the first one is a model quantized by LA-ACIQ.
+        texts: texts by tag.
+        load: the requests of a run.
+        vllm_arguments: options of every server, such as ["--max-model-len", "512"].
+        step: called after each run, for progress.
+
+    Returns:
+        Results, machine and load, in JSON types.
+
+    Raises:
+        LaAciqError: a folder is not that of a model, the first one is not quantized by LA-ACIQ, or a text is too short.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
-    signal.signal(signal.SIGTERM, _end)  # not without the servers
+    signal.signal(signal.SIGTERM, _end)  # ends the servers too
     from vllm.tokenizers import get_tokenizer
 
     contenders = [contender(folder) for folder in folders]

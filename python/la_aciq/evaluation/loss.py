@@ -1,13 +1,12 @@
-"""Losses of a model on text, and how sure one can be of a difference between two models' losses.
+"""Losses of a model on text, and intervals for the difference between the losses of two models.
 
-All differences are paired: both models read the same windows, and the bootstrap resamples segments of them. A segment
-is up to 128 consecutive predicted tokens of one window. Segments are taken as independent draws: a text's losses are
-correlated over short distances, most of which a segment has inside it, but neighbors of one window share a context.
-Windows would need no such assumption, but there are too few of them (two per language by default) to tell how they
-vary.
+All differences are paired: both models read the same windows, and the bootstrap resamples segments of the windows. A
+segment is up to 128 consecutive predicted tokens of one window. Segments are taken as independent draws. Losses are
+correlated over short distances, most of which lie inside a segment, but segments of one window share a context. Windows
+would need no such assumption, but there are too few of them (two per language by default) to estimate their variance.
 
-The intervals are about the stretch of text that was read: they say how another draw of such segments would differ, not
-how another document, let alone another language, would.
+The intervals are about the text that was read. They say how another draw of such segments would differ, not how another
+document or another language would differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,11 +36,22 @@ _RESAMPLES_AT_ONCE = 1 << 22  # entries of the matrix of counts
 def token_losses(
     model: nn.Module, windows: Sequence[Window], tag: str, step: Callable[[], object] | None = None
 ) -> list[NDArray[np.float32]]:
-    """Negative log-likelihood, in nats, of each predicted token: float32 [t - 1] per window of t ids.
+    """Negative log-likelihood of each predicted token.
 
-    The windows are read one at a time under the language `tag`. `step` is called after each, for progress. A model with
-    an INT4 cache reads them in short pieces, so that what it reads back are INT4 keys and values, as when it
-    generates; in one piece, every token would see the others in 16 bits.
+    A model with an INT4 cache reads the windows in short pieces, so that it reads INT4 keys and values back, as when it
+    generates. In one piece, every token would see the others in 16 bits.
+
+    Args:
+        model: a causal model, quantized or not.
+        windows: windows of token ids; the model reads them one at a time.
+        tag: the language of the windows.
+        step: called after each window, for progress.
+
+    Returns:
+        Nats, float32 [t - 1] for a window of t ids.
+
+    Raises:
+        LaAciqError: a loss is not finite.
     """
     device = next(model.parameters()).device
     losses = []
@@ -109,10 +119,18 @@ def segment_sums(values: Sequence[NDArray[np.generic]], windows: Sequence[Window
 def bootstrap_ratios(
     numerator: Float64, denominator: Float64, *, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0
 ) -> Float64:
-    """sum(numerator) / sum(denominator) over segments drawn with replacement: float64 [resamples].
+    """sum(numerator) / sum(denominator) over segments drawn with replacement.
 
-    numerator, denominator: float64 [segments], the latter positive in sum. The same seed draws the same segments, so
-    that replicates of two quantities on the same segments are paired.
+    The same seed draws the same segments, so that replicates of two quantities on the same segments are paired.
+
+    Args:
+        numerator: float64 [segments].
+        denominator: float64 [segments], with a positive sum.
+        resamples: how many replicates to draw.
+        seed: of the random numbers.
+
+    Returns:
+        Replicates, float64 [resamples].
     """
     n = len(numerator)
     random = np.random.default_rng(seed)
@@ -130,13 +148,18 @@ def bootstrap_ratios(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with bootstrap replicates (float64 [resamples]) that vary as much as the value itself would.
+    """A value with bootstrap replicates that vary as much as the value itself.
 
-    The interval is Student's t with the bootstrap's standard error: with few segments a percentile interval is too
-    narrow (Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69, 2015, sections
-    4.2 and 5). Of eight segments per language it covers Gaussian ones' mean in 95 %, ones' of skewness 0.7 in 94 % of
-    simulated runs; corrected for 12 languages, it shows a difference where there is none in 5 % and 8 % of them (12 %
-    with skewness 1). freedom: its degrees of freedom.
+    The interval is Student's t with the standard error of the bootstrap. With few segments a percentile interval is too
+    narrow (Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69, 2015,
+    sections 4.2 and 5). In simulations with eight segments per language, it covers the mean of Gaussian segments in
+    95 % of the runs, and that of segments of skewness 0.7 in 94 %. Corrected for 12 languages, it shows a difference
+    where there is none in 5 % and 8 % of the runs (12 % with skewness 1).
+
+    Attributes:
+        value: the estimate.
+        replicates: bootstrap replicates, float64 [resamples].
+        freedom: degrees of freedom of Student's t.
     """
 
     value: float
@@ -152,9 +175,19 @@ class Estimate:
         resamples: int = RESAMPLES,
         seed: int | Sequence[int] = 0,
     ) -> "Estimate":
-        """sum(numerator) / sum(denominator), both float64 [segments], of at least two segments.
+        """sum(numerator) / sum(denominator), with replicates of the right variance.
 
-        The bootstrap's variance is of n segments about their own mean, (n - 1) / n of what it should be.
+        The variance of the bootstrap is that of n segments about their own mean, so it is too small by (n - 1) / n. The
+        replicates are spread so that their variance is right.
+
+        Args:
+            numerator: float64 [segments], at least two segments.
+            denominator: float64 [segments], with a positive sum.
+            resamples: as in `bootstrap_ratios`.
+            seed: as in `bootstrap_ratios`.
+
+        Returns:
+            The estimate, with n - 1 degrees of freedom.
         """
         n = len(numerator)
         value = float(numerator.sum() / denominator.sum())
@@ -179,7 +212,14 @@ class Estimate:
         return float(self.replicates.std(ddof=1))
 
     def interval(self, comparisons: int = 1) -> tuple[float, float]:
-        """The 95 % interval; with Bonferroni's correction the one of `comparisons` that hold together."""
+        """The 95 % interval.
+
+        Args:
+            comparisons: number of intervals that hold together with 95 % (Bonferroni's correction).
+
+        Returns:
+            Its two ends.
+        """
         margin = self.se * _t(self.freedom, comparisons)
         return self.value - margin, self.value + margin
 
@@ -187,9 +227,15 @@ class Estimate:
 def gap_interval(estimates: Sequence[Estimate]) -> tuple[float, float, float]:
     """The largest minus the smallest value, and its 95 % interval.
 
-    Noise makes a largest value larger and a smallest one smaller, so that this difference is biased upwards. But it is
-    never further from the true one than the range of the errors of all the values, whichever are the extremes, and the
-    bootstrap gives that range's distribution: the interval holds at least as often as it says, and is wide.
+    Noise makes a largest value larger and a smallest one smaller, so this difference is biased upwards. But its
+    distance to the true difference is at most the range of the errors of all values, whichever values are the extremes.
+    The bootstrap gives the distribution of that range. So the interval is wide and holds in at least 95 % of cases.
+
+    Args:
+        estimates: one for each language.
+
+    Returns:
+        The difference, and the lower and the upper end of the interval.
     """
     values = [estimate.value for estimate in estimates]
     errors = [(e.replicates - e.value) * _t(e.freedom) / ndtri((1 + CONFIDENCE) / 2) for e in estimates]
@@ -198,9 +244,16 @@ def gap_interval(estimates: Sequence[Estimate]) -> tuple[float, float, float]:
 
 
 def gap_difference(first: Sequence[Estimate], second: Sequence[Estimate]) -> Estimate:
-    """How much larger the first gap is than the second; in replicates of one seed the two share their segments.
+    """How much larger the first gap is than the second.
 
-    The two gaps' upward biases mostly cancel.
+    The upward biases of the two gaps mostly cancel.
+
+    Args:
+        first: one estimate for each language.
+        second: the same for another configuration, with replicates of the same seed and segments.
+
+    Returns:
+        The difference of the gaps.
     """
     gaps = [np.ptp([e.value for e in estimates]) for estimates in (first, second)]
     replicates = [np.ptp([e.replicates for e in estimates], axis=0) for estimates in (first, second)]
@@ -213,8 +266,14 @@ def _t(freedom: float, comparisons: int = 1) -> float:
 
 
 def tail_rate(difference: Float64, tokens: Float64, threshold: float = TAIL_NATS) -> float:
-    """The share of segments whose loss rose by more than `threshold` nats per token.
+    """The share of segments whose loss rose by more than a threshold.
 
-    difference: float64 [segments], sums of the loss differences in nats; tokens: float64 [segments], predicted tokens.
+    Args:
+        difference: sums of the loss differences in nats, float64 [segments].
+        tokens: predicted tokens, float64 [segments].
+        threshold: nats per token.
+
+    Returns:
+        A share between 0 and 1.
     """
     return float(np.mean(difference > threshold * tokens))

@@ -22,11 +22,18 @@ _STYLE = {"color": INK, "fontsize": 9}
 
 
 def draw(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write the plots a report has data for into an existing folder; returns their paths.
+    """Write the plots that a report has data for.
 
-    changes.png: change in bits per byte by language with intervals, per configuration. clips.png: quantization error
-    against the clip, by language, at one layer of each kind. layers.png: alpha* / rms and kurtosis across the layers,
-    by language.
+    changes.png has the change in bits per byte by language with intervals, a panel for each configuration. clips.png
+    has the quantization error against the clip by language, at one layer of each kind. layers.png has alpha* / rms and
+    kurtosis across the layers by language.
+
+    Args:
+        report: the report.
+        folder: an existing folder.
+
+    Returns:
+        The paths of the plots.
     """
     figures = {"changes.png": draw_changes(report)}
     if report.curves:
@@ -41,7 +48,7 @@ def draw(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def draw_changes(report: Report) -> Figure:
-    """A panel per configuration, languages in one order, one scale; what is off the scale is written at its edge."""
+    """A panel per configuration, with the same languages and scale; values off the scale are written at its edge."""
     configurations = report.configurations
     limit = _common_limit(configurations)
     shown = [c for c in configurations if c.worst <= limit] or configurations

@@ -178,8 +178,11 @@ class Comparison:
 class Curve:
     """Normalized MSE of one site's inputs (mean over its groups) against the clip, by language.
 
-    ratio: clips as multiples of each group's rms; mse: by language, one value per ratio; optimum: by language, the
-    ratio and normalized MSE of the least of its curve.
+    Attributes:
+        site: name of the site.
+        ratio: clips as multiples of the rms of each group.
+        mse: by tag, one value per ratio.
+        optimum: by tag, the ratio and the normalized MSE at the minimum of the curve.
     """
 
     site: str
