@@ -8,20 +8,27 @@ from .arguments import Commands, add_device, add_texts, add_windows, natural
 from .inputs import check_enough_text, load_texts, print_paths
 
 _MODEL = (
-    "a folder or Hugging Face model id that transformers loads, with @bfloat16 or another dtype at its end where "
-    "wanted; a .gguf file, which llama.cpp runs; or the URL of a server that speaks OpenAI's API, with #MODEL at its "
-    "end where it serves several models (the API key is read from LA_ACIQ_API_KEY)"
+    "a folder or Hugging Face model id that transformers loads, with @bfloat16 or another dtype at its end to "
+    "choose it; a .gguf file, which llama.cpp runs; or the URL of a server that speaks OpenAI's API, with #MODEL "
+    "at its end if it serves several models (the API key is read from LA_ACIQ_API_KEY)"
 )
 
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add("compare", run, "report what each language loses in any models against a reference")
+    parser = commands.add(
+        "compare",
+        run,
+        "report what each language loses in any models against a reference",
+        "The models may run in transformers, in llama.cpp or behind a server, and need not be quantized by LA-ACIQ. "
+        "The report is that of evaluate. One model is in memory at a time.",
+    )
     parser.add_argument("reference", metavar="REFERENCE", help=f"the model to compare with: {_MODEL}")
     parser.add_argument("candidates", metavar="CANDIDATE", nargs="+", help="models to compare, named in the same way")
     add_device(parser)
     parser.add_argument(
-        "--tokenizer", help="folder or id of the tokenizer that all models share (without it: the reference's)"
+        "--tokenizer",
+        help="folder or id of the tokenizer that all models share (without this option: that of the reference)",
     )
     parser.add_argument(
         "--bits_per_byte",
@@ -33,8 +40,8 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--skip",
         type=natural,
-        help="tokens to leave out at the start of each text (without it: as many as the clips of a model of LA-ACIQ "
-        "were chosen on, because the text may be the same)",
+        help="tokens to leave out at the start of each text (without this option: as many as the clips of a model of "
+        "LA-ACIQ were chosen on, because the text may be the same)",
     )
     parser.add_argument(
         "--format",

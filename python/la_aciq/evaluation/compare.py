@@ -215,8 +215,8 @@ def _plan(
     stretches = HeldOutStretches.cut(contents, tokenized, seqlen, tokens, skip)
     measurements = []
     for model in models:
-        own = model.tokenizer()
-        readings = stretches.readings(own, model.name)
+        model_tokenizer = model.tokenizer()
+        readings = stretches.readings(model_tokenizer, model.name)
         cut = {tag: [reading.window for reading in several] for tag, several in readings.items()}
-        measurements.append(_Measurement(model, readings, TextsToRead(cut, own)))
+        measurements.append(_Measurement(model, readings, TextsToRead(cut, model_tokenizer)))
     return stretches, measurements
