@@ -28,6 +28,7 @@ import la_aciq
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageAwareCache, LanguageState, QuantConfig, quantize_model
 from la_aciq.nn.cache import LanguageAwareLayer
+from la_aciq.nn.first_token import cache_name
 from la_aciq.nn.kv import KeyValueClips
 
 SINKS, WINDOW, BLOCK = 4, 32, 64
@@ -443,10 +444,10 @@ def test_a_cache_that_is_not_int4_is_named_once(model, profile):
     out = quantized(model, profile)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(out, past_key_values=LanguageAwareCache(out), language="sw")
+        generate(out, language="sw", **{cache_name(type(out).forward): LanguageAwareCache(out)})
         generate(out, language="sw")
     with pytest.warns(
-        UserWarning, match="kv = 4, but past_key_values is a StaticCache, which keeps keys and values"
+        UserWarning, match="kv = 4, but the cache of the call is a StaticCache, which keeps keys and values"
     ) as caught:
         output = generate(out, language="sw", cache_implementation="static")
     assert type(output.past_key_values) is StaticCache

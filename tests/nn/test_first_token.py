@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from tiny_llama import random_texts, tiny_llama
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
@@ -16,7 +16,7 @@ import la_aciq
 from la_aciq import QuantConfig
 from la_aciq.errors import LaAciqError
 from la_aciq.nn import LanguageState, quantize_model
-from la_aciq.nn.first_token import first_of_memory
+from la_aciq.nn.first_token import cache_name, cache_of, first_of_memory
 
 transformers.logging.set_verbosity_error()
 
@@ -441,7 +441,7 @@ STATE_SPACES = {
         "head_dim": 8,
     },
 }
-PAST = ("past_key_values", "cache_params", "state")
+PAST = ("cache", "past_key_values", "cache_params", "state")
 
 
 @pytest.mark.filterwarnings("ignore:.*layers are left as they are")
@@ -495,3 +495,59 @@ def test_export_and_tracing_are_refused(llama, sink, tmp_path):
         torch.onnx.export(quantized, (IDS,), tmp_path / "model.onnx", dynamo=False)
     with pytest.raises(LaAciqError, match="cannot be exported or traced"):
         torch.export.export(quantized.model, (IDS,), {"use_cache": False}, strict=False)
+
+
+class Called(nn.Module):
+    """What transformers' decoders are to the state: `forward` takes a cache under one name."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.state, self.seen, self.caches = state, [], []
+
+    def run(self, input_ids, cache):
+        self.seen.append(self.state.ids_for(torch.zeros(*input_ids.shape, 3)).tolist())
+        self.caches.append(cache)
+
+
+class Before(Called):
+    def forward(self, input_ids, past_key_values=None, position_ids=None, use_cache=True):
+        self.run(input_ids, past_key_values)
+
+
+class Since(Called):
+    def forward(self, input_ids, cache=None, position_ids=None, use_cache=True, **old):
+        self.run(input_ids, old.get("past_key_values") if cache is None else cache)
+
+
+class Unlike(Called):
+    def forward(self, input_ids, cache: dict[str, Tensor] | None = None, use_cache=True):
+        self.run(input_ids, cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "called"),
+    [
+        (Before, "past_key_values", "past_key_values"),
+        (Since, "cache", "cache"),
+        (Since, "cache", "past_key_values"),  # which 5.24 still takes
+        (Unlike, None, "cache"),
+    ],
+)
+def test_the_cache_has_one_of_two_names(kind, name, called):
+    """transformers 5.24 renamed the argument; XLM's of the new name is a dictionary."""
+    assert cache_name(kind.forward) == name
+    model = kind(LanguageState(("und", "sw", "sink")))
+    new = object()
+    model.state.attach(model, lambda module, arguments: new if cache_of(arguments) is None else None)
+    past = {"slen": 3} if kind is Unlike else DynamicCache()
+    if kind is not Unlike:
+        past.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), 0)
+    ids = torch.ones(1, 2, dtype=torch.int64)
+    with la_aciq.language("sw"):
+        model(ids)
+        model(ids, **{called: past})
+    assert model.seen == [[[2, 1]], [[1, 1]]]
+    assert model.caches == ([None, past] if kind is Unlike else [new, past])
+    if kind is not Unlike:
+        with la_aciq.language("sw"), pytest.raises(LaAciqError, match="position_ids begin a sequence at 0 where"):
+            model(ids, position_ids=torch.tensor([[0, 1]]), **{called: past})

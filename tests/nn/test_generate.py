@@ -63,7 +63,7 @@ def test_a_prompt_in_chunks(model):
     assert torch.equal(new_tokens(model, IDS, TAGS, prefill_chunk_size=5), new_tokens(model, IDS, TAGS))
 
 
-@pytest.mark.filterwarnings("ignore:kv = 4, but past_key_values is a StaticCache")
+@pytest.mark.filterwarnings("ignore:kv = 4, but the cache of the call is a StaticCache")
 def test_a_static_cache_and_a_compiled_model():
     model = _quantized(0)
     torch._dynamo.reset()

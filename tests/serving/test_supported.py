@@ -9,8 +9,10 @@ from vllm.config import set_current_vllm_config
 from vllm.config.kv_transfer import KVTransferConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import LinearBase
 
 from la_aciq.errors import LaAciqError
+from la_aciq.integrations.vllm.method import LanguageLinearMethod
 from la_aciq.integrations.vllm.settings import ENVIRONMENT
 from la_aciq.integrations.vllm.supported import check_supported
 
@@ -117,6 +119,37 @@ def test_quantized_layers_that_are_no_linear_layers_are_refused(vllm_config):
         pytest.raises(LaAciqError, match=r"'model.layers.0.mlp' is quantized, and vLLM's Module"),
     ):
         config.get_quant_method(torch.nn.Module(), "model.layers.0.mlp")
+
+
+@pytest.mark.parametrize(
+    ("layout", "served"),
+    [
+        ("batch tokens", True),
+        ("tokens batch", True),
+        ("batch*tokens", True),
+        ("tokens*batch", True),
+        ("batch kept", True),
+        (None, True),  # a folder without layouts, whose calibration found none
+        ("batch n tokens", False),
+        ("memory batch", False),
+        ("batch", False),
+        ("n batch", False),
+        ("none", False),
+    ],
+)
+def test_layers_without_a_row_for_each_token_are_refused(vllm_config, monkeypatch, layout, served):
+    config, name = vllm_config.quant_config, "model.layers.0.mlp.down_proj"
+    assert name in config.quantization.layers
+    monkeypatch.delitem(config.quantization.layouts, name, raising=False)
+    if layout is not None:
+        monkeypatch.setitem(config.quantization.layouts, name, layout)
+    layer = LinearBase.__new__(LinearBase)
+    with set_current_vllm_config(vllm_config):
+        if served:
+            assert isinstance(config.get_quant_method(layer, name), LanguageLinearMethod)
+        else:
+            with pytest.raises(LaAciqError, match=rf"{name}'.*were '{layout}' in calibration.*in --ignore"):
+                config.get_quant_method(layer, name)
 
 
 def test_an_int4_cache_is_refused(vllm_config):

@@ -27,6 +27,7 @@ from ..errors import LaAciqError
 from ..models import EXPERT_WEIGHTS, fingerprint, is_experts, linear_weight, output_head
 from ..models.architecture import check_constant_weights
 from ..nn.config import is_ignored
+from ..nn.first_token import cache_name
 from ..nn.forward_pass import LanguageState
 from ..nn.layout import LayoutDetector, detect_layouts
 from ..ops import rotation
@@ -440,17 +441,18 @@ class _Collector:
             stack.enter_context(torch.inference_mode())
             yield network
 
-    def cache(self, network: Callable[..., Any]) -> dict[str, Any]:
+    def cache(self, network: nn.Module) -> dict[str, Any]:
         """Arguments that hand a call of the network a cache which measures keys and values, where it takes one."""
         hugging_face: Any = self._model
-        taken = inspect.signature(getattr(network, "forward", network)).parameters
-        decodes = hasattr(self._model, "can_generate") and hugging_face.can_generate() and "past_key_values" in taken
+        taken = inspect.signature(network.forward).parameters
+        name = cache_name(type(network).forward)
+        decodes = hasattr(self._model, "can_generate") and hugging_face.can_generate()
         # Some models keep their past in a way of their own and refuse transformers' cache.
         decodes = decodes and getattr(self._model, "_supports_default_dynamic_cache", lambda: True)()
-        if not self._summing and decodes and not hugging_face.config.is_encoder_decoder:
+        if name is not None and not self._summing and decodes and not hugging_face.config.is_encoder_decoder:
             from ..nn.cache import recording_cache
 
-            return {"use_cache": True, "past_key_values": recording_cache(self._model, self._measure_cached)}
+            return {"use_cache": True, name: recording_cache(self._model, self._measure_cached)}
         return {"use_cache": False} if "use_cache" in taken else {}
 
     @contextmanager

@@ -21,6 +21,7 @@ from torch import nn
 from ..calibration import Window
 from ..errors import LaAciqError
 from ..nn import Quantization, language
+from ..nn.first_token import cache_name
 from ..nn.kv import WINDOW
 
 Float64 = NDArray[np.float64]
@@ -80,10 +81,8 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return logits
     from ..nn.cache import LanguageAwareCache
 
-    cache = LanguageAwareCache(model)
-    return torch.cat(
-        [model(input_ids=piece[None], past_key_values=cache).logits[0] for piece in torch.split(ids, _PIECE)]
-    )
+    cache = {cache_name(type(model).forward) or "past_key_values": LanguageAwareCache(model)}
+    return torch.cat([model(input_ids=piece[None], **cache).logits[0] for piece in torch.split(ids, _PIECE)])
 
 
 def segment_starts(window: Window) -> NDArray[np.int64]:

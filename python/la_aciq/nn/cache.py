@@ -13,7 +13,6 @@ and means, heads of 64 channels take 4.5 bits per element of a key and 4.25 of a
 """
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from math import gcd
@@ -35,12 +34,14 @@ from ..errors import LaAciqError
 from ..ops import rotation
 from ..profile.profile import Kind
 from .config import ABSMAX_SHARE, QuantConfig
+from .first_token import cache_name, cache_of
 from .forward_pass import LanguageState
 from .kv import BLOCK, SINKS, WINDOW, KeyValueClips, center, site
 
 
 class LanguageAwareCache(DynamicCache):  # type: ignore[misc]  # transformers has no type information
-    """The cache of a model quantized with `QuantConfig(kv=4)`, for `past_key_values=` of its calls or of `generate`.
+    """The cache of a model quantized with `QuantConfig(kv=4)`, for `past_key_values=` of its calls or of `generate`;
+    since transformers 5.24 the argument is `cache=`.
 
     `generate`, and a call with use_cache that is given no cache or an empty DynamicCache, makes one by itself. Layers
     with full or sliding-window attention are quantized; others (linear attention, indexers) are transformers' own, and
@@ -105,10 +106,10 @@ class CacheMaker:
         An empty DynamicCache becomes an INT4 cache in place.
         """
         whole: Any = self._model
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         if cache is None:
             uses = arguments.get("use_cache")
-            if "past_key_values" not in inspect.signature(module.forward).parameters or not (
+            if cache_name(type(module).forward) is None or not (
                 getattr(whole.config, "use_cache", False) if uses is None else uses
             ):
                 return None
@@ -122,8 +123,8 @@ class CacheMaker:
         elif not isinstance(past, LanguageAwareCache) and self._warn:
             self._warn = False
             warnings.warn(
-                f"kv = 4, but past_key_values is a {type(past).__name__}, which keeps keys and values as they are; "
-                "expected none, an empty DynamicCache without offloading, or a LanguageAwareCache",
+                f"kv = 4, but the cache of the call is a {type(past).__name__}, which keeps keys and values as they "
+                "are; expected none, an empty DynamicCache without offloading, or a LanguageAwareCache",
                 stacklevel=2,
             )
         return None

@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from ..errors import LaAciqError
 
+# transformers' names for the argument that has its cache, and for the attribute of an output: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 # Arguments that carry what a model has read before the pass.
-PAST = ("past_key_values", "cache_params", "past_buckets_states", "mems", "state", "cache")
+PAST = (*CACHE_NAMES, "cache_params", "past_buckets_states", "mems", "state")
 _BIAS = -1e4  # a float mask hides what it adds this or less to: nothing of it is left after the softmax
 
 
@@ -146,7 +148,7 @@ def _past(name: str, value: Any) -> Any:
         return held[0].shape[0] if held else 0
     if name == "state":  # RWKV: numerators, denominators and maxima that no token has changed yet are zero, zero, -1e30
         return None if any(bool((part != 0).any()) for part in value[:-1]) else 0
-    if name == "cache":
+    if isinstance(value, dict):  # XLM's, an argument of the name "cache"
         return int(value["slen"]) if value else 0
     if hasattr(value, "seqlen_offset"):  # xLSTM
         return value.seqlen_offset
@@ -177,7 +179,7 @@ def _check_fresh(arguments: Mapping[str, Any], tokens: int) -> None:
     if tokens == 1 or later:
         raise LaAciqError(
             "this model keeps what it has read in its modules, and a call with one token or with position_ids that do "
-            "not begin at 0 may go on from there; pass past_key_values of the call before"
+            "not begin at 0 may go on from there; pass the cache of the call before"
         )
 
 
@@ -288,7 +290,7 @@ def _offset(keys: int, past: Any, tokens: int, arguments: Mapping[str, Any]) -> 
     """The number of the key that the first query is itself, in a mask over so many keys."""
     if past is None:
         return keys - tokens
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     cache = getattr(cache, "self_attention_cache", cache)
     if cache is not None and hasattr(cache, "get_mask_sizes"):
         for index in range(len(cache.layers)):
@@ -333,9 +335,23 @@ def _begins(arguments: Mapping[str, Any], shape: tuple[int, int], device: torch.
     return None
 
 
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """transformers' cache among the arguments of a call by name, whatever its name; None without one."""
+    caches = (arguments.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in caches if cache is not None and not isinstance(cache, dict)), None)
+
+
 @lru_cache(maxsize=512)
-def _parameters(forward: Any) -> frozenset[str]:
-    return frozenset(signature(forward).parameters)
+def cache_name(forward: Any) -> str | None:
+    """The name of the argument of a class's `forward` that takes transformers' cache; None where there is none."""
+    parameters = signature(forward).parameters
+    names = (name for name in CACHE_NAMES if name in parameters)
+    return next((name for name in names if "dict" not in str(parameters[name].annotation).lower()), None)
+
+
+@lru_cache(maxsize=512)
+def _takes_positions_and_cache(forward: Any) -> bool:
+    return cache_name(forward) is not None and "position_ids" in signature(forward).parameters
 
 
 def _flash(module: nn.Module) -> bool:
@@ -344,7 +360,7 @@ def _flash(module: nn.Module) -> bool:
 
 def _attends_over(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
     """Whether the model's attention takes no notice of `cu_seq_lens_q` and `seq_idx`."""
-    return not _flash(module) and "past_key_values" in _parameters(type(module).forward)
+    return not _flash(module) and cache_name(type(module).forward) is not None
 
 
 def _restarts(
@@ -361,9 +377,7 @@ def _restarts(
         LaAciqError: They begin a sequence where the model sees earlier tokens.
     """
     positions = arguments.get("position_ids")
-    if not isinstance(positions, Tensor) or not {"past_key_values", "position_ids"} <= _parameters(
-        type(module).forward
-    ):
+    if not isinstance(positions, Tensor) or not _takes_positions_and_cache(type(module).forward):
         return None
     if positions.ndim == 3 and positions.shape[0] == 4:  # those of the text, then of time, height and width
         positions = positions[0]

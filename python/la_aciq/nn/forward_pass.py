@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from .._deprecated import warn_renamed
 from ..errors import LaAciqError
 from .entries import Entries
-from .first_token import carries_state, first_of_memory, first_tokens, past_tokens
+from .first_token import CACHE_NAMES, cache_name, carries_state, first_of_memory, first_tokens, past_tokens
 from .id_buffers import IdBuffers
 from .layout import ids_in_layout
 from .running import RunningPass
@@ -362,8 +362,10 @@ class LanguageState:
             self._memory = (memory, ids)
         if self._make_cache is None or not (model is self._decoder or self._model in self._running):
             return None
-        cache = self._make_cache(model, arguments)
-        return None if cache is None else (args, kwargs | {"past_key_values": cache})
+        cache, name = self._make_cache(model, arguments), cache_name(type(model).forward)
+        if cache is None or name is None:
+            return None
+        return args, {key: value for key, value in kwargs.items() if key not in CACHE_NAMES} | {name: cache}
 
     def batch_ids(self, batch: int, device: torch.device) -> torch.Tensor:
         """The language id of each row of the running pass's batch.

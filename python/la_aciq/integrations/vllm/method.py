@@ -32,6 +32,8 @@ from .settings import ADAPT, batch_invariant
 from .supported import check_supported
 from .tail_sums import TailSums, check_adaptable, is_sampled
 
+# Layouts (nn/layout.py) of one row for each token, which vLLM has as [tokens, K] whatever transformers' order is.
+_BY_TOKEN = ("batch tokens", "tokens batch", "batch*tokens", "tokens*batch", "batch kept")
 # The parameter of vLLM's layer that a tensor of ours is loaded into, where it has another name: vLLM's own `bias` is a
 # vector, ours with centers is a table by entry.
 _PARAMETERS = {"bias": "entry_bias"}
@@ -188,6 +190,13 @@ class LaAciqVllmConfig(QuantizationConfig):
                 f"vLLM computes {', '.join(names)} as one layer, and only {names[quantized.index(True)]} is quantized; "
                 "expected all of them or none"
             )
+        for name in names:
+            layout = self.quantization.layouts.get(name, "batch tokens")
+            if layout not in _BY_TOKEN:
+                raise LaAciqError(
+                    f"layer {name!r}: the rows of its input were {layout!r} in calibration, and vLLM serves layers "
+                    "with one row for each token; name it in --ignore when you quantize"
+                )
         return LanguageLinearMethod(self, prefix)
 
 
