@@ -189,7 +189,8 @@ def total_variation_bound(p: ArrayLike, q: ArrayLike, losses: ArrayLike) -> floa
     TV is half the sum of abs(p - q). Cells that neither p nor q reaches play no part.
 
     Args:
-        p, q: probabilities [cells], >= 0, each summing to one (to 1e-9).
+        p: probabilities [cells], >= 0, summing to one (to 1e-9).
+        q: the same for the other law.
         losses: e [cells], finite.
 
     Returns:
@@ -217,7 +218,8 @@ def wasserstein2(p: HistogramLaw, q: HistogramLaw, scaled: bool = False) -> Arra
     By Gauss and Legendre's quadrature between the bins' edges; relative accuracy 1e-6.
 
     Args:
-        p, q: laws of one shape, [pairs] or ().
+        p: laws, [pairs] or ().
+        q: the other laws, of the same shape.
         scaled: compare the laws at unit power.
 
     Returns:
