@@ -87,6 +87,34 @@ def test_json_alone(run, model_folder, texts_folder, tmp_path):
     assert out.rstrip().endswith(f"Report   {output / 'report.json'}")
 
 
+def test_ctrl_c_says_where_the_losses_are(run, model_folder, texts_folder, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    command = ("compare", model_folder, f"{model_folder}@bfloat16", "--texts", texts_folder, "--output_dir", output)
+    with monkeypatch.context() as patch:
+        patch.setattr("la_aciq.evaluation.candidates.transformers._Opened.nats", interrupted_after(5))
+        status, _, err = run(*command, *SIZE)
+    assert status == 130
+    assert f"interrupted; the losses so far are kept in {output}, and the same command goes on from there" in err
+    status, _, err = run(*command, *SIZE)
+    assert status == 0
+    assert re.search(r"Comparing: +21%.* 5/24", err)
+
+
+def interrupted_after(count):
+    """`nats` that reads so many windows."""
+    from la_aciq.evaluation.candidates import transformers
+
+    nats, tags = transformers._Opened.nats, []
+
+    def read(self, window, tag):
+        if len(tags) == count:
+            raise KeyboardInterrupt
+        tags.append(tag)
+        return nats(self, window, tag)
+
+    return read
+
+
 def test_what_is_refused(refused, model_folder, texts_folder, tmp_path):
     command = ("compare", model_folder, model_folder, "--texts", texts_folder, "--output_dir", tmp_path / "out", *SIZE)
     refused("is given twice", *command)
@@ -101,7 +129,7 @@ def test_what_is_refused(refused, model_folder, texts_folder, tmp_path):
     )
     refused("device 'cuda:99' cannot be used", *other, "--output_dir", tmp_path / "out", "--device", "cuda:99")
     refused("device 'gpu' cannot be used", *other, "--output_dir", tmp_path / "out", "--device", "gpu")
-    assert not (tmp_path / "out" / "report.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("bad", ["truncated", "missing"])

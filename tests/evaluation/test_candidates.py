@@ -114,7 +114,7 @@ def test_a_busy_server_is_asked_again(compared, local, server, monkeypatch):
     [
         ({"form": "none"}, "gives no log-probabilities of a prompt of token ids"),
         ({"limit": 60}, "read 60 of a window's 64 tokens: it truncates"),
-        ({"max_model_len": 100}, "reads at most 100 tokens, and a window has 200"),
+        ({"max_model_len": 200}, "reads at most 199 tokens, and a window has 200"),
         ({"models": ["a", "b"]}, "serves a, b; name one: .*/v1#MODEL"),
         ({"models": []}, "serves no model"),
     ],

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 pytest.importorskip("vllm", reason="vLLM has its own virtual environment: make test runs these in .venv-vllm")
 
 from la_aciq.bench import serve as bench
+from la_aciq.errors import LaAciqError
+from la_aciq.evaluation import compare
 
 PROMPT = "The committee met on Tuesday, and nobody could say why the river had risen."
 START_SECONDS = 400
@@ -120,6 +122,23 @@ def test_a_tag_per_request(server):
     assert len({texts["en"], texts["sw"], texts["th"]}) == 3
     assert texts["sw-KE"] == texts["sw"]
     assert texts["fi"] == texts[None] == server.text("und")
+
+
+def test_compare_reads_the_log_probabilities_of_the_server(server, tmp_path):
+    """The served model's losses, each language under its tag, are those that transformers computes of its folder."""
+    texts = {tag: sentences(tag) for tag in ("en", "sw", "th")}
+    settings = {"seqlen": 128, "tokens": 384, "skip": 0, "progress": False}
+    report = compare(server.model, [server.address], texts=texts, folder=tmp_path, **settings)
+    (configuration,) = report.configurations
+    for result in configuration.by_language.values():
+        assert result.change == pytest.approx(0, abs=1e-3)
+    # Under another tag, the model has other losses: what is compared is not the entry und.
+    swapped = {"sw": texts["en"], "en": texts["th"], "th": texts["sw"]}
+    other = compare(server.model, [server.address], texts=swapped, folder=tmp_path, **settings).configurations[0]
+    assert abs(other.by_language["sw"].bpb - configuration.by_language["en"].bpb) > 1e-3
+    assert other.by_language["sw"].change == pytest.approx(0, abs=1e-3)
+    with pytest.raises(LaAciqError, match="reads at most 255 tokens, and a window has 256"):
+        compare(server.model, [server.address], texts=texts, folder=tmp_path, **settings | {"seqlen": 256})
 
 
 def test_the_other_endpoints_hand_the_tag_on(server):

@@ -66,20 +66,26 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_enough_text(arguments)
     output = Path(arguments.output_dir)
-    report = compare(
-        arguments.reference,
-        arguments.candidates,
-        texts=load_texts(arguments),
-        folder=output,
-        tokenizer=arguments.tokenizer,
-        bits_per_byte=arguments.bits_per_byte,
-        seqlen=arguments.seqlen,
-        tokens=arguments.seqlen * arguments.nsamples,
-        skip=arguments.skip,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        seed=arguments.seed,
-    )
+    texts = load_texts(arguments)
+    try:
+        report = compare(
+            arguments.reference,
+            arguments.candidates,
+            texts=texts,
+            folder=output,
+            tokenizer=arguments.tokenizer,
+            bits_per_byte=arguments.bits_per_byte,
+            seqlen=arguments.seqlen,
+            tokens=arguments.seqlen * arguments.nsamples,
+            skip=arguments.skip,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            seed=arguments.seed,
+        )
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(
+            f"the losses so far are kept in {output}, and the same command goes on from there"
+        ) from interrupt
     print(report.terminal())
     file = output / "report.json"
     if arguments.format == "md":

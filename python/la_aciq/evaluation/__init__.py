@@ -1,6 +1,6 @@
 """What quantization costs each language: evaluation, the report, and its plots."""
 
-from .compare import compare
+from .comparison import compare
 from .measure import evaluate, evaluate_configurations
 from .report import Comparison, Configuration, Curve, Difference, LanguageResult, Layers, Report
 from .summary import summarize

@@ -62,6 +62,10 @@ def load_model(
         raise
     except _LOADING_ERRORS as error:
         raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    except RuntimeError as error:  # how a quantization method says that it needs another device
+        if not is_quantized(config) or "memory" in str(error):
+            raise
+        raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     if "gguf_file" in place:
         # The weights are floating-point now. The file's own quantization is of no use any more, and forbids saving.
         del model.config.quantization_config

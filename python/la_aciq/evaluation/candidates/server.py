@@ -71,7 +71,8 @@ class Server(Candidate):
 
     def check(self, texts: TextsToRead) -> None:
         self._find_model()
-        texts.check_limits(self.name, self._positions, None)
+        # One position is for the token that some servers must generate.
+        texts.check_limits(self.name, None if self._positions is None else self._positions - 1, None)
         probes = [(windows[0], tag) for tag, windows in texts.windows.items()]
         self._ask = self._find_form(_shortened(probes[0][0]), probes[0][1])
         for window, tag in probes:

@@ -86,9 +86,9 @@ def compare(
     if skip is None:
         calibrated = [model.calibration_tokens for model in models]
         skip = {tag: max(counts.get(tag, 0) for counts in calibrated) for tag in set().union(*calibrated)}
+    held_out, measurements = _plan(models, shared, texts, bits_per_byte, seqlen, tokens, skip)
+    identities = [model.identity() for model in models]
     with locked_folder(folder) as losses_folder:
-        held_out, measurements = _plan(models, shared, texts, bits_per_byte, seqlen, tokens, skip)
-        identities = [model.identity() for model in models]
         stored = [StoredLosses(losses_folder, identity) for identity in identities]
         for measurement, losses in zip(measurements, stored, strict=True):
             measurement.check(losses)
