@@ -130,13 +130,13 @@ def test_compare_reads_the_log_probabilities_of_the_server(server, tmp_path):
     settings = {"seqlen": 128, "tokens": 384, "skip": 0, "progress": False}
     report = compare(server.model, [server.address], texts=texts, folder=tmp_path, **settings)
     (configuration,) = report.configurations
-    for result in configuration.by_language.values():
-        assert result.change == pytest.approx(0, abs=1e-3)
-    # Under another tag, the model has other losses: what is compared is not the entry und.
+    # vLLM's attention sums in another order, and some activations get another code.
+    assert all(abs(result.change) < 0.01 for result in configuration.by_language.values())
+    # Under another tag, the model has other losses: the requests carry the tag.
     swapped = {"sw": texts["en"], "en": texts["th"], "th": texts["sw"]}
     other = compare(server.model, [server.address], texts=swapped, folder=tmp_path, **settings).configurations[0]
-    assert abs(other.by_language["sw"].bpb - configuration.by_language["en"].bpb) > 1e-3
-    assert other.by_language["sw"].change == pytest.approx(0, abs=1e-3)
+    assert all(abs(result.change) < 0.01 for result in other.by_language.values())
+    assert other.by_language["sw"].bpb - configuration.by_language["en"].bpb > 0.02
     with pytest.raises(LaAciqError, match="reads at most 255 tokens, and a window has 256"):
         compare(server.model, [server.address], texts=texts, folder=tmp_path, **settings | {"seqlen": 256})
 

@@ -308,7 +308,7 @@ class Report:
     @property
     def reference(self) -> str:
         """The model that the configurations are compared with, in words."""
-        return "the reference" if "identity" in self.model else "the unquantized model"
+        return str(self.model["name"]) if "identity" in self.model else "the unquantized model"
 
     def terminal(self) -> str:
         """The tables and the verdicts as text for a terminal with a fixed-width font."""
@@ -362,9 +362,10 @@ class Report:
         return _PAGE.format(title=html.escape(self._heading()), body="\n".join(parts))
 
     def _heading(self) -> str:
+        name = "" if self.reference == self.model["name"] else f" ({self.model['name']})"
         return (
             f"Change in bits per {self.unit} against {self.reference}, {self.settings['tokens']} held-out tokens "
-            f"in each of {len(self.texts)} languages ({self.model['name']})"
+            f"in each of {len(self.texts)} languages{name}"
         )
 
     def _summary(self) -> tuple[str, list[str], list[list[str]]]:
@@ -395,8 +396,7 @@ class Report:
                 for r in results
             ]
             rows.append([tag, f"{results[0].reference_bpb:.3f}", *cells])
-        reads = f"{self.reference}'s bits per {self.unit}"
-        title = f"Change by language with its 95 % interval; reference is {reads}"
+        title = f"Change by language with its 95 % interval; reference is the bits per {self.unit} of {self.reference}"
         return title, header, rows
 
     def _regret(self) -> tuple[str, list[str], list[list[str]]]:
