@@ -15,7 +15,7 @@ THOROUGH = [
     "checkpoint/test_checkpoint.py",
     "cli/test_bad_input.py",
     "cli/test_commands.py",
-    "cli/test_compare.py",
+    "cli/test_compare_command.py",
     "cli/test_interruption.py",
     "clipping/test_laws.py",
     "clipping/test_optimal.py",
