@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("name", ["baselines", "evaluation", "experiments"])
+@pytest.mark.parametrize("name", ["baselines", "clip_intervals", "evaluation", "experiments"])
 def test_help_names_the_command_and_its_subject(name, monkeypatch, capsys):
     module = importlib.import_module(f"benchmarks.research.{name}")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])

@@ -35,9 +35,16 @@ def measured() -> dict[str, Any]:
     n["optimizer_device"] = n["optimizer"][0]["device"]
     n["optimizer_seconds"] = max(row["seconds"] for result in n["optimizer"] for row in result["rows"])
     n["optimizer_clips"] = max(row["clips"] for result in n["optimizer"] for row in result["rows"])
-    n["coverage"] = json.loads((RESULTS / "clip-intervals.json").read_text(encoding="utf-8"))["rows"]
-    held = [row for row in n["coverage"] if row["intervals"] > row["samples"] / 2]
-    n["coverage_least"], n["coverage_most"] = (f(row["coverage"] for row in held) for f in (min, max))
+    simulation = json.loads((RESULTS / "clip-intervals.json").read_text(encoding="utf-8"))
+    n["coverage"] = simulation["rows"]
+    n["coverage_repeats"], n["coverage_skewness"] = (simulation["settings"][k] for k in ("repeats", "most_skewness"))
+    judged = [row for row in n["coverage"] if row["intervals"] >= 100]
+    n["coverage_judged"], n["coverage_cells"] = len(judged), len(n["coverage"])
+    n["coverage_least"], n["coverage_most"] = (f(100 * row["coverage"] for row in judged) for f in (min, max))
+    intervals = np.array([row["intervals"] for row in judged])
+    for name in ("coverage", "low", "high"):
+        n[f"coverage_all_{name}"] = 100 * float(np.average([row[name] for row in judged], weights=intervals))
+    n["coverage_error"] = 100 * float(np.sqrt(0.05 * 0.95 / 100))
     return n
 
 

@@ -63,13 +63,15 @@ def samples(n: dict[str, Any]) -> str:
 
 
 def coverage(n: dict[str, Any]) -> str:
-    rows = [
-        [r["law"], str(r["bits"]), f"{r['n']:,}", f"{r['intervals']} of {r['samples']}",
-         f"{100 * r['coverage']:.1f} %", percent(r["half_width"])]
-        for r in n["coverage"]
-        if r["intervals"] > r["samples"] / 2
-    ]  # fmt: skip
-    return table(["law", "bits", "samples", "had an interval", "intervals that hold alpha*", "half width"], rows)
+    # By law and bits the cell of the fewest samples at which more than half of the samples had an interval.
+    first = {}
+    for r in sorted(n["coverage"], key=lambda r: -r["n"]):
+        if r["intervals"] > r["samples"] / 2:
+            first[r["law"], r["bits"]] = f"{r['n']:,}: {100 * r['coverage']:.1f} % (+-{percent(r['half_width'])})"
+    laws, bits = (list(dict.fromkeys(r[key] for r in n["coverage"])) for key in ("law", "bits"))
+    return table(
+        ["law", *(f"{b} bits" for b in bits)], [[law, *(first.get((law, b), "–") for b in bits)] for law in laws]
+    )
 
 
 def sharing(n: dict[str, Any]) -> str:
