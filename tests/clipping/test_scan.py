@@ -6,8 +6,9 @@ import mpmath
 import numpy as np
 import pytest
 from scipy import optimize
+from synthetic_profile import log_histogram
 
-from la_aciq import clipping
+from la_aciq import clipping, disparity
 from la_aciq.clipping import (
     Empirical,
     Gaussian,
@@ -22,6 +23,7 @@ from la_aciq.clipping import (
     shared,
 )
 from la_aciq.clipping.objectives import quantize
+from la_aciq.errors import LaAciqError
 
 SIGMAS = np.geomspace(0.01, 100, 50)
 EXTREME = {
@@ -154,23 +156,123 @@ def test_scales_that_float64_holds_are_solved(scale):
             (Mixture([Gaussian(), Laplace(3)], [0.5, 0.5]), Mixture([Gaussian(scale), Laplace(3 * scale)], [0.5, 0.5])),
         ):
             best, one = optimal(scaled, 4, codebook, objective), optimal(unit, 4, codebook, objective)
-            assert best.alpha == pytest.approx(scale * float(one.alpha), rel=2e-6)
+            assert best.alpha / scale == pytest.approx(float(one.alpha), rel=2e-6)
             assert best.normalized_mse == pytest.approx(float(one.normalized_mse), rel=2e-6)
             assert best.certificate.gap == pytest.approx(one.certificate.gap, abs=1e-6)
             assert scaled.kurtosis == pytest.approx(float(unit.kurtosis), rel=1e-9)
             assert scaled.skewness == pytest.approx(float(unit.skewness), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1e308, 1e200, 1e-160, 1e-200, 5e-324])
-def test_scales_that_float64_does_not_hold_are_refused(scale):
+POWERS = [2.0**-990, 2.0**-700, 2.0**-501, 2.0**501, 2.0**700, 2.0**990]
+
+
+def laws_of_scale(scale):
+    x = np.random.default_rng(0).standard_t(5, 300)
+    return (
+        Gaussian(scale),
+        StudentT(3, scale, 0.3 * scale),
+        GeneralizedGaussian(0.6, scale),
+        Empirical(x * scale),
+        Empirical(np.full(100, -3 * scale)),
+        Mixture([Gaussian(scale), Laplace(3 * scale)], [0.5, 0.5]),
+    )
+
+
+@pytest.mark.parametrize("scale", POWERS)
+def test_scales_whose_squares_float64_does_not_hold_give_the_unit_law_s_optimum(scale):
+    """Clips, slopes and errors are the unit law's times the scale or its square, where float64 has such a number."""
+    for unit, scaled in zip(laws_of_scale(1.0), laws_of_scale(scale), strict=True):
+        for codebook, objective in (
+            ("midrise", "exact"),
+            ("midtread", "exact"),
+            ("midrise", "in_range"),
+            ("midrise", "aciq"),
+        ):
+            best, one = optimal(scaled, 4, codebook, objective), optimal(unit, 4, codebook, objective)
+            assert best.alpha / scale == pytest.approx(float(one.alpha), rel=1e-7)
+            assert best.normalized_mse == pytest.approx(float(one.normalized_mse), rel=1e-9, abs=1e-25)
+            with np.errstate(over="ignore"):
+                assert best.mse == pytest.approx(float(one.mse * scale * scale), rel=1e-9, abs=0)
+            ours, theirs = best.certificate, one.certificate
+            assert (ours.method, ours.multiplier) == (theirs.method, theirs.multiplier)
+            assert 0 <= ours.gap == pytest.approx(float(theirs.gap), abs=1e-6)
+            assert ours.bracket[0] <= best.alpha <= ours.bracket[1]
+            assert 0 <= ours.lower_bound <= best.mse
+            assert np.isfinite(ours.lower_bound)
+            if one.mse > 1e-13 * unit.power:
+                assert ours.bracket_slopes[0] < 0 < ours.bracket_slopes[1]
+            if one.mse > 1e-13 * unit.power:
+                error = float(clipping.mse(scaled, best.alpha, 4, codebook, objective))
+                assert error == pytest.approx(float(best.mse), rel=1e-9, abs=0)
+            if one.mse:
+                ours, theirs = (
+                    clipping.slope(law, 2 * scale_of_law, 4, codebook, objective) / scale_of_law
+                    for law, scale_of_law in ((scaled, scale), (unit, 1.0))
+                )
+                assert ours == pytest.approx(float(theirs), rel=1e-9, abs=1e-12)
+        assert float(scaled.kurtosis) == pytest.approx(float(unit.kurtosis), rel=1e-9, nan_ok=True)
+        assert float(scaled.skewness) == pytest.approx(float(unit.skewness), rel=1e-9, abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 3e-151, 4e150, 1e200, 1e300])
+def test_any_scale_is_solved(scale):
+    for unit, scaled in zip(laws_of_scale(1.0), laws_of_scale(scale), strict=True):
+        best, one = optimal(scaled), optimal(unit)
+        assert best.alpha / scale == pytest.approx(float(one.alpha), rel=2e-6)
+        assert best.normalized_mse == pytest.approx(float(one.normalized_mse), rel=2e-6, abs=1e-20)
+    many = optimal(Gaussian([scale, 1.0, 3 * scale]), objective="aciq")
+    np.testing.assert_allclose(many.alpha / [scale, 1.0, 3 * scale], float(optimal(Gaussian(), objective="aciq").alpha))
+    assert len(many.certificate.lower_bound) == 3
+    steps = clipping.octav(Laplace(scale), 4)
+    assert steps.alpha / scale == pytest.approx(float(clipping.octav(Laplace(), 4).alpha), rel=1e-9)
+    assert clipping.samples_for_interval(Laplace(scale), 0.1) == clipping.samples_for_interval(Laplace(), 0.1)
+    assert clipping.curvature(Laplace(scale), 2 * scale) == pytest.approx(float(clipping.curvature(Laplace(), 2.0)))
+    for objective in ("exact", "aciq"):
+        pair, units = [Gaussian(scale), Laplace(2 * scale)], [Gaussian(), Laplace(2)]
+        ours, theirs = (
+            clipping.shared(laws, objective=objective, language_objective="minimax") for laws in (pair, units)
+        )
+        assert ours.alpha / scale == pytest.approx(theirs.alpha, rel=1e-6)
+        assert ours.value == pytest.approx(theirs.value, rel=1e-6)
+        assert ours.lower_bound <= ours.value
+    front = clipping.pareto(pair, objective="aciq")
+    np.testing.assert_allclose(front.alpha / scale, clipping.pareto(units, objective="aciq").alpha, rtol=1e-6)
+    x = np.random.default_rng(0).standard_normal(50_000)
+    low, high = optimal(Empirical(x * scale), objective="aciq").interval
+    expected = optimal(Empirical(x), objective="aciq").interval
+    assert (low / scale, high / scale) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e308, 1e302, 1e-302, 5e-324])
+def test_scales_whose_clips_float64_does_not_hold_are_refused(scale):
     x = np.random.default_rng(0).standard_normal(100)
     for make in (lambda: Gaussian(scale), lambda: StudentT(3, scale), lambda: Empirical(x * min(scale, 1e306))):
-        with pytest.raises(ValueError, match="squares are float64 numbers"):
+        with pytest.raises(ValueError, match=r"(sigma|samples): expected .*: rescale the values"):
             make()
     with pytest.raises(ValueError, match="mean: expected a magnitude of at most"):
-        Gaussian(1.0, mean=1e200)
+        Gaussian(1.0, mean=1e302)
     with pytest.raises(ValueError, match=r"beta: expected values of at least 0\.05, got 0\.01"):
         GeneralizedGaussian(0.01)
+
+
+def test_scales_that_do_not_go_together_are_refused():
+    """A law that is nothing beside its mean or another law; and functions that need squares of an extreme law."""
+    for law in (
+        Gaussian(1.0, mean=1e200),
+        Gaussian(1e-200, mean=1.0),
+        Mixture([Gaussian(1e-200), Gaussian()], [0.5, 0.5]),
+    ):
+        with pytest.raises(LaAciqError, match="law: expected a standard deviation of at least"):
+            optimal(law)
+    with pytest.raises(LaAciqError, match="law: expected a standard deviation of at least"):
+        clipping.shared([Gaussian(1e-200), Gaussian(1e200)])
+    with pytest.raises(LaAciqError, match="law: expected a law that can be rescaled, got HistogramLaw"):
+        clipping.shared([Gaussian(1e200), Empirical.from_histogram(log_histogram(np.ones(9)))])
+    with pytest.raises(ValueError, match="alpha: expected clips of at most"):
+        clipping.mse(Gaussian(1e-200), 1.0)
+    for function in (disparity.lloyd_max, disparity.gaussian_distortion, disparity.shannon_lower_bound):
+        with pytest.raises(ValueError, match="law: expected a scale from"):
+            function(Gaussian(1e200), 4)
 
 
 @pytest.mark.parametrize("seed", range(6))

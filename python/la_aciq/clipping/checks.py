@@ -14,8 +14,11 @@ from ..choices import CODEBOOKS, OBJECTIVES, TABLE_BITS
 
 Array = NDArray[np.float64]
 
-# Squares of values in this range, and products of a square with an error of 2^-20, are normal float64 numbers.
+# Squares of values in this range, and products of a square with an error of 2^-20, are normal float64 numbers. Laws of
+# other scales are brought to it (`law.unit_law`).
 LEAST_SCALE, LARGEST_SCALE = 2.0**-500, 2.0**500
+# Scales that laws may have: clips, which are up to 2^20 times the scale, are normal float64 numbers.
+LEAST_LAW, LARGEST_LAW = 2.0**-1000, 2.0**1000
 
 
 def real_array(name: str, value: ArrayLike) -> Array:
@@ -52,15 +55,20 @@ def positive_array(name: str, value: ArrayLike) -> Array:
 
 
 def scale_array(name: str, value: ArrayLike) -> Array:
-    """`value` as positive float64 whose squares are float64 numbers of full precision."""
+    """`value` as positive float64 that may be the scale of a law."""
     array = positive_array(name, value)
-    outside = (array < LEAST_SCALE) | (array > LARGEST_SCALE)
+    outside = (array < LEAST_LAW) | (array > LARGEST_LAW)
     if np.any(outside):
         raise ValueError(
-            f"{name}: expected values from {LEAST_SCALE:.1e} to {LARGEST_SCALE:.1e}, whose squares are float64 "
-            f"numbers, got {first(array[outside])}: rescale the values, their clip scales with them"
+            f"{name}: expected values from {LEAST_LAW:.1e} to {LARGEST_LAW:.1e}, got {first(array[outside])}: rescale "
+            "the values, their clip scales with them"
         )
     return array
+
+
+def beyond_squares(magnitude: Array) -> NDArray[np.bool_]:
+    """Where the squares of magnitudes, and errors relative to them, leave float64's range of full precision."""
+    return np.asarray((magnitude < LEAST_SCALE) | (magnitude > LARGEST_SCALE))
 
 
 def number(name: str, value: Any) -> float:

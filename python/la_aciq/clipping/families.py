@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from .checks import LARGEST_SCALE, Array, finite_array, first, positive_array, scale_array
+from ..errors import LaAciqError
+from .checks import LARGEST_LAW, LEAST_SCALE, Array, beyond_squares, finite_array, first, positive_array, scale_array
 from .law import Law
 
 _SQRT_HALF_PI = float(np.sqrt(np.pi / 2))
@@ -20,9 +21,9 @@ class Family(Law):
 
     def __init__(self, sigma: ArrayLike, mean: ArrayLike, **parameters: Array) -> None:
         arrays = {"sigma": scale_array("sigma", sigma), "mean": finite_array("mean", mean), **parameters}
-        if np.any(np.abs(arrays["mean"]) > LARGEST_SCALE):
+        if np.any(np.abs(arrays["mean"]) > LARGEST_LAW):
             raise ValueError(
-                f"mean: expected a magnitude of at most {LARGEST_SCALE:.1e}, got {np.abs(arrays['mean']).max()}"
+                f"mean: expected a magnitude of at most {LARGEST_LAW:.1e}, got {np.abs(arrays['mean']).max()}"
             )
         try:
             self.shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
@@ -32,6 +33,19 @@ class Family(Law):
                 f"parameters of {type(self).__name__}: expected shapes that broadcast together, got {shapes}"
             ) from error
         self._parameters = {name: np.broadcast_to(array, self.shape) for name, array in arrays.items()}
+        self._extreme = bool(np.any(beyond_squares(arrays["sigma"]) | beyond_squares(self._magnitude())))
+
+    def _magnitude(self) -> Array:
+        return np.hypot(self.sigma, self.mean)
+
+    def _over(self, scale: Array) -> Law:
+        sigma = self.sigma / scale
+        if np.any(sigma < LEAST_SCALE):
+            raise LaAciqError(
+                f"law: expected a standard deviation of at least {LEAST_SCALE:.1e} of its mean and of the other laws, "
+                f"got {first(sigma[sigma < LEAST_SCALE])}"
+            )
+        return type(self)(**{**self._parameters, "sigma": sigma, "mean": self.mean / scale})
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}={value.tolist()}" for name, value in self._parameters.items())

@@ -11,7 +11,7 @@ and bound over intervals of clips, with the bounds of `clipping.optimal`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +21,7 @@ from ..choices import LANGUAGE_OBJECTIVES
 from ..errors import LaAciqError
 from .checks import Array, check_choice, check_problem, count, number
 from .language_objectives import combine, normalized_weights
-from .law import Law, list_of_laws
+from .law import Law, common_unit, list_of_laws
 from .objectives import mse_unchecked, noise_factor, slope
 from .optimal import optimal
 from .scan import MOST_CLIPS, MOST_HALVINGS, Intervals, bounds, last_clip, middle_of, parts
@@ -94,10 +94,11 @@ def shared(
     w = normalized_weights("weights", np.ones(len(laws)) if weights is None else weights)
     if w.shape != (len(laws),):
         raise ValueError(f"weights: expected shape [{len(laws)}], got {list(w.shape)}")
+    laws, scale = common_unit(laws)
     problem = _Problem(laws, w, bits, codebook, objective, language_objective, penalty)
-    if objective == "aciq" and language_objective != "variance":
-        return problem.solve_convex()
-    return problem.solve_by_bounds()
+    convex = objective == "aciq" and language_objective != "variance"
+    best = problem.solve_convex() if convex else problem.solve_by_bounds()
+    return replace(best, alpha=best.alpha * scale)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def pareto(
         LaAciqError: a minimizer cannot be proved best.
     """
     points = count("points", points, 2)
-    laws = list_of_laws(laws)
+    laws, scale = common_unit(list_of_laws(laws))
     kind = "mean" if weights is None else "weighted"
     ends = [shared(laws, bits, codebook, objective, choice, weights).alpha for choice in (kind, "minimax")]
     w = normalized_weights("weights", np.ones(len(laws)) if weights is None else weights)
@@ -151,7 +152,7 @@ def pareto(
     # Walking from the mean's end the mean grows: a point stays if its worst case beats all before it.
     keep = worst < np.concatenate([[np.inf], np.minimum.accumulate(worst)[:-1]])
     order = np.maximum.accumulate(mean) == mean
-    return ParetoFront(alpha[keep & order], mean[keep & order], worst[keep & order])
+    return ParetoFront(alpha[keep & order] * scale, mean[keep & order], worst[keep & order])
 
 
 @dataclass(frozen=True)

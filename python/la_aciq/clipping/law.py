@@ -12,18 +12,31 @@ be arrays: a law of shape [P] is P laws, and `above(t, k)` broadcasts t against 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import Array
+from ..errors import LaAciqError
+from .checks import LARGEST_SCALE, LEAST_SCALE, Array
 
 
 class Law(ABC):
     """A law (or an array of laws, of shape `shape`) with finite variance."""
 
     shape: tuple[int, ...]
+    # Whether squares of values leave float64's range, so that nothing but `unit_law` may be asked of the law.
+    _extreme = False
+
+    def _magnitude(self) -> Array:
+        """About the rms, without squares: [...] of shape `shape`."""
+        return self.rms
+
+    def _over(self, scale: Array) -> Law:
+        """The law of X / scale, for powers of two that broadcast against `shape`."""
+        if np.all(scale == 1):
+            return self
+        raise LaAciqError(f"law: expected a law that can be rescaled, got {type(self).__name__}")
 
     @abstractmethod
     def above(self, t: ArrayLike, order: int) -> Array:
@@ -200,10 +213,40 @@ class Law(ABC):
 
 
 def check_law(law: object) -> Law:
-    """`law`, or a TypeError that says what a law is."""
+    """`law`, or an error that says what a law is and which scales it may have."""
     if not isinstance(law, Law):
         raise TypeError(f"law: expected a clipping law such as Gaussian(), got {type(law).__name__}")
+    if law._extreme:
+        raise ValueError(
+            f"law: expected a scale from {LEAST_SCALE:.1e} to {LARGEST_SCALE:.1e}, whose squares are float64 numbers, "
+            f"got {law!r}: rescale the values"
+        )
     return law
+
+
+def unit_law(law: object) -> tuple[Law, Array | None]:
+    """The law of X / scale and the scale, of shape `shape`, for computations that are right at any scale.
+
+    Scales are powers of two, so that dividing and multiplying by them is exact. None stands for ones: laws whose
+    squares are float64 numbers stay as they are.
+    """
+    if isinstance(law, Law) and law._extreme:
+        scale = power_of_two(law._magnitude())
+        return check_law(law._over(scale)), scale
+    return check_law(law), None
+
+
+def power_of_two(magnitude: Array) -> Array:
+    """The power of two next above each magnitude."""
+    return np.asarray(np.ldexp(1.0, np.frexp(magnitude)[1]))
+
+
+def common_unit(laws: Sequence[Law]) -> tuple[list[Law], float]:
+    """Laws of X over one scale for all, and that scale: 1 unless one of them is extreme."""
+    if not any(law._extreme for law in laws):
+        return list(laws), 1.0
+    scale = power_of_two(np.asarray(max(float(np.max(law._magnitude())) for law in laws)))
+    return [check_law(law._over(scale)) for law in laws], float(scale)
 
 
 def check_single(law: object) -> Law:

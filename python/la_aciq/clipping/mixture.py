@@ -13,7 +13,7 @@ from scipy import integrate
 
 from .checks import Array, finite_array, first
 from .families import Family
-from .law import Law, list_of_laws
+from .law import Law, list_of_laws, unit_law
 
 
 class Mixture(Law):
@@ -41,11 +41,22 @@ class Mixture(Law):
         self.laws = tuple(laws)
         self.weights = w
         self.shape = np.broadcast_shapes(w.shape[:-1], *(law.shape for law in laws))
+        self._extreme = any(law._extreme for law in self.laws)
         # Components of one family are evaluated together, as one array of laws.
         self._families = _by_family(self.laws, w) if self.shape == () else []
 
     def __repr__(self) -> str:
         return f"Mixture({list(self.laws)!r}, weights={self.weights.tolist()})"
+
+    def _magnitude(self) -> Array:
+        each = [
+            np.where(self.weights[..., i] > 0, np.broadcast_to(law._magnitude(), self.shape), 0.0)
+            for i, law in enumerate(self.laws)
+        ]
+        return np.asarray(np.max(each, axis=0))
+
+    def _over(self, scale: Array) -> Law:
+        return Mixture([law._over(scale) for law in self.laws], self.weights)
 
     def _blend(self, values: Sequence[ArrayLike]) -> Array:
         total: Any = 0.0
@@ -138,6 +149,9 @@ class Mixture(Law):
         """Skewness and excess kurtosis, from components in units of the mixture's standard deviation: powers of the
         values themselves may leave the range of float64.
         """
+        if self._extreme:
+            unit, _ = unit_law(self)
+            return unit.skewness, unit.kurtosis
         std = np.where(self.std > 0, self.std, np.nan)
         third, fourth = [], []
         for law in self.laws:

@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..choices import CODEBOOKS
-from .checks import Array, check_alpha, check_bits, check_choice, check_problem, real_array
-from .law import Law, check_law
+from .checks import LARGEST_SCALE, Array, check_alpha, check_bits, check_choice, check_problem, real_array
+from .law import Law, unit_law
 
 
 def noise_factor(bits: int) -> float:
@@ -58,14 +58,30 @@ def mse(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", ob
             1)^2 (Banner et al. 2019). `in_range`: that noise only for values that are not clipped (Sakr et al. 2022).
 
     Returns:
-        float64 of the broadcast shape, in units of X squared.
+        float64 of the broadcast shape, in units of X squared; 0 or inf where float64 has no such number.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a clip is negative or not finite, or an argument is not among its choices.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
-    return mse_unchecked(check_law(law), check_alpha(alpha), bits, codebook, objective)
+    law, alpha, scale = _scaled(law, alpha)
+    error = mse_unchecked(law, alpha, bits, codebook, objective)
+    with np.errstate(over="ignore", under="ignore"):
+        return error if scale is None else np.asarray(error * scale * scale)
+
+
+def _scaled(law: object, alpha: ArrayLike) -> tuple[Law, Array, Array | None]:
+    """The law and the clips over the law's scale, and the scale (None for 1)."""
+    unit, scale = unit_law(law)
+    clips = check_alpha(alpha)
+    if scale is None:
+        return unit, clips, None
+    with np.errstate(over="ignore", under="ignore"):
+        clips = np.asarray(clips / scale)
+    if np.any(clips > LARGEST_SCALE):
+        raise ValueError(f"alpha: expected clips of at most {LARGEST_SCALE:.1e} times the law's scale, got larger ones")
+    return unit, clips, scale
 
 
 def mse_unchecked(law: Law, alpha: Array, bits: int, codebook: str, objective: str) -> Array:
@@ -120,7 +136,12 @@ def slope(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midrise", 
         ValueError: a clip is negative or not finite, or an argument is not among its choices.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
-    law, alpha = check_law(law), check_alpha(alpha)
+    law, alpha, scale = _scaled(law, alpha)
+    derivative = _slope(law, alpha, bits, codebook, objective)
+    return derivative if scale is None else np.asarray(derivative * scale)
+
+
+def _slope(law: Law, alpha: Array, bits: int, codebook: str, objective: str) -> Array:
     c = noise_factor(bits)
     if objective == "aciq":
         return -2 * law.tail(alpha, 1) + 2 * c * alpha
@@ -157,7 +178,7 @@ def curvature(law: Law, alpha: ArrayLike, bits: int = 4, codebook: str = "midris
             `in_range`.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
-    law, alpha = check_law(law), check_alpha(alpha)
+    law, alpha, _ = _scaled(law, alpha)
     if objective == "aciq":
         return 2 * law.tail(alpha, 0) + 2 * noise_factor(bits)
     if objective == "in_range":

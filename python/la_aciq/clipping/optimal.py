@@ -10,7 +10,7 @@ The other two objectives are minimized by branch and bound (`clipping.scan` has 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import LaAciqError
 from .checks import Array, check_bits, check_problem, count, number
 from .interval import clip_interval
-from .law import Law, check_law
+from .law import Law, unit_law
 from .objectives import curvature, mse_unchecked, noise_factor, quantize, slope
 from .samples import Empirical
 from .scan import NEGLIGIBLE, TOLERANCE, Scan, global_scan
@@ -29,9 +29,9 @@ class Certificate:
     """Why `alpha` is the global minimizer, in numbers that can be checked without the solver.
 
     Fields are floats for one law, else arrays of its shape. Every law: `lower_bound` <= min MSE, and `gap` = (mse -
-    lower_bound) / mse (0 when mse is), from 0 to 1. `bracket` holds the minimizer, `bracket_slopes` the derivative at
-    its ends: negative and positive, inf where the error of samples under `in_range` jumps up inside the bracket.
-    `slope` is the derivative at alpha.
+    lower_bound) / mse (0 when mse is), from 0 to 1, also where mse itself is no float64 number. `bracket` holds the
+    minimizer, `bracket_slopes` the derivative at its ends: negative and positive, inf where the error of samples under
+    `in_range` jumps up inside the bracket. `slope` is the derivative at alpha.
 
     method `convex`: strict convexity makes the sign change global; `curvature` > 0, `multiplier` of alpha > 0 is 0.
     method `scan`: `knots` and `values` are the scanned clips and their errors, one pair of arrays per law; between
@@ -58,9 +58,11 @@ class Optimum:
     """The best clip of a law: `alpha` in units of X, `mse` in units of X squared; floats for one law, else arrays of
     its shape.
 
-    `normalized_mse` is mse / E X^2. `interval` is a 95 % interval on the best clip of the law that `Empirical` samples
-    come from, independently, under objective `aciq` (see `clipping.interval`). It is None for the other objectives and
-    laws, and where too few samples lie beyond the clip for 95 % to hold: fewer than about 100, more for heavy tails.
+    `mse` is 0 or inf where float64 has no such number, for X of a scale below 1e-150 or above 1e150. `normalized_mse`,
+    which is mse / E X^2, is right at any scale. `interval` is a 95 % interval on the best clip of the law that
+    `Empirical` samples come from, independently, under objective `aciq` (see `clipping.interval`). It is None for the
+    other objectives and laws, and where too few samples lie beyond the clip for 95 % to hold (`clipping.interval` says
+    how few).
     """
 
     alpha: Any
@@ -100,7 +102,13 @@ def optimal(law: Law, bits: int = 4, codebook: str = "midrise", objective: str =
         LaAciqError: the law is too extreme for a proof in float64, or for one with at most `scan.MOST_CLIPS` clips.
     """
     bits, codebook, objective = check_problem(bits, codebook, objective)
-    law = check_law(law)
+    law, scale = unit_law(law)
+    best = _optimal(law, bits, codebook, objective)
+    return best if scale is None else _rescaled(best, scale)
+
+
+def _optimal(law: Law, bits: int, codebook: str, objective: str) -> Optimum:
+    """`optimal` of laws whose squares are float64 numbers."""
     if np.any(law.power == 0):
         raise ValueError(
             "law: expected positive power, got values that are all zero, which give no scale to choose a clip by"
@@ -235,7 +243,7 @@ def samples_for_interval(law: Law, relative_half_width: float, bits: int = 4) ->
         TypeError: an argument has the wrong type.
         ValueError: relative_half_width is not between 0 and 1, or bits not from 2 to 8.
     """
-    law, relative_half_width = check_law(law), number("relative_half_width", relative_half_width)
+    (law, _), relative_half_width = unit_law(law), number("relative_half_width", relative_half_width)
     if not 0 < relative_half_width < 1:
         raise ValueError(f"relative_half_width: expected a number between 0 and 1, got {relative_half_width}")
     alpha = optimal(law, bits, objective="aciq").alpha
@@ -280,7 +288,7 @@ def octav(law: Law, bits: int = 4, tolerance: float = 1e-4, max_steps: int = 100
         ValueError: tolerance is not positive, or bits or max_steps is out of range.
     """
     c = 4.0 ** -check_bits(bits) / 3
-    law, tolerance = check_law(law), number("tolerance", tolerance)
+    (law, scale), tolerance = unit_law(law), number("tolerance", tolerance)
     if tolerance <= 0:
         raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
     max_steps = count("max_steps", max_steps, 1)
@@ -291,7 +299,8 @@ def octav(law: Law, bits: int = 4, tolerance: float = 1e-4, max_steps: int = 100
         mass = law.tail(a, 0)
         trace.append((law.tail(a, 1) + a * mass) / (c * (1 - mass) + mass))
         converged = bool(np.all(np.abs(trace[-1] - a) <= tolerance * trace[-1]))
-    return Octav(alpha=trace[-1][()], trace=np.stack(trace), converged=converged)
+    iterates = np.stack(trace) if scale is None else np.stack(trace) * scale
+    return Octav(alpha=iterates[-1][()], trace=iterates, converged=converged)
 
 
 def _of_constant(c: float, bits: int, codebook: str) -> Optimum:
@@ -375,6 +384,41 @@ def _scan_certificate(
         knots=tuple(clips),
         values=tuple(errors),
     )
+
+
+def _rescaled(best: Optimum, scale: Array) -> Optimum:
+    """The optimum of X from that of X / scale."""
+    c = best.certificate
+
+    def square(x: Any, by: Any = scale) -> Any:
+        with np.errstate(over="ignore", under="ignore"):
+            return (x * by * by)[()]
+
+    def slope_of(x: Any) -> Any:
+        # Away from zero, so that the sign stays.
+        return np.where(x == 0, 0.0, np.copysign(np.maximum(np.abs(x * scale), _LEAST_FLOAT), x))[()]
+
+    # Down to what is certainly a lower bound where float64 has no such number.
+    lower = square(c.lower_bound)
+    lower = np.where(lower < _FLOAT.tiny, 0.0, np.minimum(lower, _FLOAT.max))[()]
+    each = np.ravel(scale)
+    certificate = replace(
+        c,
+        lower_bound=lower,
+        bracket=(c.bracket[0] * scale, c.bracket[1] * scale),
+        bracket_slopes=(slope_of(c.bracket_slopes[0]), slope_of(c.bracket_slopes[1])),
+        slope=c.slope * scale,
+        knots=tuple(clips * by for clips, by in zip(c.knots, each, strict=False)),
+        values=tuple(square(errors, by) for errors, by in zip(c.values, each, strict=False)),
+    )
+    interval = best.interval and (best.interval[0] * float(scale), best.interval[1] * float(scale))
+    return replace(
+        best, alpha=(best.alpha * scale)[()], mse=square(best.mse), certificate=certificate, interval=interval
+    )
+
+
+_FLOAT = np.finfo(np.float64)
+_LEAST_FLOAT = float(_FLOAT.smallest_subnormal)
 
 
 def _shaped(certificate: Certificate, shape: tuple[int, ...]) -> Certificate:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import LARGEST_SCALE, LEAST_SCALE, Array, finite_array
+from .checks import LARGEST_LAW, LEAST_LAW, Array, beyond_squares, finite_array
 from .histogram import HistogramLaw
-from .law import Law
+from .law import Law, unit_law
 
 
 class Empirical(Law):
@@ -24,20 +24,27 @@ class Empirical(Law):
         if x.size == 0:
             raise ValueError("samples: expected at least one value, got none")
         largest = float(np.abs(x).max())
-        if largest > LARGEST_SCALE or 0 < largest < LEAST_SCALE:
+        if largest > LARGEST_LAW or 0 < largest < LEAST_LAW:
             raise ValueError(
-                f"samples: expected a largest magnitude of 0 or from {LEAST_SCALE:.1e} to {LARGEST_SCALE:.1e}, whose "
-                f"squares are float64 numbers, got {largest}: rescale the values, their clip scales with them"
+                f"samples: expected a largest magnitude of 0 or from {LEAST_LAW:.1e} to {LARGEST_LAW:.1e}, got "
+                f"{largest}: rescale the values, their clip scales with them"
             )
+        self._extreme = largest > 0 and bool(beyond_squares(np.asarray(largest)))
         self.shape = ()
         self.samples = np.sort(x)
-        # Central moments about the mean: raw power sums would cancel when the mean is large.
-        self._mean = float(x.mean())
-        d = x - self._mean
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            # Central moments about the mean: raw power sums would cancel when the mean is large.
+            self._mean = float(x.mean())
+            d = x - self._mean
             self._moments = [float((d**k).mean()) for k in (2, 3, 4)]
-        self._prefix = [np.concatenate([[0.0], np.cumsum(self.samples**k)]) for k in (0, 1, 2)]
-        self._suffix = [np.concatenate([np.cumsum((self.samples**k)[::-1])[::-1], [0.0]]) for k in (0, 1, 2)]
+            self._prefix = [np.concatenate([[0.0], np.cumsum(self.samples**k)]) for k in (0, 1, 2)]
+            self._suffix = [np.concatenate([np.cumsum((self.samples**k)[::-1])[::-1], [0.0]]) for k in (0, 1, 2)]
+
+    def _magnitude(self) -> Array:
+        return np.asarray(np.abs(self.samples[[0, -1]]).max())
+
+    def _over(self, scale: Array) -> Law:
+        return Empirical(self.samples / scale)
 
     @staticmethod
     def from_histogram(histogram: ArrayLike) -> Law:
@@ -108,6 +115,9 @@ class Empirical(Law):
         return self._standardized_moment(4) - 3
 
     def _standardized_moment(self, order: int) -> Array:
+        if self._extreme:
+            unit, _ = unit_law(self)
+            return unit.skewness if order == 3 else unit.kurtosis + 3
         std = float(self.std)
         if std == 0:
             return np.asarray(np.nan)
