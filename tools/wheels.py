@@ -46,7 +46,7 @@ TESTS = (
     "tests/test_tags.py",
     "tests/test_files.py",
 )
-TEST_PACKAGES = ("pytest", "pytest-benchmark", "hypothesis", "mpmath", "transformers>=5.19,<5.24", "accelerate", "gguf")
+TEST_PACKAGES = ("pytest", "pytest-benchmark", "hypothesis", "mpmath", "transformers>=5.19,<5.25", "accelerate", "gguf")
 
 TRIAL = """
 import json, sys, warnings
