@@ -1,6 +1,7 @@
 """Loading models: one sentence for what cannot be loaded, before any weights are read."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -141,6 +142,31 @@ def test_a_folder_that_save_quantized_wrote(model_folder, tmp_path):
     config = la_aciq.QuantConfig(weights=4, activations=8, group_size=10)
     save_quantized(la_aciq.quantize_model(byte_llama(), profile, config, progress=False), tmp_path / "int4")
     refused(tmp_path / "int4", "is quantized already; expected floating-point weights; evaluate it with --quantized")
+
+
+def test_a_method_of_another_package_that_cannot_run_here(model_folder, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((model_folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 10, "desc_act": False}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    refused(tmp_path / "model", "is quantized already; expected floating-point weights")
+    refused(
+        tmp_path / "model", "cannot be loaded: .*(gptq|optimum|GPTQ)", quantized=True
+    )  # its package is not installed
+
+    def needs_a_gpu(**_):
+        raise RuntimeError("GPU is required to quantize or run quantized model.\nSee the documentation.")
+
+    def too_large(**_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", needs_a_gpu)
+    refused(tmp_path / "model", "cannot be loaded: GPU is required to quantize or run", quantized=True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", too_large)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):  # the command line has a sentence for it
+        load_model(str(tmp_path / "model"), quantized=True)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
