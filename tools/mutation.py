@@ -94,6 +94,41 @@ CPU = (
     ),
     Fault("dequantize: clips of the first entry", "kernels/dequantize.h", "entry_of(args.language_ids, row)", "0"),
     Fault("dequantize: the clip of the first group", "kernels/dequantize.h", "clips[group]", "clips[0]"),
+    Fault(
+        "round_weights: errors of a block's last columns weigh nothing",
+        "kernels/round.h",
+        "smaller(c + kRoundColumns, size)",
+        "c",
+    ),
+    Fault(
+        "round_weights: the share above the best is not tried",
+        "kernels/round.h",
+        "round == 0 ? kShares : 2",
+        "round == 0 ? kShares : 1",
+    ),
+    Fault(
+        "round_weights: a clip is chosen for the last block of its group",
+        "kernels/round.h",
+        "a == group.first ? error : add(load(total), error)",
+        "error",
+    ),
+    Fault(
+        "round_weights: errors over no diagonal", "kernels/round.h", "f32(1.0f / args.factor[j * k + j])", "f32(1.0f)"
+    ),
+    Fault("round_weights: clips are not refined", "kernels/round.h", "ratio > kLeastRatio", "false"),
+    Fault(
+        "round_weights: sums of the clip before",
+        "kernels/round.h",
+        "muladd(change, load(products + 16 * j), load(sums + 16 * j))",
+        "load(sums + 16 * j)",
+    ),
+    Fault(
+        "round_weights: errors before the descent",
+        "kernels/round.h",
+        "add(load(x + 16 * j), change)",
+        "load(x + 16 * j)",
+    ),
+    Fault("round_weights: codes under a clip of 0", "kernels/round.h", "steps[16 * (j / args.group_size)] > 0", "true"),
     Fault("rotate: some sizes of block are a stage short", "kernels/rotate.h", "2 * half == block", "false"),
     Fault(
         "rotate: stages are left out",
@@ -244,7 +279,12 @@ CUDA = (
 )
 FAULTS = {"cpu": CPU, "cuda": CUDA}
 TESTS = {
-    "cpu": ["tests/ops/test_ops.py", "tests/ops/test_linear.py", "tests/ops/test_moments.py"],
+    "cpu": [
+        "tests/ops/test_ops.py",
+        "tests/ops/test_linear.py",
+        "tests/ops/test_moments.py",
+        "tests/ops/test_round_weights.py",
+    ],
     "cuda": ["tests/cuda"],
 }
 
