@@ -114,6 +114,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "minimax": {"layer_types": HYBRID},
     "mobilebert": {"intra_bottleneck_size": 16, "true_hidden_size": ...},
     "moshi": {"audio_vocab_size": 32, "num_codebooks": 2},
@@ -128,6 +129,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"layer_types": HYBRID},
     "qwen3_5_text": {"layer_types": HYBRID},
     "qwen3_next": {"layer_types": HYBRID},
+    "qwen4_exp": {
+        "layer_types": HYBRID,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "attn_layers": ["local", "lsh"],
