@@ -41,7 +41,8 @@ def configurations(
         group_size: of all of them.
         codebook: of all of them.
         kv: also an INT4 key and value cache, for a profile that has keys and values.
-        language_objective: `language_objective` and `language_weights` of `QuantConfig`, for all of them.
+        language_objective: `language_objective`, `language_weights` and `language_penalty` of `QuantConfig`, for all
+            of them.
     """
     common: dict[str, Any] = {"group_size": group_size, "codebook": codebook, **language_objective}
     four: dict[str, Any] = {"weights": 4, "activations": 4, **common}

@@ -247,6 +247,8 @@ def test_nan_in_the_weights(refused, calibrate, tmp_path):
         (["calibrate", "--group_size", "7"], "argument --group_size: expected an even integer, or 0, got '7'"),
         (["quantize", "--language_objective", "best"], "argument --language_objective: invalid choice: 'best'"),
         (["quantize", "--language_weights", "en"], "argument --language_weights: expected TAG=WEIGHT.*got 'en'"),
+        (["quantize", "--language_penalty", "-1"], "argument --language_penalty: expected a finite number.*got '-1'"),
+        (["demo", "--language_penalty", "nan"], "argument --language_penalty: expected a finite number.*got 'nan'"),
         (["demo", "--language_weights", "xx=1"], "argument --language_weights: .*got 'xx=1'.*BCP-47"),
         (["calibrate", "--no_such_option"], "required"),
         (["info", "--no_such_option"], r"unrecognized arguments: --no_such_option \(see la-aciq info --help\)"),
@@ -271,11 +273,18 @@ def test_options_that_do_not_go_together(refused, model_folder, profile_folder, 
 
 
 @pytest.mark.parametrize(
-    "option", [["--scheme", "W4A8"], ["--codebook", "midrise"], ["--language_objective", "minimax"]]
+    "option",
+    [
+        ["--scheme", "W4A8"],
+        ["--codebook", "midrise"],
+        ["--language_objective", "minimax"],
+        ["--language_weights", "en=1"],
+        ["--language_penalty", "0"],
+    ],
 )
 def test_options_of_a_profile_with_a_quantized_model(refused, option, tmp_path):
     refused(
-        "--scheme, --codebook and --language_objective go with --profile",
+        r"--scheme, --codebook and the options --language_\* of a shared clip go with --profile",
         *("evaluate", "--model", "m", "--quantized", "q", "--texts", "t", "--output_dir", tmp_path / "out"),
         *option,
     )

@@ -146,21 +146,22 @@ def test_evaluate_writes_a_report(run, kind, model_folder, texts_folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("options", "objective", "weights"),
+    ("options", "objective", "weights", "penalty"),
     [
-        ([], "mean", None),
-        (["--language_objective", "minimax"], "minimax", None),
-        (["--language-objective", "weighted", "--language-weights", "eng=1,sw=3,th=0.5"], "weighted", (1, 3, 0.5)),
+        ([], "mean", None, 1),
+        (["--language_objective", "minimax"], "minimax", None, 1),
+        (["--language-objective", "weighted", "--language-weights", "eng=1,sw=3,th=0.5"], "weighted", (1, 3, 0.5), 1),
+        (["--language_objective", "variance", "--language_penalty", "2.5"], "variance", None, 2.5),
     ],
 )
-def test_the_languages_objective(run, model_folder, profile_folder, tmp_path, options, objective, weights):
+def test_the_languages_objective(run, model_folder, profile_folder, tmp_path, options, objective, weights, penalty):
     status, _, err = run(
         *("quantize", "--model", model_folder, "--profile", profile_folder, "--clip", "static", "--sharing", "pooled"),
         *(*options, "--output_dir", tmp_path / "int4"),
     )
     assert status == 0, err
     config = load_quantized(tmp_path / "int4").la_aciq.config
-    assert config.language_objective == objective
+    assert (config.language_objective, config.language_penalty) == (objective, penalty)
     assert config.language_weights == (None if weights is None else dict(zip(("en", "sw", "th"), weights, strict=True)))
 
 

@@ -1,6 +1,7 @@
 """What the parsers of several commands share: their kind, options, and types of values."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -146,12 +147,24 @@ def add_language_objective(parser: argparse.ArgumentParser) -> None:
         help="weights of the languages, such as en=1,sw=3; --language_objective weighted needs them, and minimax and "
         "variance accept them",
     )
+    parser.add_argument(
+        "--language_penalty",
+        type=_penalty,
+        metavar="FACTOR",
+        help="how much the variance counts in --language_objective variance, at least 0 (without this option: "
+        f"{QuantConfig.language_penalty})",
+    )
 
 
 def language_objective(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the options of `add_language_objective` say, as arguments of `QuantConfig`."""
     objective = arguments.language_objective or QuantConfig.language_objective
-    return {"language_objective": objective, "language_weights": arguments.language_weights}
+    penalty = QuantConfig.language_penalty if arguments.language_penalty is None else arguments.language_penalty
+    return {
+        "language_objective": objective,
+        "language_weights": arguments.language_weights,
+        "language_penalty": penalty,
+    }
 
 
 def add_output(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -183,6 +196,16 @@ def even(text: str) -> int:
 def strings(text: str) -> list[str]:
     """Words separated by commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _penalty(text: str) -> float:
+    try:
+        penalty = float(text)
+    except ValueError:
+        penalty = math.nan
+    if not 0 <= penalty < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, got {text!r}")
+    return penalty
 
 
 def _weights(text: str) -> dict[str, float]:

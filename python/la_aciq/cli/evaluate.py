@@ -64,10 +64,11 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output_dir)
     check_output(output, "report.json", arguments.force)
     check_enough_text(arguments)
-    if arguments.quantized is not None and (arguments.scheme or arguments.codebook or arguments.language_objective):
+    of_profile = ("scheme", "codebook", "language_objective", "language_weights", "language_penalty")
+    if arguments.quantized is not None and any(getattr(arguments, name) is not None for name in of_profile):
         raise LaAciqError(
-            "--scheme, --codebook and --language_objective go with --profile; the model of --quantized has its "
-            "settings already"
+            "--scheme, --codebook and the options --language_* of a shared clip go with --profile; the model of "
+            "--quantized has its settings already"
         )
     settings: dict[str, Any] = {
         "seqlen": arguments.seqlen,
