@@ -348,7 +348,7 @@ def main() -> int:
         environment["LA_ACIQ_ALL_CASES"] = str(int(arguments.all_cases))
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(build, cwd=tree, env=environment | {"LA_ACIQ_BUILD": "1"}, check=True, stdout=subprocess.DEVNULL)
-        ask = [sys.executable, "-c", "from la_aciq import _C; print(*_C.cpu_info()['available'])"]
+        ask = [sys.executable, "-c", "import torch; from la_aciq import _C; print(*_C.cpu_info()['available'])"]
         answer = subprocess.run(ask, env=environment, capture_output=True, text=True, check=True)
         instruction_sets = answer.stdout.split() if arguments.kernels == "cpu" else ["emulation"]
         started = time.perf_counter()
