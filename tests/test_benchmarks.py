@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 import la_aciq.bench
 from benchmarks import bench_rounding, measure, plots, results, roofline
 from benchmarks.results import Case
+from tools import mutation
+
+ROOT = Path(__file__).parent.parent
 
 CASE = Case(
     {
@@ -137,3 +141,13 @@ def test_a_neighbor_is_busy_as_long_as_it_is_wanted():
         (neighbor,) = multiprocessing.active_children()
         assert neighbor.is_alive()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("kernels", sorted(mutation.FAULTS))
+def test_every_fault_that_was_seeded_in_the_kernels_was_found(kernels):
+    result = json.loads((ROOT / "benchmarks" / "results" / f"mutation-{kernels}.json").read_text("utf-8"))
+    assert {fault["fault"] for fault in result["faults"]} == {fault.name for fault in mutation.FAULTS[kernels]}
+    assert [fault["fault"] for fault in result["faults"] if fault["found_by"] == "passed"] == []
+    operations = Counter(fault["fault"].partition(":")[0] for fault in result["faults"])
+    assert operations.keys() == {"quantize", "quantize_dynamic", "dequantize", "rotate", "moments", "linear"}
+    assert min(operations.values()) >= 5
