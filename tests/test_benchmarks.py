@@ -149,5 +149,5 @@ def test_every_fault_that_was_seeded_in_the_kernels_was_found(kernels):
     assert {fault["fault"] for fault in result["faults"]} == {fault.name for fault in mutation.FAULTS[kernels]}
     assert [fault["fault"] for fault in result["faults"] if fault["found_by"] == "passed"] == []
     operations = Counter(fault["fault"].partition(":")[0] for fault in result["faults"])
-    assert operations.keys() == {"quantize", "quantize_dynamic", "dequantize", "rotate", "moments", "linear"}
+    assert operations.keys() >= {"quantize", "quantize_dynamic", "dequantize", "rotate", "moments", "linear"}
     assert min(operations.values()) >= 5
