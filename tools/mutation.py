@@ -285,7 +285,7 @@ TESTS = {
         "tests/ops/test_moments.py",
         "tests/ops/test_round_weights.py",
     ],
-    "cuda": ["tests/cuda"],
+    "cuda": ["tests/cuda/test_emulation.py", "tests/cuda/test_operations.py"],
 }
 
 

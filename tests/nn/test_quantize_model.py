@@ -19,7 +19,7 @@ import la_aciq
 from la_aciq import clipping
 from la_aciq.errors import LaAciqError
 from la_aciq.models import fingerprint
-from la_aciq.nn import LanguageAwareLinear, QuantConfig, bits_per_weight, languages, quantize_model
+from la_aciq.nn import LanguageAwareLinear, QuantConfig, bits_per_weight, languages, quantize_model, weights
 from la_aciq.nn.weights import quantize_weight
 from la_aciq.profile.second_moments import SecondMoments
 
@@ -484,8 +484,8 @@ def mixture():
 @pytest.mark.filterwarnings("ignore:1 layers are left")  # the router
 def test_second_moments_are_factorized_once_for_all_that_read_an_input(mixture, monkeypatch):
     model, profile = mixture
-    calls, inverse = [], torch.cholesky_inverse
-    monkeypatch.setattr(torch, "cholesky_inverse", lambda *x, **how: calls.append(1) or inverse(*x, **how))
+    calls, inverse = [], weights._inverse
+    monkeypatch.setattr(weights, "_inverse", lambda factor: calls.append(1) or inverse(factor))
     out = quantized(model, profile)
     assert len(out.la_aciq.layers) == 5
     assert len(calls) == len(profile.second_moments) == 4  # of q, k and v; o; gate_up_proj; down_proj
@@ -610,12 +610,12 @@ def test_the_language_objective_chooses_the_shared_clips(model, profile, tmp_pat
 
 
 def test_weights_of_languages_that_the_profile_lacks(model, profile):
-    for weights, message in (
+    for language_weights, message in (
         ({"ja": 1}, r"language_weights: expected languages of the profile, en, sw, th, got 'ja'"),
         ({"sw": 1, "SW": 2}, "expected each language once, got 'sw' twice"),
     ):
         with pytest.raises(LaAciqError, match=message):
-            quantized(model, profile, language_objective="weighted", language_weights=weights)
+            quantized(model, profile, language_objective="weighted", language_weights=language_weights)
 
 
 @pytest.mark.parametrize("inplace", [True, False])

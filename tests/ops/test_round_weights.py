@@ -320,6 +320,7 @@ def test_the_form_of_cuda_tensors_rounds_as_the_definition(codebook):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
     arguments = problem(60, 300)
     result = ops.round_weights(*(tensor.cuda() for tensor in arguments), group_size=64)

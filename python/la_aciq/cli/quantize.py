@@ -128,7 +128,9 @@ def run(arguments: argparse.Namespace) -> None:
             codebook=config.codebook,
             objective=config.objective,
             sharing=config.sharing,
-            **language_objective(arguments),
+            language_objective=config.language_objective,
+            language_weights=config.language_weights,
+            penalty=config.language_penalty,
         )
         export_compressed_tensors(quantized, output, tokenizer, table=clips, force=arguments.force)
     else:
