@@ -166,8 +166,8 @@ def test_no_request_sees_another(llm, expected, monkeypatch, seed):
     positions = collections.Counter()
     begin = BatchLanguageIds.begin
 
-    def compare_positions(ids, starts, lengths, count, longest):
-        begin(ids, starts, lengths, count, longest)
+    def compare_positions(ids, starts, lengths, count):
+        begin(ids, starts, lengths, count)
         first = runner.positions[:count] == 0
         positions["wrong"] += int(((ids.token_language_ids[:count] == ids.entries.index("sink")) != first).sum())
         positions["first"] += int(first.sum())
