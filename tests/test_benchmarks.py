@@ -143,10 +143,9 @@ def test_a_neighbor_is_busy_as_long_as_it_is_wanted():
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("kernels", sorted(mutation.FAULTS))
-def test_every_fault_that_was_seeded_in_the_kernels_was_found(kernels):
-    result = json.loads((ROOT / "benchmarks" / "results" / f"mutation-{kernels}.json").read_text("utf-8"))
-    assert {fault["fault"] for fault in result["faults"]} == {fault.name for fault in mutation.FAULTS[kernels]}
+def test_every_fault_that_was_seeded_in_the_cpu_kernels_was_found():
+    result = json.loads((ROOT / "benchmarks" / "results" / "mutation-cpu.json").read_text("utf-8"))
+    assert {fault["fault"] for fault in result["faults"]} == {fault.name for fault in mutation.CPU}
     assert [fault["fault"] for fault in result["faults"] if fault["found_by"] == "passed"] == []
     operations = Counter(fault["fault"].partition(":")[0] for fault in result["faults"])
     assert operations.keys() >= {"quantize", "quantize_dynamic", "dequantize", "rotate", "moments", "linear"}
