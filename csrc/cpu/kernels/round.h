@@ -1,5 +1,5 @@
 // INT4 weights rounded with error feedback. python/la_aciq/nn/weights.py says what is computed,
-// python/la_aciq/ops/reference.py column by column; this is the same with every sum taken when its result is
+// python/la_aciq/ops/rounding.py column by column; this is the same with every sum taken when its result is
 // needed ("left-looking"), so that a column is read and written once for all the columns before it.
 //
 // Rows of the weight are lanes: a strip is 16 rows, [k, 16]. What is summed over columns is summed for

@@ -108,11 +108,7 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    place = _place(name)
-    try:
-        return AutoConfig.from_pretrained(**place)
-    except _LOADING_ERRORS as error:
-        raise LaAciqError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return _loaded(AutoConfig, name, "model")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -129,11 +125,16 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    return _loaded(AutoTokenizer, name, "the tokenizer of")
+
+
+def _loaded(kind: Any, name: str, subject: str) -> Any:
+    """A configuration or a tokenizer; `subject` is what the error says cannot be loaded."""
     place = _place(name)
     try:
-        return AutoTokenizer.from_pretrained(**place)
+        return kind.from_pretrained(**place)
     except _LOADING_ERRORS as error:
-        raise LaAciqError(f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise LaAciqError(f"{subject} {name!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def _place(name: str) -> dict[str, Any]:
